@@ -1,0 +1,15 @@
+"""Softmax cross-entropy and its batch reduction in one kernel: a drop-in for torch.nn.CrossEntropyLoss."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+# An installed wheel holds fusedloss.kernels. In a checkout the folder is the top-level kernels/, found beside this package.
+if find_spec("fusedloss.kernels") is None:
+    __path__.append(str(Path(__file__).parent.parent))
+
+from fusedloss._version import __version__
+from fusedloss.backends import backend
+from fusedloss.functional import cross_entropy, plan
+from fusedloss.module import CrossEntropyLoss
+
+__all__ = ["CrossEntropyLoss", "__version__", "backend", "cross_entropy", "plan"]

@@ -1,0 +1,41 @@
+"""Which implementation serves a call: the caller's request, from FUSEDLOSS_BACKEND or `with backend(...)`."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+NAMES = ("auto", "triton", "reference")
+
+
+def _checked(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, but got {name!r}")
+    return name
+
+
+_requested = _checked(os.environ.get("FUSEDLOSS_BACKEND", "auto"))
+
+
+def requested() -> str:
+    """The backend asked for, "auto" where nobody asked."""
+    return _requested
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces one implementation for the calls inside the `with` block, in every thread of the process.
+
+    Args:
+        name: "triton" launches the Triton kernels whatever device the tensors are on, "reference" is the composition of
+            PyTorch operators in `fusedloss.reference`, "auto" chooses by device. A request that cannot be served raises;
+            it never falls back.
+
+    Raises:
+        ValueError: `name` is none of these.
+    """
+    global _requested
+    previous, _requested = _requested, _checked(name)
+    try:
+        yield
+    finally:
+        _requested = previous

@@ -1,0 +1,194 @@
+"""Allocates outputs and launches the Triton kernels that the plan chose. Triton is imported at the first launch."""
+
+import struct
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedloss.plan import ROW_REDUCTIONS, VECTOR_BYTES, Options, backward_tile, forward_tile, geometry
+from fusedloss.reference import FRACTION_BITS
+
+STATE = 4  # scalars at the head of `saved`; kernels/rowwise.py describes the buffer
+
+
+def allocate_forward(logits: Tensor, reduction: str, out_dtype: torch.dtype, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """The forward's outputs: loss, and the buffer `saved` in the dtype of accumulation."""
+    n_rows = logits.shape[0] * logits.shape[2:].numel()
+    accumulate = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    keeps_rows = needs_grad or reduction in ROW_REDUCTIONS
+    loss = logits.new_empty((n_rows,) if reduction == "none" else (), dtype=out_dtype)
+    saved = logits.new_empty((STATE + 3 * n_rows if keeps_rows else STATE,), dtype=accumulate)
+    return loss, saved
+
+
+def allocate_gradient(logits: Tensor) -> Tensor:
+    """A tensor like logits; dense logits pass on their strides, as PyTorch's gradients do."""
+    return torch.empty_like(logits)
+
+
+def forward(
+    logits: Tensor,  # (N, C) or (N, C, S)
+    target: Tensor,  # (n_rows,)
+    weight: Tensor | None,  # (C,)
+    scale: Tensor | None,  # 0-d
+    options: Options,
+    out_dtype: torch.dtype,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """One launch: every row's loss, and their reduction."""
+    loss, saved = allocate_forward(logits, options.reduction, out_dtype, needs_grad)
+    g = geometry(logits)
+    tile = forward_tile(g, logits.element_size())
+    partial = ticket = None
+    if options.reduction != "none" and tile.n_programs > 1:
+        partial = saved.new_empty((2, tile.n_programs))
+        ticket = _ticket(logits.device)
+    arguments = {
+        "loss_ptr": loss,
+        "saved_ptr": saved,
+        "partial_ptr": partial,
+        "ticket_ptr": ticket,
+        "logits_ptr": logits,
+        "target_ptr": target.contiguous(),
+        "weight_ptr": weight.contiguous() if weight is not None else None,
+        "scale_ptr": scale,
+        "scale_bits": _bits(options.scale),
+        "smoothing_bits": _bits(options.label_smoothing),
+        "ignore_index": options.ignore_index,
+        "top_k": options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS),
+        "n_rows": g.n_rows,
+    }
+    if tile.rowwise:
+        vector = VECTOR_BYTES // logits.element_size()
+        arguments.update(
+            n_cols=g.n_cols,
+            row_stride=g.row_stride,
+            HAS_EDGES=g.n_cols % vector != 0 or g.row_stride % vector != 0,
+            VECTOR=vector,
+        )
+    else:
+        arguments.update(
+            n_inner=g.n_inner,
+            n_cols=g.n_cols,
+            outer_stride=g.outer_stride,
+            row_stride=g.row_stride,
+            col_stride=g.col_stride,
+            BLOCK_ROWS=tile.block_rows,
+        )
+    arguments.update(
+        REDUCTION=options.reduction,
+        TOP_K_IS_FRACTION=options.top_k == 0,
+        HAS_SMOOTHING=options.label_smoothing > 0,
+        SAVE=needs_grad,
+        BLOCK_COLS=tile.block_cols,
+        num_warps=tile.num_warps,
+    )
+    _launch(tile.kernel, tile.n_programs, logits.device, arguments)
+    return loss, saved
+
+
+def backward(
+    dloss: Tensor,  # (n_rows,) or (1,)
+    logits: Tensor,  # (N, C) or (N, C, S)
+    target: Tensor,  # (n_rows,)
+    weight: Tensor | None,  # (C,)
+    saved: Tensor,
+    options: Options,
+) -> Tensor:
+    """One launch: the gradient of the logits."""
+    dlogits = allocate_gradient(logits)
+    if logits.numel() == 0:
+        return dlogits
+    g, out = geometry(logits), geometry(dlogits)
+    tile = backward_tile(g, out, logits.element_size())
+    arguments = {
+        "dlogits_ptr": dlogits,
+        "dloss_ptr": dloss.contiguous(),
+        "saved_ptr": saved,
+        "logits_ptr": logits,
+        "target_ptr": target.contiguous(),
+        "weight_ptr": weight.contiguous() if weight is not None else None,
+        "smoothing_bits": _bits(options.label_smoothing),
+        "ignore_index": options.ignore_index,
+        "n_rows": g.n_rows,
+        "n_cols": g.n_cols,
+        "dlogits_row_stride": out.row_stride,
+        "row_stride": g.row_stride,
+        "REDUCTION": options.reduction,
+        "HAS_SMOOTHING": options.label_smoothing > 0,
+        "BLOCK_COLS": tile.block_cols,
+        "num_warps": tile.num_warps,
+    }
+    if tile.rowwise:
+        vector = VECTOR_BYTES // logits.element_size()
+        arguments.update(HAS_EDGES=g.n_cols % vector != 0 or g.row_stride % vector != 0, VECTOR=vector)
+    else:
+        arguments.update(
+            n_inner=g.n_inner,
+            dlogits_outer_stride=out.outer_stride,
+            dlogits_col_stride=out.col_stride,
+            outer_stride=g.outer_stride,
+            col_stride=g.col_stride,
+            BLOCK_ROWS=tile.block_rows,
+        )
+    _launch(tile.kernel, tile.n_programs, logits.device, arguments)
+    return dlogits
+
+
+def _launch(kernel: str, n_programs: int, device: torch.device, arguments: dict[str, Any]) -> None:
+    # torch leaves the device of another GPU's tensors to the caller, Triton launches on the current one.
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _kernels()[kernel][(n_programs,)](**arguments)
+        return
+    try:
+        _kernels()[kernel][(n_programs,)](**arguments)
+    except (RuntimeError, ValueError) as error:
+        if device.type == "cuda":
+            raise
+        raise RuntimeError(
+            f"backend 'triton' was asked for, but Triton cannot launch on tensors of device {str(device)!r} here ({error}). "
+            "CPU tensors need TRITON_INTERPRET=1, set before Triton is imported."
+        ) from error
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> dict[str, Any]:
+    from fusedloss.kernels import backward, forward
+
+    return {
+        kernel.__name__: kernel
+        for kernel in (
+            forward.forward_tile_kernel,
+            forward.forward_row_kernel,
+            backward.backward_tile_kernel,
+            backward.backward_row_kernel,
+        )
+    }
+
+
+@lru_cache(maxsize=256)
+def _bits(value: float) -> int:
+    """The bits of a float64 as an int64: Triton rounds float arguments to float32."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def _ticket(device: torch.device) -> Tensor:
+    """The counter by which the last program of a launch knows itself: int32 zero, and zero again after every launch.
+
+    It belongs to one stream, on which launches follow each other. A CUDA graph gets one of its own, zeroed by a node of
+    the graph: its replays may run beside anything else.
+    """
+    if device.type != "cuda":
+        return torch.zeros((), dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros((), dtype=torch.int32, device=device)
+    return _stream_ticket(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@cache
+def _stream_ticket(device: torch.device, stream: int) -> Tensor:
+    del stream  # part of the key
+    return torch.zeros((), dtype=torch.int32, device=device)

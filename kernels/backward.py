@@ -1,0 +1,190 @@
+"""Backward kernels of the recompute strategy: the gradient from the logits and each row's saved (m, rest).
+
+With g the upstream gradient times the row's coefficient, A = g (1 - eps) w_t and s_c = g eps/C w_c, S = sum_c s_c (rowwise.py):
+
+    dlogits_c = (A + S) p_c - s_c           for c != t
+    dlogits_t = S p_t - s_t - A rest / d    since p_t - 1 = -rest / d without cancellation
+
+Traffic: each logit of a row with g != 0 is read once and every gradient written once; other rows are written as zeros,
+without reading them, so that their logits may hold NaN.
+
+    backward_tile_kernel  BLOCK_ROWS rows per program, any strides
+    backward_row_kernel   one block of one row per program, classes contiguous: 16-byte accesses at any row start
+"""
+
+import triton
+import triton.language as tl
+from fusedloss.kernels.forward import aligned_columns, edge_columns
+from fusedloss.kernels.rowwise import STATE, float_from_bits, load_target, row_coefficient
+
+
+@triton.jit
+def _row_factors(saved_ptr, weight_ptr, target, valid, counted, g, smoothing_bits, n_cols, HAS_SMOOTHING: tl.constexpr):
+    """A, S and g eps/C of each row; NaN where the class index is out of range."""
+    dtype = saved_ptr.dtype.element_ty
+    g = tl.where(valid, g, tl.where(counted, float("nan"), 0.0))
+    nll_factor = g
+    if weight_ptr is not None:
+        nll_factor = g * tl.load(weight_ptr + target, mask=valid, other=0.0).to(dtype)
+    smooth_factor = g * 0.0
+    smooth_total = g * 0.0
+    if HAS_SMOOTHING:
+        smoothing = float_from_bits(smoothing_bits, dtype)
+        nll_factor *= 1.0 - smoothing
+        smooth_factor = g * (smoothing / n_cols)
+        smooth_total = smooth_factor * tl.load(saved_ptr + 3)
+    return nll_factor, smooth_factor, smooth_total
+
+
+@triton.jit(do_not_specialize=["smoothing_bits", "ignore_index"])
+def backward_tile_kernel(
+    dlogits_ptr,  # (n_outer, n_inner, n_cols)
+    dloss_ptr,  # (n_rows,) for "none", else ()
+    saved_ptr,  # (4 + 3 n_rows,), see rowwise.py
+    logits_ptr,  # (n_outer, n_inner, n_cols)
+    target_ptr,  # (n_rows,) int64 or uint8
+    weight_ptr,  # (n_cols,) or None
+    smoothing_bits: "i64",  # read with HAS_SMOOTHING
+    ignore_index: "i64",
+    n_rows,
+    n_inner,
+    n_cols,
+    dlogits_outer_stride,
+    dlogits_row_stride,
+    dlogits_col_stride,
+    outer_stride,
+    row_stride,
+    col_stride,
+    REDUCTION: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Gradient of BLOCK_ROWS rows of one outer block, BLOCK_COLS classes at a time."""
+    dtype = saved_ptr.dtype.element_ty
+    tiles_per_outer = tl.cdiv(n_inner, BLOCK_ROWS)
+    outer = (tl.program_id(0) // tiles_per_outer).to(tl.int64)  # int64: offsets pass 2**31
+    inner = (tl.program_id(0) % tiles_per_outer) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    mask = inner < n_inner  # the last tile of an outer block is rarely full
+    rows = outer * n_inner + inner
+    target, counted, valid = load_target(target_ptr, rows, mask, ignore_index, n_cols)
+    g = row_coefficient(saved_ptr, dloss_ptr, rows, mask, n_rows, REDUCTION)
+    read = valid & (g != 0)  # the other rows are not read
+
+    row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
+    dlogits_row_ptr = dlogits_ptr + outer * dlogits_outer_stride + inner.to(tl.int64) * dlogits_row_stride
+    row_max = tl.load(saved_ptr + STATE + rows, mask=read, other=0.0)
+    rest = tl.load(saved_ptr + STATE + n_rows + rows, mask=read, other=1.0)
+    x_t = tl.load(row_ptr + target * col_stride, mask=read, other=0.0).to(dtype)
+    nll_factor, smooth_factor, smooth_total = _row_factors(
+        saved_ptr, weight_ptr, target, valid, counted, g, smoothing_bits, n_cols, HAS_SMOOTHING
+    )
+    d = rest + tl.exp(x_t - row_max)
+    p_factor = (nll_factor + smooth_total) / d
+    at_target = smooth_total / d * tl.exp(x_t - row_max) - nll_factor * (rest / d)
+    for start in range(0, n_cols, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        in_row = cols < n_cols
+        offsets = cols.to(tl.int64) * col_stride  # int64: classes may lie far apart; free where col_stride is 1
+        x = tl.load(row_ptr[:, None] + offsets[None, :], mask=read[:, None] & in_row[None, :], other=0.0).to(dtype)
+        dlogits = tl.exp(x - row_max[:, None]) * p_factor[:, None]
+        dlogits = tl.where(cols[None, :] == target.to(tl.int32)[:, None], at_target[:, None], dlogits)
+        if HAS_SMOOTHING:
+            w = in_row.to(dtype)
+            if weight_ptr is not None:
+                w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(dtype)
+            dlogits -= smooth_factor[:, None] * w[None, :]
+        # 0 times an infinite or NaN statistic is NaN: a row without gradient must be 0. Out of range stays NaN.
+        dlogits = tl.where(read[:, None] | (counted & (g != 0))[:, None], dlogits, 0.0)
+        dlogits_offsets = cols.to(tl.int64) * dlogits_col_stride
+        tl.store(dlogits_row_ptr[:, None] + dlogits_offsets[None, :], dlogits, mask=mask[:, None] & in_row[None, :])
+
+
+@triton.jit(do_not_specialize=["smoothing_bits", "ignore_index"])
+def backward_row_kernel(
+    dlogits_ptr,  # (n_rows, n_cols), classes contiguous
+    dloss_ptr,  # (n_rows,) for "none", else ()
+    saved_ptr,  # (4 + 3 n_rows,), see rowwise.py
+    logits_ptr,  # (n_rows, n_cols), classes contiguous
+    target_ptr,  # (n_rows,) int64 or uint8
+    weight_ptr,  # (n_cols,) or None
+    smoothing_bits: "i64",  # read with HAS_SMOOTHING
+    ignore_index: "i64",
+    n_rows,
+    n_cols,
+    dlogits_row_stride,
+    row_stride,
+    REDUCTION: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_EDGES: tl.constexpr,  # some row starts or ends inside a 16-byte group
+    VECTOR: tl.constexpr,  # elements in 16 bytes; the two row strides are equal modulo VECTOR
+    BLOCK_COLS: tl.constexpr,
+):
+    """Gradient of BLOCK_COLS whole 16-byte groups of one row; the first block of a row also writes its two ragged edges."""
+    dtype = saved_ptr.dtype.element_ty
+    blocks_per_row = tl.cdiv(n_cols, BLOCK_COLS)
+    row = (tl.program_id(0) // blocks_per_row).to(tl.int64)  # int64: row * row_stride passes 2**31
+    block = tl.program_id(0) % blocks_per_row
+    target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
+    g = row_coefficient(saved_ptr, dloss_ptr, row, row < n_rows, n_rows, REDUCTION)
+    read = valid & (g != 0)  # the other rows are not read
+
+    if HAS_EDGES:
+        row_start = row * row_stride
+        dlogits_row_start = row * dlogits_row_stride
+        head, n_main = aligned_columns(row_start, n_cols, VECTOR)
+    else:
+        row_start = row * ((row_stride // VECTOR) * VECTOR)
+        dlogits_row_start = row * ((dlogits_row_stride // VECTOR) * VECTOR)
+        head, n_main = 0, (n_cols // VECTOR) * VECTOR
+    main_ptr = logits_ptr + tl.multiple_of(row_start + head, VECTOR)
+    dlogits_main_ptr = dlogits_ptr + tl.multiple_of(dlogits_row_start + head, VECTOR)
+
+    row_max = tl.load(saved_ptr + STATE + row, mask=read, other=0.0)
+    rest = tl.load(saved_ptr + STATE + n_rows + row, mask=read, other=1.0)
+    x_t = tl.load(logits_ptr + row_start + target, mask=read, other=0.0).to(dtype)
+    nll_factor, smooth_factor, smooth_total = _row_factors(
+        saved_ptr, weight_ptr, target, valid, counted, g, smoothing_bits, n_cols, HAS_SMOOTHING
+    )
+    d = rest + tl.exp(x_t - row_max)
+    p_factor = (nll_factor + smooth_total) / d
+    at_target = smooth_total / d * tl.exp(x_t - row_max) - nll_factor * (rest / d)
+    if not read:
+        # 0 times an infinite or NaN statistic is NaN: a row without gradient must be 0. Out of range stays NaN.
+        p_factor = tl.where(counted & (g != 0), p_factor, 0.0)
+        at_target = p_factor
+        smooth_factor = p_factor
+
+    cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    in_main = cols < n_main
+    x = tl.load(main_ptr + cols, mask=in_main & read, other=0.0).to(dtype)
+    dlogits = tl.exp(x - row_max) * p_factor
+    if HAS_SMOOTHING:
+        if weight_ptr is not None:
+            dlogits -= smooth_factor * tl.load(weight_ptr + head + cols, mask=in_main, other=0.0).to(dtype)
+        else:
+            dlogits -= smooth_factor
+    tl.store(dlogits_main_ptr + cols, dlogits, mask=in_main)
+    if HAS_EDGES and block == 0:
+        cols, in_edge = edge_columns(head, n_main, n_cols, VECTOR)
+        x = tl.load(logits_ptr + row_start + cols, mask=in_edge & read, other=0.0).to(dtype)
+        dlogits = tl.exp(x - row_max) * p_factor
+        if HAS_SMOOTHING:
+            if weight_ptr is not None:
+                dlogits -= smooth_factor * tl.load(weight_ptr + cols, mask=in_edge, other=0.0).to(dtype)
+            else:
+                dlogits -= smooth_factor
+        tl.store(dlogits_ptr + dlogits_row_start + cols, dlogits, mask=in_edge)
+
+    # The target's own gradient is stored last, by the program that has stored its neighbours: comparing every column with the
+    # target would cost two instructions per logit.
+    col = target.to(tl.int32) - head
+    in_block = (col >= block * BLOCK_COLS) & (col < tl.minimum((block + 1) * BLOCK_COLS, n_main))
+    in_edges = (block == 0) & ((col < 0) | (col >= n_main))
+    if HAS_SMOOTHING:
+        if weight_ptr is not None:
+            at_target -= smooth_factor * tl.load(weight_ptr + target, mask=read, other=0.0).to(dtype)
+        else:
+            at_target -= smooth_factor
+    tl.debug_barrier()  # another thread stored this element with the others of its group
+    tl.store(dlogits_ptr + dlogits_row_start + target, at_target, mask=read & (in_block | in_edges))

@@ -1,0 +1,260 @@
+"""Forward kernels: every row's loss and the batch reduction in one launch. Derivations in rowwise.py and reduction.py.
+
+Traffic: each logit of a counted row is read once; per row 8 bytes of target are read and 2 or 3 statistics written.
+An online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867) over blocks of columns keeps m and rest.
+
+    forward_tile_kernel   BLOCK_ROWS rows per program, any strides: few classes, or classes far apart in memory (N, C, d1, ...)
+    forward_row_kernel    one row per program, classes contiguous: 16-byte loads at any row start
+"""
+
+import triton
+import triton.language as tl
+from fusedloss.kernels.reduction import reduce_batch
+from fusedloss.kernels.rowwise import (
+    STATE,
+    finite_max,
+    float_from_bits,
+    load_scale,
+    load_target,
+    row_loss,
+)
+
+
+@triton.jit
+def _store_rows(
+    loss_ptr,
+    saved_ptr,
+    rows,
+    mask,
+    counted,
+    loss,
+    row_max,
+    rest,
+    scale,
+    n_rows,
+    REDUCTION: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """What a forward leaves per row: the loss itself, statistics for the backward, losses to select among."""
+    if REDUCTION == "none":
+        tl.store(loss_ptr + rows, scale * loss, mask=mask)
+        tl.store(saved_ptr, scale, mask=tl.program_id(0) == 0)
+    if SAVE:
+        tl.store(saved_ptr + STATE + rows, row_max, mask=mask)
+        tl.store(saved_ptr + STATE + n_rows + rows, rest, mask=mask)
+    if REDUCTION == "max" or REDUCTION == "topk":
+        tl.store(saved_ptr + STATE + 2 * n_rows + rows, tl.where(counted, loss, float("-inf")), mask=mask)
+
+
+@triton.jit(do_not_specialize=["scale_bits", "smoothing_bits", "ignore_index", "top_k"])
+def forward_tile_kernel(
+    loss_ptr,  # (n_rows,) for "none", else ()
+    saved_ptr,  # (4 + 3 n_rows,), see rowwise.py
+    partial_ptr,  # (2, n_programs) workspace, None with a single program or "none"
+    ticket_ptr,  # () int32, likewise
+    logits_ptr,  # (n_outer, n_inner, n_cols)
+    target_ptr,  # (n_rows,) int64 or uint8
+    weight_ptr,  # (n_cols,) or None
+    scale_ptr,  # () or None
+    scale_bits: "i64",
+    smoothing_bits: "i64",  # read with HAS_SMOOTHING
+    ignore_index: "i64",
+    top_k: "i64",
+    n_rows,
+    n_inner,
+    n_cols,
+    outer_stride,
+    row_stride,
+    col_stride,
+    REDUCTION: tl.constexpr,
+    TOP_K_IS_FRACTION: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    SAVE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Losses of BLOCK_ROWS rows of one outer block, BLOCK_COLS classes at a time."""
+    dtype = saved_ptr.dtype.element_ty
+    tiles_per_outer = tl.cdiv(n_inner, BLOCK_ROWS)
+    outer = (tl.program_id(0) // tl.maximum(tiles_per_outer, 1)).to(tl.int64)  # int64: offsets pass 2**31
+    inner = (tl.program_id(0) % tl.maximum(tiles_per_outer, 1)) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    mask = inner < n_inner  # the last tile of an outer block is rarely full
+    rows = outer * n_inner + inner
+    target, counted, valid = load_target(target_ptr, rows, mask, ignore_index, n_cols)
+
+    row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
+    x_t = tl.load(row_ptr + target * col_stride, mask=valid, other=0.0).to(dtype)
+    row_max = tl.full((BLOCK_ROWS,), float("-inf"), dtype)
+    rest = tl.zeros((BLOCK_ROWS,), dtype)
+    shift = tl.zeros((BLOCK_ROWS,), dtype)
+    smooth_sum = tl.zeros((BLOCK_ROWS,), dtype)
+    weight_total = tl.zeros((1,), dtype)
+    for start in range(0, n_cols, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        in_row = cols < n_cols
+        block_mask = valid[:, None] & in_row[None, :]  # rows that do not count are not read
+        offsets = cols.to(tl.int64) * col_stride  # int64: classes may lie far apart; free where col_stride is 1
+        x = tl.load(row_ptr[:, None] + offsets[None, :], mask=block_mask, other=float("-inf")).to(dtype)
+        new_max = tl.maximum(row_max, tl.max(x, 1))
+        finite = finite_max(new_max)
+        e = tl.where(cols[None, :] == target.to(tl.int32)[:, None], 0.0, tl.exp(x - finite[:, None]))
+        rest = rest * tl.exp(row_max - finite) + tl.sum(e, 1)
+        if HAS_SMOOTHING:
+            shift = tl.where(
+                row_max == float("-inf"), finite, shift
+            )  # the first maximum: any fixed logit of the row will do
+            w = in_row.to(dtype)
+            if weight_ptr is not None:
+                w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(dtype)
+            smooth_sum += tl.sum(tl.where(in_row[None, :], w[None, :] * (shift[:, None] - x), 0.0), 1)
+            weight_total += tl.sum(w, 0)
+        row_max = new_max
+
+    target_weight = counted.to(dtype)
+    if weight_ptr is not None:
+        target_weight = tl.load(weight_ptr + target, mask=valid, other=0.0).to(dtype)
+    smoothing = None
+    if HAS_SMOOTHING:
+        smoothing = float_from_bits(smoothing_bits, dtype)
+        if SAVE:
+            tl.store(saved_ptr + 3 + tl.arange(0, 1), weight_total, mask=(tl.program_id(0) + tl.arange(0, 1)) == 0)
+    loss = row_loss(row_max, rest, x_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
+    loss = tl.where(
+        valid, loss, tl.where(counted, float("nan"), 0.0)
+    )  # a class index out of range: NaN, nothing was read
+    target_weight = tl.where(counted, target_weight, 0.0)
+
+    scale = load_scale(scale_ptr, scale_bits, dtype)
+    _store_rows(loss_ptr, saved_ptr, rows, mask, counted, loss, row_max, rest, scale, n_rows, REDUCTION, SAVE)
+    if REDUCTION != "none":
+        count = target_weight if REDUCTION == "mean" else counted.to(dtype)
+        reduce_batch(
+            loss_ptr, saved_ptr, partial_ptr, ticket_ptr, tl.sum(loss, 0), tl.sum(count, 0), scale, top_k, n_rows,
+            REDUCTION, TOP_K_IS_FRACTION, ticket_ptr is None,
+        )  # fmt: skip
+
+
+@triton.jit
+def aligned_columns(row_start, n_cols, VECTOR: tl.constexpr):
+    """Splits a row whose first element has index row_start into head, whole 16-byte groups, and tail: (head, n_main).
+
+    Groups begin where the address is a multiple of 16 bytes, whatever n_cols and the row are; n_main is a multiple of VECTOR,
+    which is the proof the compiler needs for one vector access per group, masked as a whole.
+    """
+    head = ((VECTOR - row_start % VECTOR) % VECTOR).to(tl.int32)
+    head = tl.minimum(head, n_cols)
+    n_main = ((n_cols - head) // VECTOR) * VECTOR
+    return head, n_main
+
+
+@triton.jit
+def edge_columns(head, n_main, n_cols, VECTOR: tl.constexpr):
+    """The fewer than 2 VECTOR columns of a row outside its whole groups, and which of them exist."""
+    lane = tl.arange(0, 2 * VECTOR)
+    cols = tl.where(lane < VECTOR, lane, head + n_main + lane - VECTOR)
+    return cols, tl.where(lane < VECTOR, lane < head, cols < n_cols)
+
+
+@triton.jit(do_not_specialize=["scale_bits", "smoothing_bits", "ignore_index", "top_k"])
+def forward_row_kernel(
+    loss_ptr,  # (n_rows,) for "none", else ()
+    saved_ptr,  # (4 + 3 n_rows,), see rowwise.py
+    partial_ptr,  # (2, n_rows) workspace, None for "none"
+    ticket_ptr,  # () int32, likewise
+    logits_ptr,  # (n_rows, n_cols), classes contiguous
+    target_ptr,  # (n_rows,) int64 or uint8
+    weight_ptr,  # (n_cols,) or None
+    scale_ptr,  # () or None
+    scale_bits: "i64",
+    smoothing_bits: "i64",  # read with HAS_SMOOTHING
+    ignore_index: "i64",
+    top_k: "i64",
+    n_rows,
+    n_cols,
+    row_stride,
+    REDUCTION: tl.constexpr,
+    TOP_K_IS_FRACTION: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    SAVE: tl.constexpr,
+    HAS_EDGES: tl.constexpr,  # some row starts or ends inside a 16-byte group
+    VECTOR: tl.constexpr,  # elements in 16 bytes
+    BLOCK_COLS: tl.constexpr,
+):
+    """Loss of one row, BLOCK_COLS classes at a time; up to BLOCK_COLS the row stays in registers."""
+    dtype = saved_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)  # int64: row * row_stride passes 2**31
+    target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
+    n_read = tl.where(valid, n_cols, 0)  # a row that does not count is not read
+
+    if HAS_EDGES:
+        row_start = row * row_stride
+        head, n_main = aligned_columns(row_start, n_read, VECTOR)
+    else:
+        row_start = row * ((row_stride // VECTOR) * VECTOR)
+        head, n_main = 0, (n_read // VECTOR) * VECTOR
+    row_ptr = logits_ptr + row_start
+    main_ptr = logits_ptr + tl.multiple_of(row_start + head, VECTOR)
+
+    x_t = tl.load(row_ptr + target, mask=valid, other=0.0).to(dtype)
+    target_weight = counted.to(dtype)
+    if weight_ptr is not None:
+        target_weight = tl.load(weight_ptr + target, mask=valid, other=0.0).to(dtype)
+
+    row_max = tl.full((), float("-inf"), dtype)
+    rest = tl.zeros((), dtype)
+    shift = tl.zeros((), dtype)
+    smooth_sum = tl.zeros((), dtype)
+    weight_total = tl.zeros((), dtype)
+    if HAS_EDGES:
+        cols, in_edge = edge_columns(head, n_main, n_read, VECTOR)
+        x = tl.load(row_ptr + cols, mask=in_edge, other=float("-inf")).to(dtype)
+        row_max = tl.max(x, 0)
+        finite = finite_max(row_max)
+        rest = tl.sum(tl.where(cols == target, 0.0, tl.exp(x - finite)), 0)
+        shift = finite
+        if HAS_SMOOTHING:
+            w = in_edge.to(dtype)
+            if weight_ptr is not None:
+                w = tl.load(weight_ptr + cols, mask=in_edge, other=0.0).to(dtype)
+            smooth_sum = tl.sum(tl.where(in_edge, w * (shift - x), 0.0), 0)
+            weight_total = tl.sum(w, 0)
+
+    for start in range(0, n_main, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        in_main = cols < n_main
+        x = tl.load(main_ptr + cols, mask=in_main, other=float("-inf")).to(dtype)
+        new_max = tl.maximum(row_max, tl.max(x, 0))
+        finite = finite_max(new_max)
+        e = tl.exp(x - finite)
+        at_target = target.to(tl.int32) - head - start  # where the target would lie in this block
+        if (at_target >= 0) & (at_target < BLOCK_COLS):
+            e = tl.where(tl.arange(0, BLOCK_COLS) == at_target, 0.0, e)
+        rest = rest * tl.exp(row_max - finite) + tl.sum(e, 0)
+        if HAS_SMOOTHING:
+            shift = tl.where(row_max == float("-inf"), finite, shift)
+            w = in_main.to(dtype)
+            if weight_ptr is not None:
+                w = tl.load(weight_ptr + head + cols, mask=in_main, other=0.0).to(dtype)
+            smooth_sum += tl.sum(tl.where(in_main, w * (shift - x), 0.0), 0)
+            weight_total += tl.sum(w, 0)
+        row_max = new_max
+
+    smoothing = None
+    if HAS_SMOOTHING:
+        smoothing = float_from_bits(smoothing_bits, dtype)
+        if SAVE:
+            tl.store(saved_ptr + 3, weight_total, mask=valid)  # every row that is read stores the same value
+    loss = row_loss(row_max, rest, x_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
+    loss = tl.where(
+        valid, loss, tl.where(counted, float("nan"), 0.0)
+    )  # a class index out of range: NaN, nothing was read
+    target_weight = tl.where(counted, target_weight, 0.0)
+
+    scale = load_scale(scale_ptr, scale_bits, dtype)
+    _store_rows(loss_ptr, saved_ptr, row, row < n_rows, counted, loss, row_max, rest, scale, n_rows, REDUCTION, SAVE)
+    if REDUCTION != "none":
+        count = target_weight if REDUCTION == "mean" else counted.to(dtype)
+        reduce_batch(
+            loss_ptr, saved_ptr, partial_ptr, ticket_ptr, loss, count, scale, top_k, n_rows,
+            REDUCTION, TOP_K_IS_FRACTION, ticket_ptr is None,
+        )  # fmt: skip

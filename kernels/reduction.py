@@ -1,0 +1,187 @@
+"""The batch reduction at the end of the forward: done by whichever program finishes last, in the same launch.
+
+Each program stores two partial sums and draws a ticket from an atomic counter; the one that draws the last ticket adds all
+partials in the order of the programs. So the result does not depend on the order in which programs ran, and no float is
+ever added atomically. (The technique of CUDA's threadFenceReduction sample.)
+
+"max" and "topk" keep every row's loss; the last program selects among them. The k-th largest is found by radix selection,
+8 bits at a time from the top (Alabi et al. 2012, "Fast k-selection algorithms for graphics processing units"): 4 passes over
+n_rows values in L2 for float32, whatever k is.
+"""
+
+import triton
+import triton.language as tl
+from fusedloss.kernels.rowwise import STATE, loss_from_sortable_bits, sortable_bits
+
+PARTIALS_BLOCK = tl.constexpr(1024)  # partials or row losses that the last program reads at a time
+DIGIT_BITS = tl.constexpr(8)
+
+
+@triton.jit
+def reduce_batch(
+    loss_ptr,  # () out
+    saved_ptr,  # (4 + 3 n_rows,) out: the coefficients at its head; in: row losses, for max and topk
+    partial_ptr,  # (2, n_programs) workspace
+    ticket_ptr,  # () int32, 0 before and after
+    loss_sum,  # of this program's rows
+    count,  # of this program's rows: counted rows, or for the mean the sum of their weights
+    scale,
+    top_k,
+    n_rows,
+    REDUCTION: tl.constexpr,
+    TOP_K_IS_FRACTION: tl.constexpr,
+    SINGLE_PROGRAM: tl.constexpr,
+):
+    SELECTS: tl.constexpr = REDUCTION == "max" or REDUCTION == "topk"
+    if SELECTS:
+        # Row losses were stored by many threads, and are read by others of this CTA, or published by one thread's atomic.
+        tl.debug_barrier()
+    if SINGLE_PROGRAM:
+        _write_loss(
+            loss_ptr,
+            saved_ptr,
+            loss_sum.to(tl.float64),
+            count.to(tl.float64),
+            scale,
+            top_k,
+            n_rows,
+            REDUCTION,
+            TOP_K_IS_FRACTION,
+        )
+    else:
+        program, n_programs = tl.program_id(0), tl.num_programs(0)
+        # Scalars: the thread that stores them is the one that draws the ticket, so that acq_rel orders the two. Triton up to
+        # 3.7.1 puts no CTA barrier between a tensor store and an atomic.
+        tl.store(partial_ptr + program, loss_sum)
+        tl.store(partial_ptr + n_programs + program, count)
+        ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
+        if ticket == n_programs - 1:
+            tl.store(ticket_ptr, 0)  # ready for the next launch, or the next replay of a CUDA graph
+            loss_total = tl.zeros((PARTIALS_BLOCK,), tl.float64)
+            count_total = tl.zeros((PARTIALS_BLOCK,), tl.float64)
+            for start in range(0, n_programs, PARTIALS_BLOCK):
+                index = start + tl.arange(0, PARTIALS_BLOCK)
+                mask = index < n_programs  # the last block is rarely full
+                # .cg: other SMs wrote these, L1 may hold an old line.
+                loss_total += tl.load(partial_ptr + index, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float64)
+                count_total += tl.load(partial_ptr + n_programs + index, mask=mask, other=0.0, cache_modifier=".cg").to(
+                    tl.float64
+                )
+            _write_loss(
+                loss_ptr,
+                saved_ptr,
+                tl.sum(loss_total, 0),
+                tl.sum(count_total, 0),
+                scale,
+                top_k,
+                n_rows,
+                REDUCTION,
+                TOP_K_IS_FRACTION,
+            )
+
+
+@triton.jit
+def _write_loss(
+    loss_ptr, saved_ptr, loss_sum, count, scale, top_k, n_rows, REDUCTION: tl.constexpr, TOP_K_IS_FRACTION: tl.constexpr
+):
+    """The batch loss and the coefficients for the backward, from float64 sums: exact counts, no error beyond the rows'."""
+    scale = scale.to(tl.float64)
+    if REDUCTION == "sum":
+        tl.store(loss_ptr, scale * loss_sum)
+        tl.store(saved_ptr, scale)
+    elif REDUCTION == "mean":
+        tl.store(loss_ptr, scale * (loss_sum / count))  # 0 / 0 is nan where no row counts, as in PyTorch
+        tl.store(saved_ptr, scale / count)
+    else:
+        row_loss_ptr = saved_ptr + STATE + 2 * n_rows
+        n_counted = count.to(tl.int64)
+        k = _rows_to_select(n_counted, top_k, REDUCTION, TOP_K_IS_FRACTION)
+        if REDUCTION == "max":
+            threshold = _largest(row_loss_ptr, n_rows)
+        else:
+            threshold = _kth_largest(row_loss_ptr, k, n_rows)
+        above_sum, n_above, n_tied = _sum_above(row_loss_ptr, threshold, n_rows)
+        threshold_loss = loss_from_sortable_bits(threshold)
+        share = (k - n_above).to(tl.float64)
+        # With every row selected the threshold may be infinite or 0; 0 * inf must not enter the sum.
+        tied_sum = tl.where(share > 0, share * threshold_loss.to(tl.float64), 0.0)
+        k = k.to(tl.float64)
+        tl.store(loss_ptr, scale * ((above_sum + tied_sum) / k))  # 0 / 0 is nan where no row counts
+        tl.store(saved_ptr, scale / k)
+        tl.store(saved_ptr + 1, scale * (share / (n_tied.to(tl.float64) * k)))
+        tl.store(saved_ptr + 2, threshold_loss)
+
+
+@triton.jit
+def _rows_to_select(n_counted, top_k, REDUCTION: tl.constexpr, TOP_K_IS_FRACTION: tl.constexpr):
+    if REDUCTION == "max":
+        k = n_counted * 0 + 1
+    elif (
+        TOP_K_IS_FRACTION
+    ):  # top_k is in units of 2**-32; integers, so that the host's reference agrees to the last row
+        k = tl.maximum((n_counted * top_k + (1 << 31)) >> 32, 1)
+    else:
+        k = top_k.to(tl.int64)
+    return tl.minimum(k, n_counted)
+
+
+@triton.jit
+def _row_keys(row_loss_ptr, start, n_rows):
+    index = start + tl.arange(0, PARTIALS_BLOCK)
+    mask = index < n_rows
+    # Rows that do not count hold -inf, the least key: k never reaches them. So does the ragged end, which is masked besides.
+    loss = tl.load(row_loss_ptr + index, mask=mask, other=float("-inf"), cache_modifier=".cg")
+    return loss, sortable_bits(loss), mask
+
+
+@triton.jit
+def _largest(row_loss_ptr, n_rows):
+    _, largest, _ = _row_keys(row_loss_ptr, 0, n_rows)
+    for start in range(PARTIALS_BLOCK, n_rows, PARTIALS_BLOCK):
+        _, key, _ = _row_keys(row_loss_ptr, start, n_rows)
+        largest = tl.maximum(largest, key)
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def _kth_largest(row_loss_ptr, k, n_rows):
+    """Key of the k-th largest loss, k >= 1: its digits are found from the top, each from a histogram of the rows that share the
+    digits above it."""
+    N_BITS: tl.constexpr = row_loss_ptr.dtype.element_ty.primitive_bitwidth
+    N_DIGITS: tl.constexpr = 1 << DIGIT_BITS
+    digits = tl.arange(0, N_DIGITS)
+    prefix = (
+        tl.max(sortable_bits(tl.zeros((1,), row_loss_ptr.dtype.element_ty)), 0) * 0
+    )  # an unsigned zero of the key's width
+    remaining = k
+    for step in tl.static_range(N_BITS // DIGIT_BITS):
+        shift: tl.constexpr = N_BITS - DIGIT_BITS * (step + 1)
+        histogram = tl.zeros((N_DIGITS,), tl.int32)
+        for start in range(0, n_rows, PARTIALS_BLOCK):
+            _, key, mask = _row_keys(row_loss_ptr, start, n_rows)
+            if step > 0:  # a shift by the full width is undefined
+                mask = mask & ((key >> (shift + DIGIT_BITS)) == (prefix >> (shift + DIGIT_BITS)))
+            digit = ((key >> shift) & (N_DIGITS - 1)).to(tl.int32)
+            histogram += tl.histogram(digit, N_DIGITS, mask=mask)
+        at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram
+        above = at_least - histogram
+        chosen = (above < remaining) & (at_least >= remaining)  # exactly one digit
+        digit = tl.sum(tl.where(chosen, digits, 0), 0)
+        remaining -= tl.sum(tl.where(chosen, above, 0), 0)
+        prefix = prefix | (digit.to(prefix.dtype) << shift)
+    return prefix
+
+
+@triton.jit
+def _sum_above(row_loss_ptr, threshold, n_rows):
+    """Sum and number of the losses above the threshold, and how many equal it."""
+    total = tl.zeros((PARTIALS_BLOCK,), tl.float64)
+    n_above = tl.zeros((PARTIALS_BLOCK,), tl.int64)
+    n_tied = tl.zeros((PARTIALS_BLOCK,), tl.int64)
+    for start in range(0, n_rows, PARTIALS_BLOCK):
+        loss, key, mask = _row_keys(row_loss_ptr, start, n_rows)
+        above = mask & (key > threshold)
+        total += tl.where(above, loss.to(tl.float64), 0.0)
+        n_above += above.to(tl.int64)
+        n_tied += (mask & (key == threshold)).to(tl.int64)
+    return tl.sum(total, 0), tl.sum(n_above, 0), tl.sum(n_tied, 0)

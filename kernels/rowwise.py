@@ -1,0 +1,124 @@
+"""What every kernel does with one row: its target, its loss from the row's statistics, its coefficient in the gradient.
+
+For logits x of one row, target t, class weights w, smoothing eps over C classes:
+
+    m    = max_c x_c                          rest = sum_{c != t} exp(x_c - m)
+    e_t  = exp(x_t - m)                       d    = rest + e_t           p_c = exp(x_c - m) / d
+    nll  = -log p_t = (m - x_t) + log d       or log1p(rest) where x_t is the maximum
+    loss = (1 - eps) w_t nll + eps/C sum_c w_c nll_c
+    dloss/dx_c = (1 - eps) w_t (p_c - [c = t]) + eps/C (W p_c - w_c)          W = sum_c w_c
+
+Three choices keep it exact. The loss is (m - x_t) + log d, never lse - x_t: a common offset of the logits, say 1e4, would
+leave no digits of the difference. The target is kept out of the sum: log1p(rest) is right down to 1e-38 where log(d) is 0.
+The gradient of the target is -rest / d for the same reason, where p_t - 1 would be 0.
+
+The buffer `saved` links the kernels. It has the accumulation dtype (float32; float64 for float64 logits), 4 + 3 n_rows values:
+
+    [0] coefficient of a row's loss in the scaled batch loss: scale, or scale / denominator; for max and topk of a row above [2]
+    [1] for max and topk: coefficient of a row that ties with [2]
+    [2] for max and topk: the smallest selected loss
+    [3] W, with label smoothing
+    [4 : 4 + n_rows] m        [4 + n_rows : 4 + 2 n_rows] rest        [4 + 2 n_rows :] loss, for max and topk
+"""
+
+import triton
+import triton.language as tl
+
+STATE = tl.constexpr(4)  # scalars at the head of `saved`
+
+
+@triton.jit
+def float_from_bits(bits, dtype: tl.constexpr):
+    """A host float passed as the int64 of its bits: Triton would round a float argument to float32, too coarse for float64 logits."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)
+
+
+@triton.jit
+def load_scale(scale_ptr, scale_bits, dtype: tl.constexpr):
+    scale = float_from_bits(scale_bits, dtype)
+    if scale_ptr is not None:
+        scale *= tl.load(scale_ptr).to(dtype)
+    return scale
+
+
+@triton.jit
+def load_target(target_ptr, rows, mask, ignore_index, n_cols):
+    """Class index of each row, whether the row counts, and whether its index may be used as an address."""
+    target = tl.load(target_ptr + rows, mask=mask, other=0).to(tl.int64)  # uint8 156 stays 156, it is not -100
+    counted = mask & (target != ignore_index)
+    valid = counted & (target >= 0) & (target < n_cols)
+    return target, counted, valid
+
+
+@triton.jit
+def finite_max(row_max):
+    """The maximum as a shift for exp: all classes seen so far may be -inf, and -inf - -inf would be NaN."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0 to the last bits: log(u) x / (u - 1) cancels the rounding of u = 1 + x (HP-15C handbook, Kahan)."""
+    u = 1.0 + x
+    exact = (u == 1.0) | (u == float("inf"))
+    return tl.where(exact, tl.where(u == 1.0, x, u), tl.log(u) * (x / tl.where(exact, 1.0, u - 1.0)))
+
+
+@triton.jit
+def row_nll(row_max, rest, x_t):
+    """-log p_t of each row."""
+    at_max = x_t == row_max
+    # (m - x_t) is added in both branches: it is 0 at the maximum, and NaN where both are infinite, as PyTorch has it.
+    return (row_max - x_t) + tl.where(at_max, log1p(rest), tl.log(rest + tl.exp(x_t - row_max)))
+
+
+@triton.jit
+def row_loss(row_max, rest, x_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols):
+    """Loss of each row; smooth_sum = sum_c w_c (shift - x_c), used only where smoothing is not None."""
+    nll = row_nll(row_max, rest, x_t)
+    loss = target_weight * nll
+    if smoothing is not None:
+        log_sum = (row_max - shift) + tl.log(rest + tl.exp(x_t - row_max))
+        loss = (1.0 - smoothing) * loss + (smoothing / n_cols) * (weight_total * log_sum + smooth_sum)
+    return loss
+
+
+@triton.jit
+def sortable_bits(loss):
+    """Unsigned integers in the order of the losses; every NaN is the greatest, -0.0 equals 0.0."""
+    loss += 0.0
+    if loss.dtype == tl.float64:
+        bits = loss.to(tl.int64, bitcast=True)
+        key = tl.where(bits < 0, ~bits, bits | -0x8000000000000000).to(tl.uint64, bitcast=True)
+        return tl.where(loss != loss, tl.full(loss.shape, 0xFFFFFFFFFFFFFFFF, tl.uint64), key)
+    else:
+        bits = loss.to(tl.int32, bitcast=True)
+        key = tl.where(bits < 0, ~bits, bits | -0x80000000).to(tl.uint32, bitcast=True)
+        return tl.where(loss != loss, tl.full(loss.shape, 0xFFFFFFFF, tl.uint32), key)
+
+
+@triton.jit
+def loss_from_sortable_bits(key):
+    """The inverse of sortable_bits."""
+    if key.dtype == tl.uint64:
+        bits = key.to(tl.int64, bitcast=True)
+        return tl.where(bits < 0, bits & 0x7FFFFFFFFFFFFFFF, ~bits).to(tl.float64, bitcast=True)
+    else:
+        bits = key.to(tl.int32, bitcast=True)
+        return tl.where(bits < 0, bits & 0x7FFFFFFF, ~bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_coefficient(saved_ptr, dloss_ptr, rows, mask, n_rows, REDUCTION: tl.constexpr):
+    """dL/d(loss of the row), upstream gradient and scale included."""
+    coefficient = tl.load(saved_ptr)
+    if REDUCTION == "none":
+        upstream = tl.load(dloss_ptr + rows, mask=mask, other=0.0).to(coefficient.dtype)
+    else:
+        upstream = tl.load(dloss_ptr).to(coefficient.dtype)
+    if REDUCTION == "max" or REDUCTION == "topk":
+        loss = tl.load(saved_ptr + STATE + 2 * n_rows + rows, mask=mask, other=float("-inf"))
+        key, threshold = sortable_bits(loss), sortable_bits(tl.load(saved_ptr + 2))
+        tied = tl.load(saved_ptr + 1)
+        coefficient = tl.where(key > threshold, coefficient, tl.where(key == threshold, tied, 0.0))
+    return coefficient * upstream
