@@ -55,7 +55,7 @@ def check_options(
     if isinstance(scale, Tensor):
         if scale.dim() != 0 or not scale.is_floating_point():
             raise ValueError(
-                f"scale must be a number or a 0-d floating point tensor, but got shape {list(scale.shape)} and dtype {scale.dtype}"
+                f"scale must be a number or a 0-d floating point tensor, but got shape {list(scale.shape)}, {scale.dtype}"
             )
         scale = 1.0
     elif type(scale) is not float:
@@ -127,13 +127,9 @@ def _check_smoothing(options: Options) -> None:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
 
 
-def _check_probabilities(
-    input: Tensor, target: Tensor, weight: Tensor | None, n_classes: int, options: Options
-) -> None:
+def _check_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, n_classes: int, options: Options) -> None:
     if not target.is_floating_point():
-        raise RuntimeError(
-            f"Expected floating point type for target with class probabilities, got {_name(target.dtype)}"
-        )
+        raise RuntimeError(f"Expected floating point type for target with class probabilities, got {_name(target.dtype)}")
     if options.ignore_index >= 0:
         raise RuntimeError(f"ignore_index is not supported for floating point target, but got {options.ignore_index}")
     _check_weight(weight, n_classes)
@@ -155,9 +151,7 @@ def _check_indices(
         found = target.shape[0] if target.dim() else "none, a 0-d target"
         raise ValueError(f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({found}).")
     elif input.dim() == 2 and target.dim() != 1:
-        raise RuntimeError(
-            f"0D or 1D target tensor expected, multi-target not supported: got target size {list(target.shape)}"
-        )
+        raise RuntimeError(f"0D or 1D target tensor expected, multi-target not supported: got target size {list(target.shape)}")
     elif input.dim() > 2 and input.shape[2:] != target.shape[1:]:
         expected = [input.shape[0], *input.shape[2:]]
         raise RuntimeError(f"Expected target size {expected}, got {list(target.shape)}")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ MAX_SHARED_ROW_COLS = 512
 TILE_ELEMENTS = 4096
 # Up to this many elements one program does everything, so that no ticket is needed.
 SINGLE_PROGRAM_ELEMENTS = 16384
-# Rows per tile when the rows, not the classes, are contiguous (segmentation): a warp then reads 32 neighbouring pixels x 16 bytes.
+# Rows per tile when the rows, not the classes, are contiguous (segmentation).
 SPATIAL_BLOCK_ROWS = 256
 
 ROW_REDUCTIONS = ("max", "topk")  # reductions that select rows by their loss
@@ -112,7 +113,7 @@ def spatial_dims_collapse(logits: torch.Tensor) -> bool:
     """Whether the dims after (N, C) can be viewed as one, so that the kernels read (N, C, d1, ...) where it lies."""
     sizes, strides = logits.shape[2:], logits.stride()[2:]
     kept = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
-    return all(outer[1] == inner[0] * inner[1] for outer, inner in zip(kept, kept[1:], strict=False))
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(kept))
 
 
 def geometry(logits: torch.Tensor) -> Geometry:

@@ -100,9 +100,7 @@ def forward_tile_kernel(
         e = tl.where(cols[None, :] == target.to(tl.int32)[:, None], 0.0, tl.exp(x - finite[:, None]))
         rest = rest * tl.exp(row_max - finite) + tl.sum(e, 1)
         if HAS_SMOOTHING:
-            shift = tl.where(
-                row_max == float("-inf"), finite, shift
-            )  # the first maximum: any fixed logit of the row will do
+            shift = tl.where(row_max == float("-inf"), finite, shift)  # the first maximum: any fixed logit of the row will do
             w = in_row.to(dtype)
             if weight_ptr is not None:
                 w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(dtype)
@@ -119,9 +117,7 @@ def forward_tile_kernel(
         if SAVE:
             tl.store(saved_ptr + 3 + tl.arange(0, 1), weight_total, mask=(tl.program_id(0) + tl.arange(0, 1)) == 0)
     loss = row_loss(row_max, rest, x_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
-    loss = tl.where(
-        valid, loss, tl.where(counted, float("nan"), 0.0)
-    )  # a class index out of range: NaN, nothing was read
+    loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN, nothing was read
     target_weight = tl.where(counted, target_weight, 0.0)
 
     scale = load_scale(scale_ptr, scale_bits, dtype)
@@ -245,9 +241,7 @@ def forward_row_kernel(
         if SAVE:
             tl.store(saved_ptr + 3, weight_total, mask=valid)  # every row that is read stores the same value
     loss = row_loss(row_max, rest, x_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
-    loss = tl.where(
-        valid, loss, tl.where(counted, float("nan"), 0.0)
-    )  # a class index out of range: NaN, nothing was read
+    loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN, nothing was read
     target_weight = tl.where(counted, target_weight, 0.0)
 
     scale = load_scale(scale_ptr, scale_bits, dtype)

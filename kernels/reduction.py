@@ -116,9 +116,7 @@ def _write_loss(
 def _rows_to_select(n_counted, top_k, REDUCTION: tl.constexpr, TOP_K_IS_FRACTION: tl.constexpr):
     if REDUCTION == "max":
         k = n_counted * 0 + 1
-    elif (
-        TOP_K_IS_FRACTION
-    ):  # top_k is in units of 2**-32; integers, so that the host's reference agrees to the last row
+    elif TOP_K_IS_FRACTION:  # top_k is in units of 2**-32; integers, so that the host's reference agrees to the last row
         k = tl.maximum((n_counted * top_k + (1 << 31)) >> 32, 1)
     else:
         k = top_k.to(tl.int64)
@@ -150,9 +148,7 @@ def _kth_largest(row_loss_ptr, k, n_rows):
     N_BITS: tl.constexpr = row_loss_ptr.dtype.element_ty.primitive_bitwidth
     N_DIGITS: tl.constexpr = 1 << DIGIT_BITS
     digits = tl.arange(0, N_DIGITS)
-    prefix = (
-        tl.max(sortable_bits(tl.zeros((1,), row_loss_ptr.dtype.element_ty)), 0) * 0
-    )  # an unsigned zero of the key's width
+    prefix = tl.max(sortable_bits(tl.zeros((1,), row_loss_ptr.dtype.element_ty)), 0) * 0  # an unsigned zero of the key's width
     remaining = k
     for step in tl.static_range(N_BITS // DIGIT_BITS):
         shift: tl.constexpr = N_BITS - DIGIT_BITS * (step + 1)

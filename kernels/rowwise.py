@@ -29,7 +29,7 @@ STATE = tl.constexpr(4)  # scalars at the head of `saved`
 
 @triton.jit
 def float_from_bits(bits, dtype: tl.constexpr):
-    """A host float passed as the int64 of its bits: Triton would round a float argument to float32, too coarse for float64 logits."""
+    """A host float passed as the int64 of its bits: Triton rounds float arguments to float32, too coarse for float64."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)
 
 
