@@ -15,6 +15,7 @@ from fusedloss.kernels.rowwise import STATE, loss_from_sortable_bits, sortable_b
 
 PARTIALS_BLOCK = tl.constexpr(1024)  # partials or row losses that the last program reads at a time
 DIGIT_BITS = tl.constexpr(8)
+N_DIGITS = tl.constexpr(256)
 
 
 @triton.jit
@@ -146,7 +147,6 @@ def _kth_largest(row_loss_ptr, k, n_rows):
     """Key of the k-th largest loss, k >= 1: its digits are found from the top, each from a histogram of the rows that share the
     digits above it."""
     N_BITS: tl.constexpr = row_loss_ptr.dtype.element_ty.primitive_bitwidth
-    N_DIGITS: tl.constexpr = 1 << DIGIT_BITS
     digits = tl.arange(0, N_DIGITS)
     prefix = tl.max(sortable_bits(tl.zeros((1,), row_loss_ptr.dtype.element_ty)), 0) * 0  # an unsigned zero of the key's width
     remaining = k

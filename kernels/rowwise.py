@@ -121,4 +121,4 @@ def row_coefficient(saved_ptr, dloss_ptr, rows, mask, n_rows, REDUCTION: tl.cons
         key, threshold = sortable_bits(loss), sortable_bits(tl.load(saved_ptr + 2))
         tied = tl.load(saved_ptr + 1)
         coefficient = tl.where(key > threshold, coefficient, tl.where(key == threshold, tied, 0.0))
-    return coefficient * upstream
+    return tl.where(mask, coefficient * upstream, 0.0)
