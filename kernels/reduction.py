@@ -86,12 +86,13 @@ def _write_loss(
     loss_ptr, saved_ptr, loss_sum, count, scale, top_k, n_rows, REDUCTION: tl.constexpr, TOP_K_IS_FRACTION: tl.constexpr
 ):
     """The batch loss and the coefficients for the backward, from float64 sums: exact counts, no error beyond the rows'."""
+    dtype: tl.constexpr = saved_ptr.dtype.element_ty  # a loss in bfloat16 is rounded from float32: no target converts from float64
     scale = scale.to(tl.float64)
     if REDUCTION == "sum":
-        tl.store(loss_ptr, scale * loss_sum)
+        tl.store(loss_ptr, (scale * loss_sum).to(dtype))
         tl.store(saved_ptr, scale)
     elif REDUCTION == "mean":
-        tl.store(loss_ptr, scale * (loss_sum / count))  # 0 / 0 is nan where no row counts, as in PyTorch
+        tl.store(loss_ptr, (scale * (loss_sum / count)).to(dtype))  # 0 / 0 is nan where no row counts, as in PyTorch
         tl.store(saved_ptr, scale / count)
     else:
         row_loss_ptr = saved_ptr + STATE + 2 * n_rows
@@ -107,7 +108,7 @@ def _write_loss(
         # With every row selected the threshold may be infinite or 0; 0 * inf must not enter the sum.
         tied_sum = tl.where(share > 0, share * threshold_loss.to(tl.float64), 0.0)
         k = k.to(tl.float64)
-        tl.store(loss_ptr, scale * ((above_sum + tied_sum) / k))  # 0 / 0 is nan where no row counts
+        tl.store(loss_ptr, (scale * ((above_sum + tied_sum) / k)).to(dtype))  # 0 / 0 is nan where no row counts
         tl.store(saved_ptr, scale / k)
         tl.store(saved_ptr + 1, scale * (share / (n_tied.to(tl.float64) * k)))
         tl.store(saved_ptr + 2, threshold_loss)
