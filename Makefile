@@ -1,0 +1,44 @@
+# Everything a developer or CI runs. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-all check bench
+
+help:
+	@echo "make setup     create $(VENV) and install fusedloss with what the other targets need"
+	@echo "make train     train the CIFAR-10 classifier with the fused loss (options: ARGS='--epochs 3 --loss torch')"
+	@echo "make test      the test suite: the part under Triton's interpreter, then the rest"
+	@echo "make test-all  the same with the whole sweep"
+	@echo "make check     lint, format and type checks"
+	@echo "make bench     time the loss on this machine against PyTorch's"
+
+# Remade when the metadata change; a virtual environment that is there and up to date costs nothing.
+$(READY): pyproject.toml setup.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check --quiet -e '.[test,train,dev]'
+	@touch $@
+
+setup: $(READY)
+
+train: $(READY)
+	$(PY) benchmarks/train_cifar10.py $(ARGS)
+
+# Two processes: TRITON_INTERPRET must be set before triton is imported, and an interpreted process cannot compile.
+test: $(READY)
+	TRITON_INTERPRET=1 $(PY) -m pytest -m interpreter $(ARGS)
+	$(PY) -m pytest -m "not interpreter" $(ARGS)
+
+test-all: ARGS += --sweep
+test-all: test
+
+check: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(READY)
+	$(PY) benchmarks/bench_loss.py $(ARGS)

@@ -1,0 +1,48 @@
+"""The error budget of every comparison: twice PyTorch's own error in the dtype plus one rounding of the largest value."""
+
+import torch
+from torch import Tensor
+
+
+def assert_within_budget(actual: Tensor, torchs: Tensor, exact: Tensor, what: str = "result") -> None:
+    """Fails unless |actual - exact| <= 2 (max|torchs - exact| + eps max|exact|), naming the worst element.
+
+    Args:
+        actual: what fusedloss computed.
+        torchs: what PyTorch computed in the same dtype.
+        exact: the same in float64. NaN and infinity must be where it has them; one that lies beyond actual's dtype is infinite.
+    """
+    assert actual.shape == exact.shape == torchs.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    assert actual.dtype == torchs.dtype, f"{what}: {actual.dtype}, expected {torchs.dtype}"
+    if exact.numel() == 0:
+        return
+    exact = exact.detach().double().cpu()
+    special = ~exact.to(actual.dtype).isfinite()
+    expected = exact.to(actual.dtype).double()
+    found = actual.detach().double().cpu()
+    theirs = torchs.detach().double().cpu()
+
+    wrong_special = torch.where(
+        special | ~found.isfinite(), (found != expected) & ~(found.isnan() & expected.isnan()), torch.zeros_like(special)
+    )
+    if wrong_special.any():
+        at = tuple(wrong_special.nonzero()[0].tolist())
+        raise AssertionError(f"{what}: {found[at].item()!r} at {list(at)}, expected {exact[at].item()!r}")
+
+    usual = ~special
+    if not usual.any():
+        return
+    errors = torch.where(usual, (found - exact).abs(), 0.0)
+    torch_errors = torch.where(usual & theirs.isfinite(), (theirs - exact).abs(), 0.0)
+    rounding = torch.finfo(actual.dtype).eps * torch.where(usual, exact.abs(), 0.0).max()
+    if actual.dtype == torch.float64:
+        rounding = 4 * rounding  # the reference is as rough as what it measures
+    limit = 2 * (torch_errors.max() + rounding)
+    if (errors > limit).any():
+        at = tuple(torch.unravel_index(errors.argmax(), errors.shape))
+        place = [int(i) for i in at]
+        raise AssertionError(
+            f"{what}: worst element {place} of {list(errors.shape)}: {found[at].item()!r}, expected {exact[at].item()!r}; "
+            f"error {errors[at].item():.3g} > {limit.item():.3g} = 2 x (torch's {torch_errors.max().item():.3g} + rounding "
+            f"{rounding.item():.3g})"
+        )
