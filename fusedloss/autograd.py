@@ -1,8 +1,13 @@
 """The torch.autograd.Function: what is saved and which gradients exist.
 
-forward   loss, saved = op.forward(logits, ...)         saved: per-row statistics and the reduction's coefficients
-backward  dlogits = op.backward(dloss, logits, saved)   first order: one kernel
-          autograd.grad(reference(logits))              under create_graph: differentiable to any order
+forward   loss, saved, dlogits = op.forward(logits, ...)   saved: per-row statistics and the reduction's coefficients
+backward  dlogits, scaled by dloss                         fused strategy, the first time: no saved tensor is touched
+          op.backward(dloss, logits, saved)                recompute strategy, and a second backward (retain_graph)
+          autograd.grad(reference(logits))                 under create_graph: differentiable to any order
+
+A fused gradient is kept on ctx, outside save_for_backward: it is handed out once and belongs to the caller from then on, who
+may change it in place. The logits are saved besides (a reference, not a copy) but not read, so that a caller who edits them
+in place after the forward is still served, as PyTorch does; only the two other paths then meet autograd's version check.
 """
 
 from typing import Any
@@ -11,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedloss import ops, reference
-from fusedloss.plan import Options, spatial_dims_collapse
+from fusedloss.plan import Options, fuses_gradient, spatial_dims_collapse
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -33,7 +38,7 @@ def forward_only(
     backend: str,
 ) -> Tensor:
     """The loss, with nothing kept for a backward."""
-    loss, _ = ops.forward(_rows(logits), target.reshape(-1), weight, scale, options, out_dtype, False, backend)
+    loss, _, _ = ops.forward(_rows(logits), target.reshape(-1), weight, scale, options, out_dtype, False, backend)
     return loss.view(target.shape) if options.reduction == "none" else loss
 
 
@@ -51,14 +56,17 @@ class CrossEntropyFunction(torch.autograd.Function):
         out_dtype: torch.dtype,
         backend: str,
     ) -> Tensor:
-        loss, saved = ops.forward(_rows(logits), target.reshape(-1), weight, scale, options, out_dtype, True, backend)
+        loss, saved, dlogits = ops.forward(_rows(logits), target.reshape(-1), weight, scale, options, out_dtype, True, backend)
         ctx.save_for_backward(logits, target, weight, scale, saved)
         ctx.options, ctx.out_dtype, ctx.backend = options, out_dtype, backend
+        ctx.dlogits = dlogits.view(logits.shape) if fuses_gradient(backend, options.reduction, logits.dtype) else None
         return loss.view(target.shape) if options.reduction == "none" else loss
 
     @staticmethod
     def backward(ctx: Any, *dlosses: Tensor) -> tuple[Tensor | None, ...]:
         (dloss,) = dlosses
+        if ctx.dlogits is not None and not torch.is_grad_enabled():
+            return _scaled_fused_gradient(ctx, dloss), None, None, None, None, None, None
         logits, target, weight, scale, saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
             with torch.enable_grad():
@@ -69,3 +77,11 @@ class CrossEntropyFunction(torch.autograd.Function):
                 dloss.reshape(-1), _rows(logits), target.reshape(-1), weight, saved, ctx.options, ctx.backend
             ).view(logits.shape)
         return dlogits, None, None, None, None, None, None
+
+
+def _scaled_fused_gradient(ctx: Any, dloss: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return ctx.dlogits * dloss  # the compiler owns the buffers of its graphs, and may have to run the backward again
+    dlogits, ctx.dlogits = ctx.dlogits, None
+    ops.scale_gradient(dlogits, dloss, ctx.backend)
+    return dlogits

@@ -4,22 +4,28 @@ torch.library.Library with define/impl costs 2 to 3 us a call over plain Python;
 register_autograd 30, which is as long as the whole loss of a 128 x 10 batch takes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fusedloss.backends import triton as triton_backend
+from fusedloss.backends.outputs import allocate_forward, allocate_gradient
 from fusedloss.plan import Options
 
 _OPTIONS = "str reduction, int ignore_index, float label_smoothing, int top_k, float top_k_fraction, float scale_factor"
 
+_BACKENDS: dict[str, Any] = {"triton": triton_backend}
+
 _library = torch.library.Library("fusedloss", "DEF")
 _library.define(
     f"forward(Tensor logits, Tensor target, Tensor? weight, Tensor? scale, {_OPTIONS}, ScalarType out_dtype, "
-    "bool needs_grad, str backend) -> (Tensor loss, Tensor saved)"
+    "bool needs_grad, str backend) -> (Tensor loss, Tensor saved, Tensor dlogits)"
 )
 _library.define(
     f"backward(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor saved, {_OPTIONS}, str backend) -> Tensor"
 )
+_library.define("scale_gradient(Tensor(a!) dlogits, Tensor dloss, str backend) -> ()")
 
 
 def forward(
@@ -31,8 +37,8 @@ def forward(
     out_dtype: torch.dtype,
     needs_grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Returns the loss, (n_rows,) or 0-d, and what `backward` needs (empty without needs_grad)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the loss, (n_rows,) or 0-d; what `backward` needs; and the gradient for dloss 1, (0,) unless the plan fuses."""
     return torch.ops.fusedloss.forward.default(logits, target, weight, scale, *options, out_dtype, needs_grad, backend)
 
 
@@ -49,6 +55,11 @@ def backward(
     return torch.ops.fusedloss.backward.default(dloss, logits, target, weight, saved, *options, backend)
 
 
+def scale_gradient(dlogits: Tensor, dloss: Tensor, backend: str) -> None:  # dloss: 0-d
+    """Multiplies a fused gradient by the upstream gradient, in place; where that is 1 the gradient is not touched."""
+    torch.ops.fusedloss.scale_gradient.default(dlogits, dloss, backend)
+
+
 def _forward_impl(
     logits: Tensor,
     target: Tensor,
@@ -63,9 +74,9 @@ def _forward_impl(
     out_dtype: torch.dtype,
     needs_grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(reduction, ignore_index, label_smoothing, top_k, top_k_fraction, scale_factor)
-    return triton_backend.forward(logits, target, weight, scale, options, out_dtype, needs_grad)
+    return _BACKENDS[backend].forward(logits, target, weight, scale, options, out_dtype, needs_grad)
 
 
 def _backward_impl(
@@ -83,13 +94,18 @@ def _backward_impl(
     backend: str,
 ) -> Tensor:
     options = Options(reduction, ignore_index, label_smoothing, top_k, top_k_fraction, scale_factor)
-    return triton_backend.backward(dloss, logits, target, weight, saved, options)
+    return _BACKENDS[backend].backward(dloss, logits, target, weight, saved, options)
+
+
+def _scale_gradient_impl(dlogits: Tensor, dloss: Tensor, backend: str) -> None:
+    _BACKENDS[backend].scale_gradient(dlogits, dloss)
 
 
 # An explicit backend("triton") launches on CPU tensors too: under Triton's interpreter, or in an emulator.
 for _key in ("CUDA", "CPU"):
     _library.impl("forward", _forward_impl, _key)
     _library.impl("backward", _backward_impl, _key)
+    _library.impl("scale_gradient", _scale_gradient_impl, _key)
 
 
 @torch.library.register_fake("fusedloss::forward")
@@ -107,10 +123,15 @@ def _forward_fake(
     out_dtype: torch.dtype,
     needs_grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    return triton_backend.allocate_forward(logits, reduction, out_dtype, needs_grad)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return allocate_forward(logits, reduction, out_dtype, needs_grad, backend)
 
 
 @torch.library.register_fake("fusedloss::backward")
 def _backward_fake(dloss: Tensor, logits: Tensor, *_: object) -> Tensor:
-    return triton_backend.allocate_gradient(logits)
+    return allocate_gradient(logits)
+
+
+@torch.library.register_fake("fusedloss::scale_gradient")
+def _scale_gradient_fake(dlogits: Tensor, dloss: Tensor, backend: str) -> None:
+    pass

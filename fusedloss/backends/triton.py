@@ -7,25 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedloss.plan import ROW_REDUCTIONS, VECTOR_BYTES, Options, backward_tile, forward_tile, geometry
+from fusedloss.backends.outputs import allocate_forward, allocate_gradient
+from fusedloss.plan import VECTOR_BYTES, Options, backward_tile, forward_tile, geometry
 from fusedloss.reference import FRACTION_BITS
-
-STATE = 4  # scalars at the head of `saved`; kernels/rowwise.py describes the buffer
-
-
-def allocate_forward(logits: Tensor, reduction: str, out_dtype: torch.dtype, needs_grad: bool) -> tuple[Tensor, Tensor]:
-    """The forward's outputs: loss, and the buffer `saved` in the dtype of accumulation."""
-    n_rows = logits.shape[0] * logits.shape[2:].numel()
-    accumulate = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    keeps_rows = needs_grad or reduction in ROW_REDUCTIONS
-    loss = logits.new_empty((n_rows,) if reduction == "none" else (), dtype=out_dtype)
-    saved = logits.new_empty((STATE + 3 * n_rows if keeps_rows else STATE,), dtype=accumulate)
-    return loss, saved
-
-
-def allocate_gradient(logits: Tensor) -> Tensor:
-    """A tensor like logits; dense logits pass on their strides, as PyTorch's gradients do."""
-    return torch.empty_like(logits)
 
 
 def forward(
@@ -36,9 +20,9 @@ def forward(
     options: Options,
     out_dtype: torch.dtype,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """One launch: every row's loss, and their reduction."""
-    loss, saved = allocate_forward(logits, options.reduction, out_dtype, needs_grad)
+    loss, saved, dlogits = allocate_forward(logits, options.reduction, out_dtype, needs_grad, "triton")
     g = geometry(logits)
     tile = forward_tile(g, logits.element_size())
     partial = ticket = None
@@ -86,7 +70,7 @@ def forward(
         num_warps=tile.num_warps,
     )
     _launch(tile.kernel, tile.n_programs, logits.device, arguments)
-    return loss, saved
+    return loss, saved, dlogits
 
 
 def backward(
@@ -135,6 +119,11 @@ def backward(
         )
     _launch(tile.kernel, tile.n_programs, logits.device, arguments)
     return dlogits
+
+
+def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
+    """dlogits *= dloss."""
+    dlogits.mul_(dloss)
 
 
 def _launch(kernel: str, n_programs: int, device: torch.device, arguments: dict[str, Any]) -> None:
