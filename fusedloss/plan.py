@@ -134,7 +134,7 @@ def geometry(logits: torch.Tensor) -> Geometry:
         return Geometry(1, n_rows, n_cols, 0, row_stride, col_stride)
     n_outer, n_cols, n_inner = logits.shape
     outer_stride, col_stride, row_stride = logits.stride()
-    if outer_stride == n_inner * row_stride or n_outer == 1:  # channels_last, or a single image: one block of rows
+    if outer_stride == n_inner * row_stride or n_outer <= 1:  # channels_last, a single image, or none: one block of rows
         return Geometry(1, n_outer * n_inner, n_cols, 0, row_stride, col_stride)
     return Geometry(n_outer, n_inner, n_cols, outer_stride, row_stride, col_stride)
 
