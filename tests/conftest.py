@@ -4,12 +4,13 @@ TRITON_INTERPRET=1 makes an interpreter process: tests marked `interpreter` run 
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fusedloss
 from fusedloss import backends
@@ -46,14 +47,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class Path(NamedTuple):
     """One way through the library: a backend asked for, and the device of the tensors."""
 
-    backend: str  # what fusedloss.backend() gets; "auto" asks for nothing
+    backend: str  # what fusedloss.backend() gets; "auto" asks for nothing, "torch" means PyTorch itself
     device: str
 
-    @property
-    def has_kernels(self) -> bool:
-        return self.backend not in ("auto", "reference") or self.device == "cuda"
 
-
+TORCH = pytest.param(Path("torch", "cpu"), id="torch")
 REFERENCE = pytest.param(Path("reference", "cpu"), id="reference")
 AUTO = pytest.param(Path("auto", "cpu"), id="auto")
 INTERPRETER = pytest.param(Path("triton", "cpu"), id="triton", marks=pytest.mark.interpreter)
@@ -61,18 +59,39 @@ GPU = pytest.param(Path("auto", "cuda"), id="cuda", marks=pytest.mark.gpu)
 CPU = [pytest.param(Path("cpu", "cpu"), id="cpu")] if "cpu" in backends.NAMES else []
 
 
-def _entered(path: Path) -> Iterator[Path]:
-    with nullcontext() if path.backend == "auto" else fusedloss.backend(path.backend), torch.device(path.device):
-        yield path
+@contextmanager
+def entered(path: Path) -> Iterator[None]:
+    """Asks for the path's backend; new tensors land on its device."""
+    chosen = nullcontext() if path.backend in ("auto", "torch") else fusedloss.backend(path.backend)
+    # Not on the CPU: torch.device() as a context sends every call through __torch_function__, which few users' calls do.
+    device = nullcontext() if path.device == "cpu" else torch.device(path.device)
+    with chosen, device:
+        yield
 
 
 @pytest.fixture(params=[REFERENCE, *CPU, INTERPRETER, GPU])
 def path(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """Every path, already chosen: for what the kernels cover. New tensors land on its device."""
-    yield from _entered(request.param)
+    """Every path, already chosen: for what the kernels cover."""
+    with entered(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=[REFERENCE, AUTO, GPU])
-def any_call(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """For calls that the kernels may hand to the reference path: the choice is left to the library."""
-    yield from _entered(request.param)
+def any_path(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """For calls that the kernels may hand to the reference: the choice is left to the library."""
+    with entered(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[TORCH, REFERENCE, *CPU, INTERPRETER, GPU])
+def cross_entropy(request: pytest.FixtureRequest) -> Iterator[Callable[..., torch.Tensor]]:
+    """PyTorch's function, then ours on every path: a test that takes it holds for both."""
+    with entered(request.param):
+        yield F.cross_entropy if request.param.backend == "torch" else fusedloss.cross_entropy
+
+
+@pytest.fixture(params=[TORCH, REFERENCE, AUTO, GPU])
+def any_cross_entropy(request: pytest.FixtureRequest) -> Iterator[Callable[..., torch.Tensor]]:
+    """The same for calls that the kernels may hand to the reference."""
+    with entered(request.param):
+        yield F.cross_entropy if request.param.backend == "torch" else fusedloss.cross_entropy
