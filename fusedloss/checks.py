@@ -31,6 +31,11 @@ def _name(dtype: torch.dtype) -> str:
     return _TORCH_NAMES.get(dtype, str(dtype).removeprefix("torch.").capitalize())
 
 
+def autocast_dtype(dtype: torch.dtype, autocast: bool) -> torch.dtype:
+    """The dtype that autocast has the loss computed in: float32 for the halves."""
+    return torch.float32 if autocast and dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 def check_options(
     reduction: str,
     ignore_index: int,
@@ -163,8 +168,10 @@ def _check_indices(
     _check_weight(weight, n_classes)
     if weight is None:
         return
-    if weight.dtype != input.dtype and not autocast:
-        raise RuntimeError(f"expected scalar type {_name(input.dtype)} but found {_name(weight.dtype)}")
+    if weight.dtype != input.dtype:
+        dtype, weight_dtype = autocast_dtype(input.dtype, autocast), autocast_dtype(weight.dtype, autocast)
+        if weight_dtype != dtype:
+            raise RuntimeError(f"expected scalar type {_name(dtype)} but found {_name(weight_dtype)}")
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "The function 'cross_entropy' is not differentiable with respect to argument 'weight' for class index "

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusedloss import backends, reference
 from fusedloss.autograd import CrossEntropyFunction, forward_only
-from fusedloss.checks import check_class_indices, check_options, check_tensors
+from fusedloss.checks import autocast_dtype, check_class_indices, check_options, check_tensors
 from fusedloss.plan import DeviceFacts, Options, Plan, triton_plan
 
 _CHECK_TARGETS = os.environ.get("FUSEDLOSS_CHECK_TARGETS", "0") not in ("", "0")
@@ -105,7 +105,7 @@ def cross_entropy(
         return unscaled * scale_tensor.to(unscaled)
 
     name, _ = _choose(input, target, weight)
-    out_dtype = _out_dtype(input, target, autocast)
+    out_dtype = _out_dtype(input, target, weight, autocast)
     if scale_tensor is not None and scale_tensor.device != input.device:
         scale_tensor = scale_tensor.to(input.device, non_blocking=True)
     if input.dim() == 1:
@@ -164,10 +164,12 @@ def _not_covered_by_kernels(input: Tensor, target: Tensor, weight: Tensor | None
     return None
 
 
-def _out_dtype(input: Tensor, target: Tensor, autocast: bool) -> torch.dtype:
-    dtype = torch.float32 if autocast and input.dtype in (torch.float16, torch.bfloat16) else input.dtype
+def _out_dtype(input: Tensor, target: Tensor, weight: Tensor | None, autocast: bool) -> torch.dtype:
+    dtype = autocast_dtype(input.dtype, autocast)
     if input.shape == target.shape:
-        return torch.promote_types(dtype, target.dtype)
+        dtype = torch.promote_types(dtype, autocast_dtype(target.dtype, autocast))
+        if weight is not None:
+            dtype = torch.promote_types(dtype, autocast_dtype(weight.dtype, autocast))
     return dtype
 
 

@@ -1,0 +1,201 @@
+"""Points 14, 15, 18, 19, 34, 36 to 38 of PyTorch's semantics: types of arguments, and which error comes first."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from problems import make_logits, make_probabilities, make_weight
+from torch import Tensor
+
+Function = Callable[..., Tensor]
+INDICES = torch.tensor([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("target", [[0, 156], [255, 0]])
+def test_14_byte_targets(cross_entropy: Function, target: list[int]) -> None:
+    logits = make_logits(2, 256)
+    as_bytes = cross_entropy(logits, torch.tensor(target, dtype=torch.uint8))
+    assert as_bytes.item() == cross_entropy(logits, torch.tensor(target)).item()
+
+
+def test_14_byte_targets_can_be_ignored(cross_entropy: Function) -> None:
+    logits, target = make_logits(2, 5), torch.tensor([1, 255], dtype=torch.uint8)
+    loss = cross_entropy(logits, target, ignore_index=255)
+    assert loss.item() == cross_entropy(logits[:1], torch.tensor([1])).item()
+
+
+def test_14_byte_targets_are_for_one_dimension(cross_entropy: Function) -> None:
+    with pytest.raises(RuntimeError, match="expected scalar type Long but found Byte"):
+        cross_entropy(make_logits(2, 5, 3), torch.zeros(2, 3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.int32, "Int"),
+        (torch.int16, "Short"),
+        (torch.int8, "Char"),
+        (torch.bool, "Bool"),
+        (torch.float32, "Float"),
+        (torch.float64, "Double"),
+    ],
+    ids=str,
+)
+def test_14_other_targets(cross_entropy: Function, dtype: torch.dtype, name: str) -> None:
+    with pytest.raises(RuntimeError, match=f"expected target dtype to be Long or Byte, but got {name}"):
+        cross_entropy(make_logits(4, 5), torch.zeros(4, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(4,), (6,), (1,), (), (5, 1)])
+def test_15_weight_of_the_wrong_shape(cross_entropy: Function, shape: tuple[int, ...]) -> None:
+    message = rf"all 5 classes or no classes but got weight tensor of shape: \[{', '.join(map(str, shape))}\]"
+    with pytest.raises(RuntimeError, match=message):
+        cross_entropy(make_logits(4, 5), INDICES, torch.ones(shape))
+
+
+def test_15_weight_of_another_dtype(cross_entropy: Function) -> None:
+    with pytest.raises(RuntimeError, match="expected scalar type Float but found Double"):
+        cross_entropy(make_logits(4, 5), INDICES, torch.ones(5, dtype=torch.float64))
+
+
+def test_15_weight_of_another_dtype_promotes_with_probabilities(any_cross_entropy: Function) -> None:
+    logits, target, weight = make_logits(4, 5), make_probabilities(4, 5), make_weight(5, torch.float64)
+    loss = any_cross_entropy(logits, target, weight)
+    expected = -(weight * target * logits.double().log_softmax(1)).sum(1).mean()
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [1.5, 2.5, torch.tensor(1.25)])
+def test_18_36_too_much_smoothing(cross_entropy: Function, value: Any) -> None:
+    with pytest.raises(RuntimeError, match=f"label_smoothing must be between 0.0 and 1.0. Got: {float(value)}"):
+        cross_entropy(make_logits(4, 5), INDICES, label_smoothing=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "same_as"),
+    [(-0.5, 0.0), (float("nan"), 0.0), (-torch.inf, 0.0), (1, 1.0), (True, 1.0), (0, 0.0), (torch.tensor(0.25), 0.25)],
+    ids=str,
+)
+def test_18_36_smoothing_of_any_type(cross_entropy: Function, value: Any, same_as: float) -> None:
+    logits = make_logits(4, 5)
+    loss = cross_entropy(logits, INDICES, label_smoothing=value)
+    assert loss.item() == cross_entropy(logits, INDICES, label_smoothing=same_as).item()
+
+
+@pytest.mark.parametrize("reduction", ["average", "", "MEAN", None, 1])
+def test_18_unknown_reduction(cross_entropy: Function, reduction: Any) -> None:
+    with pytest.raises(ValueError, match=f"{reduction} is not a valid value for reduction"):
+        cross_entropy(make_logits(4, 5), INDICES, reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    ("size_average", "reduce", "same_as"),
+    [(True, None, "mean"), (False, None, "sum"), (None, True, "mean"), (True, True, "mean"), (None, False, "none")],
+)
+@pytest.mark.parametrize("reduction", ["mean", "nonsense"])
+def test_19_36_legacy_arguments_override_reduction(
+    cross_entropy: Function, size_average: Any, reduce: Any, same_as: str, reduction: str
+) -> None:
+    logits = make_logits(4, 5)
+    with pytest.warns(UserWarning, match=f"please use reduction='{same_as}' instead"):
+        loss = cross_entropy(logits, INDICES, size_average=size_average, reduce=reduce, reduction=reduction)
+    assert loss.equal(cross_entropy(logits, INDICES, reduction=same_as))
+
+
+def test_36_elementwise_mean(cross_entropy: Function) -> None:
+    logits = make_logits(4, 5)
+    with pytest.warns(UserWarning, match="'elementwise_mean' is deprecated"):
+        loss = cross_entropy(logits, INDICES, reduction="elementwise_mean")
+    assert loss.equal(cross_entropy(logits, INDICES))
+
+
+def test_34_weight_that_requires_grad(cross_entropy: Function) -> None:
+    logits, weight = make_logits(4, 5), torch.ones(5, requires_grad=True)
+    for smoothing in (0.0, 0.1):
+        with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'weight'"):
+            cross_entropy(logits, INDICES, weight, label_smoothing=smoothing)
+        with torch.no_grad():
+            assert cross_entropy(logits, INDICES, weight, label_smoothing=smoothing).isfinite()
+
+
+def test_37_batch_size_before_target_dtype(cross_entropy: Function) -> None:
+    with pytest.raises(ValueError, match="batch_size"):
+        cross_entropy(make_logits(4, 5), torch.zeros(3, dtype=torch.int32))
+
+
+def test_37_reduction_before_smoothing(cross_entropy: Function) -> None:
+    with pytest.raises(ValueError, match="reduction"):
+        cross_entropy(make_logits(4, 5), INDICES, reduction="nonsense", label_smoothing=2.0)
+
+
+def test_37_smoothing_before_batch_size(cross_entropy: Function) -> None:
+    with pytest.raises(RuntimeError, match="label_smoothing"):
+        cross_entropy(make_logits(4, 5), torch.zeros(3, dtype=torch.long), label_smoothing=2.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": [1.0] * 5}, "argument 'weight'.* must be Tensor, not list"),
+        ({"ignore_index": True}, "argument 'ignore_index'.* must be int, not bool"),
+        ({"ignore_index": 1.0}, "argument 'ignore_index'.* must be int, not float"),
+        ({"ignore_index": "1"}, "argument 'ignore_index'.* must be int, not str"),
+        ({"ignore_index": None}, "argument 'ignore_index'.* must be int, not NoneType"),
+        ({"label_smoothing": "0.1"}, "argument 'label_smoothing'.* must be float, not str"),
+        ({"label_smoothing": None}, "argument 'label_smoothing'.* must be float, not NoneType"),
+        ({"input": [[0.0] * 5] * 4}, "must be Tensor, not list"),
+        ({"nonsense": 1}, "unexpected keyword argument 'nonsense'"),
+    ],
+    ids=str,
+)
+def test_37_arguments_of_the_wrong_type(cross_entropy: Function, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        cross_entropy(**{"input": make_logits(4, 5), "target": INDICES, **arguments})
+
+
+def test_37_ignore_index_beyond_64_bits(cross_entropy: Function) -> None:
+    with pytest.raises((ValueError, RuntimeError), match="Overflow when unpacking long"):
+        cross_entropy(make_logits(4, 5), INDICES, ignore_index=2**70)
+
+
+@pytest.mark.parametrize("index", [numpy.int64(2), numpy.int32(2), numpy.uint8(2), torch.tensor(2)], ids=lambda i: str(type(i)))
+def test_37_ignore_index_of_integer_types(cross_entropy: Function, index: Any) -> None:
+    logits = make_logits(4, 5)
+    loss = cross_entropy(logits, INDICES, ignore_index=index)
+    assert loss.item() == cross_entropy(logits, INDICES, ignore_index=2).item()
+
+
+def test_37_logits_without_dimensions(cross_entropy: Function) -> None:
+    with pytest.raises((ValueError, RuntimeError, IndexError)):
+        cross_entropy(torch.tensor(1.0), torch.tensor(0))
+
+
+def test_38_autocast_leaves_float64_alone(cross_entropy: Function) -> None:
+    logits = make_logits(4, 5, dtype=torch.bfloat16)
+    with (
+        torch.autocast(logits.device.type, torch.bfloat16),
+        pytest.raises(RuntimeError, match="expected scalar type Float but found Double"),
+    ):
+        cross_entropy(logits, INDICES, torch.ones(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_38_autocast(cross_entropy: Function, dtype: torch.dtype, weighted: bool) -> None:
+    logits = make_logits(4, 5, dtype=dtype).requires_grad_()
+    weight = make_weight(5, torch.float64 if dtype == torch.float64 else torch.float32) if weighted else None
+    with torch.autocast(logits.device.type, torch.bfloat16):
+        loss = cross_entropy(logits, INDICES, weight, label_smoothing=0.1)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = logits.detach().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(
+        wide, INDICES, weight.double() if weight is not None else None, label_smoothing=0.1
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (exact,) = torch.autograd.grad(expected, wide)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=torch.finfo(dtype).eps)
