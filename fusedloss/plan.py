@@ -9,12 +9,12 @@ import torch
 
 # Bytes of one vector access (LDG.128 / global_load_dwordx4).
 VECTOR_BYTES = 16
-# A row up to this many columns is one tile and stays in registers without spills (compiled for sm_80, sm_90, sm_100, gfx942).
-MAX_ROW_BLOCK = 32768
+# Columns of one row that a program holds at a time: 32 per thread with 8 warps, which no target spills.
+ROW_BLOCK = 8192
 # Rows with more columns than this get a program of their own; narrower ones share a two-dimensional tile.
 MAX_SHARED_ROW_COLS = 512
-# Elements of a shared tile: 16 per thread with 8 warps, which is where the loads of one program fill a memory request queue.
-TILE_ELEMENTS = 4096
+# Elements of a shared tile: 8 per thread with 8 warps.
+TILE_ELEMENTS = 2048
 # Up to this many elements one program does everything, so that no ticket is needed.
 SINGLE_PROGRAM_ELEMENTS = 16384
 # Rows per tile when the rows, not the classes, are contiguous (segmentation).
@@ -154,7 +154,7 @@ def _shared_tile(kernel: str, g: Geometry, max_elements: int) -> Tile:
         block_cols = min(cols, TILE_ELEMENTS)
         block_rows = min(TILE_ELEMENTS // block_cols, _next_power_of_2(g.n_inner))
     n_programs = g.n_outer * -(-g.n_inner // block_rows)
-    num_warps = min(16, max(1, block_rows * block_cols // 512))
+    num_warps = min(16, max(1, block_rows * block_cols // 256))
     return Tile(kernel, block_rows, block_cols, num_warps, max(1, n_programs), rowwise=False)
 
 
@@ -163,9 +163,7 @@ def forward_tile(g: Geometry, itemsize: int) -> Tile:
     """Cuts the forward of a problem whose logits have `itemsize` bytes."""
     if not _one_program_per_row(g):
         return _shared_tile("forward_tile_kernel", g, SINGLE_PROGRAM_ELEMENTS)
-    # fp64 takes two registers per value: half the block keeps the row unspilled.
-    block_cols = min(_next_power_of_2(g.n_cols), MAX_ROW_BLOCK if itemsize < 8 else MAX_ROW_BLOCK // 4)
-    num_warps = min(16 if itemsize >= 4 else 32, max(4, block_cols // 1024))
+    block_cols, num_warps = _row_block(g.n_cols)
     return Tile("forward_row_kernel", 1, block_cols, num_warps, max(1, g.n_rows), rowwise=True)
 
 
@@ -177,10 +175,14 @@ def backward_tile(g: Geometry, grad: Geometry, itemsize: int) -> Tile:
     if not (_one_program_per_row(g) and same_alignment):
         # No reduction over the batch here, so no gain from a single program.
         return _shared_tile("backward_tile_kernel", g, TILE_ELEMENTS)
-    block_cols = min(_next_power_of_2(g.n_cols), 8192)
+    block_cols, num_warps = _row_block(g.n_cols)
     blocks = -(-g.n_cols // block_cols)
-    num_warps = min(8, max(4, block_cols // 1024))
     return Tile("backward_row_kernel", 1, block_cols, num_warps, max(1, g.n_rows * blocks), rowwise=True)
+
+
+def _row_block(n_cols: int) -> tuple[int, int]:
+    block_cols = min(_next_power_of_2(n_cols), ROW_BLOCK)
+    return block_cols, max(4, block_cols // 1024)
 
 
 def _one_program_per_row(g: Geometry) -> bool:

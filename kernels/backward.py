@@ -15,7 +15,7 @@ without reading them, so that their logits may hold NaN.
 import triton
 import triton.language as tl
 from fusedloss.kernels.forward import aligned_columns, edge_columns
-from fusedloss.kernels.rowwise import STATE, float_from_bits, load_target, row_coefficient
+from fusedloss.kernels.rowwise import STATE, float_from_bits, load_target, prove_alignment, row_coefficient
 
 
 @triton.jit
@@ -57,11 +57,19 @@ def backward_tile_kernel(
     col_stride,
     REDUCTION: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
+    ROWS_CONTIGUOUS: tl.constexpr,  # both row strides are 1: neighbouring rows, not classes, lie side by side
+    VECTOR: tl.constexpr,  # elements in 16 bytes where all strides and the contiguous size are multiples of it, else 1
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
     """Gradient of BLOCK_ROWS rows of one outer block, BLOCK_COLS classes at a time."""
     dtype = saved_ptr.dtype.element_ty
+    _, _, dlogits_outer_stride, dlogits_row_stride, dlogits_col_stride = prove_alignment(
+        n_inner, n_cols, dlogits_outer_stride, dlogits_row_stride, dlogits_col_stride, ROWS_CONTIGUOUS, VECTOR
+    )
+    n_inner, n_cols, outer_stride, row_stride, col_stride = prove_alignment(
+        n_inner, n_cols, outer_stride, row_stride, col_stride, ROWS_CONTIGUOUS, VECTOR
+    )
     tiles_per_outer = tl.cdiv(n_inner, BLOCK_ROWS)
     outer = (tl.program_id(0) // tiles_per_outer).to(tl.int64)  # int64: offsets pass 2**31
     inner = (tl.program_id(0) % tiles_per_outer) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -86,7 +94,9 @@ def backward_tile_kernel(
         cols = start + tl.arange(0, BLOCK_COLS)
         in_row = cols < n_cols
         offsets = cols.to(tl.int64) * col_stride  # int64: classes may lie far apart; free where col_stride is 1
-        x = tl.load(row_ptr[:, None] + offsets[None, :], mask=read[:, None] & in_row[None, :], other=0.0).to(dtype)
+        # Rows without gradient are not read, unless they share their 16 bytes with rows that have one.
+        load_mask = mask if ROWS_CONTIGUOUS else read
+        x = tl.load(row_ptr[:, None] + offsets[None, :], mask=load_mask[:, None] & in_row[None, :], other=0.0).to(dtype)
         dlogits = tl.exp(x - row_max[:, None]) * p_factor[:, None]
         dlogits = tl.where(cols[None, :] == target.to(tl.int32)[:, None], at_target[:, None], dlogits)
         if HAS_SMOOTHING:
@@ -166,15 +176,15 @@ def backward_row_kernel(
             dlogits -= smooth_factor
     tl.store(dlogits_main_ptr + cols, dlogits, mask=in_main)
     if HAS_EDGES and block == 0:
-        cols, in_edge = edge_columns(head, n_main, n_cols, VECTOR)
-        x = tl.load(logits_ptr + row_start + cols, mask=in_edge & read, other=0.0).to(dtype)
-        dlogits = tl.exp(x - row_max) * p_factor
+        edge_cols, in_edge = edge_columns(head, n_main, n_cols, VECTOR)
+        edge_x = tl.load(logits_ptr + row_start + edge_cols, mask=in_edge & read, other=0.0).to(dtype)
+        edge_dlogits = tl.exp(edge_x - row_max) * p_factor
         if HAS_SMOOTHING:
             if weight_ptr is not None:
-                dlogits -= smooth_factor * tl.load(weight_ptr + cols, mask=in_edge, other=0.0).to(dtype)
+                edge_dlogits -= smooth_factor * tl.load(weight_ptr + edge_cols, mask=in_edge, other=0.0).to(dtype)
             else:
-                dlogits -= smooth_factor
-        tl.store(dlogits_ptr + dlogits_row_start + cols, dlogits, mask=in_edge)
+                edge_dlogits -= smooth_factor
+        tl.store(dlogits_ptr + dlogits_row_start + edge_cols, edge_dlogits, mask=in_edge)
 
     # The target's own gradient is stored last, by the program that has stored its neighbours: comparing every column with the
     # target would cost two instructions per logit.

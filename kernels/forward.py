@@ -16,6 +16,7 @@ from fusedloss.kernels.rowwise import (
     float_from_bits,
     load_scale,
     load_target,
+    prove_alignment,
     row_loss,
 )
 
@@ -70,11 +71,16 @@ def forward_tile_kernel(
     TOP_K_IS_FRACTION: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     SAVE: tl.constexpr,
+    ROWS_CONTIGUOUS: tl.constexpr,  # row_stride is 1: neighbouring rows, not classes, lie side by side
+    VECTOR: tl.constexpr,  # elements in 16 bytes where the strides and the contiguous size are multiples of it, else 1
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
     """Losses of BLOCK_ROWS rows of one outer block, BLOCK_COLS classes at a time."""
     dtype = saved_ptr.dtype.element_ty
+    n_inner, n_cols, outer_stride, row_stride, col_stride = prove_alignment(
+        n_inner, n_cols, outer_stride, row_stride, col_stride, ROWS_CONTIGUOUS, VECTOR
+    )
     tiles_per_outer = tl.cdiv(n_inner, BLOCK_ROWS)
     outer = (tl.program_id(0) // tl.maximum(tiles_per_outer, 1)).to(tl.int64)  # int64: offsets pass 2**31
     inner = (tl.program_id(0) % tl.maximum(tiles_per_outer, 1)) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -92,7 +98,9 @@ def forward_tile_kernel(
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
         in_row = cols < n_cols
-        block_mask = valid[:, None] & in_row[None, :]  # rows that do not count are not read
+        # Rows that do not count are not read, unless they share their 16 bytes with rows that do.
+        read = mask if ROWS_CONTIGUOUS else valid
+        block_mask = read[:, None] & in_row[None, :]
         offsets = cols.to(tl.int64) * col_stride  # int64: classes may lie far apart; free where col_stride is 1
         x = tl.load(row_ptr[:, None] + offsets[None, :], mask=block_mask, other=float("-inf")).to(dtype)
         new_max = tl.maximum(row_max, tl.max(x, 1))
@@ -151,6 +159,39 @@ def edge_columns(head, n_main, n_cols, VECTOR: tl.constexpr):
     return cols, tl.where(lane < VECTOR, lane < head, cols < n_cols)
 
 
+@triton.jit
+def _absorb(
+    x,  # (BLOCK_COLS,) logits of one row, -inf outside of it
+    cols,  # (BLOCK_COLS,) their columns
+    in_row,  # (BLOCK_COLS,)
+    target,
+    first,  # the block's columns lie in [first, last)
+    last,
+    weight_ptr,
+    row_max,
+    rest,
+    shift,
+    smooth_sum,
+    weight_total,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    """One step of the online softmax of a row: its statistics with another block of columns."""
+    new_max = tl.maximum(row_max, tl.max(x, 0))
+    finite = finite_max(new_max)
+    e = tl.exp(x - finite)
+    if (target >= first) & (target < last):  # at most one block of a row pays for the comparison
+        e = tl.where(cols == target.to(tl.int32), 0.0, e)
+    rest = rest * tl.exp(row_max - finite) + tl.sum(e, 0)
+    if HAS_SMOOTHING:
+        shift = tl.where(row_max == float("-inf"), finite, shift)  # the first maximum: any fixed logit of the row will do
+        w = in_row.to(x.dtype)
+        if weight_ptr is not None:
+            w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(x.dtype)
+        smooth_sum += tl.sum(tl.where(in_row, w * (shift - x), 0.0), 0)
+        weight_total += tl.sum(w, 0)
+    return new_max, rest, shift, smooth_sum, weight_total
+
+
 @triton.jit(do_not_specialize=["scale_bits", "smoothing_bits", "ignore_index", "top_k"])
 def forward_row_kernel(
     loss_ptr,  # (n_rows,) for "none", else ()
@@ -202,38 +243,32 @@ def forward_row_kernel(
     smooth_sum = tl.zeros((), dtype)
     weight_total = tl.zeros((), dtype)
     if HAS_EDGES:
-        cols, in_edge = edge_columns(head, n_main, n_read, VECTOR)
-        x = tl.load(row_ptr + cols, mask=in_edge, other=float("-inf")).to(dtype)
-        row_max = tl.max(x, 0)
-        finite = finite_max(row_max)
-        rest = tl.sum(tl.where(cols == target, 0.0, tl.exp(x - finite)), 0)
-        shift = finite
-        if HAS_SMOOTHING:
-            w = in_edge.to(dtype)
-            if weight_ptr is not None:
-                w = tl.load(weight_ptr + cols, mask=in_edge, other=0.0).to(dtype)
-            smooth_sum = tl.sum(tl.where(in_edge, w * (shift - x), 0.0), 0)
-            weight_total = tl.sum(w, 0)
-
+        edge_cols, in_edge = edge_columns(head, n_main, n_read, VECTOR)
+        edge_x = tl.load(row_ptr + edge_cols, mask=in_edge, other=float("-inf")).to(dtype)
+        row_max, rest, shift, smooth_sum, weight_total = _absorb(
+            edge_x,
+            edge_cols,
+            in_edge,
+            target,
+            0,
+            n_cols,
+            weight_ptr,
+            row_max,
+            rest,
+            shift,
+            smooth_sum,
+            weight_total,
+            HAS_SMOOTHING,
+        )
     for start in range(0, n_main, BLOCK_COLS):
-        cols = start + tl.arange(0, BLOCK_COLS)
-        in_main = cols < n_main
-        x = tl.load(main_ptr + cols, mask=in_main, other=float("-inf")).to(dtype)
-        new_max = tl.maximum(row_max, tl.max(x, 0))
-        finite = finite_max(new_max)
-        e = tl.exp(x - finite)
-        at_target = target.to(tl.int32) - head - start  # where the target would lie in this block
-        if (at_target >= 0) & (at_target < BLOCK_COLS):
-            e = tl.where(tl.arange(0, BLOCK_COLS) == at_target, 0.0, e)
-        rest = rest * tl.exp(row_max - finite) + tl.sum(e, 0)
-        if HAS_SMOOTHING:
-            shift = tl.where(row_max == float("-inf"), finite, shift)
-            w = in_main.to(dtype)
-            if weight_ptr is not None:
-                w = tl.load(weight_ptr + head + cols, mask=in_main, other=0.0).to(dtype)
-            smooth_sum += tl.sum(tl.where(in_main, w * (shift - x), 0.0), 0)
-            weight_total += tl.sum(w, 0)
-        row_max = new_max
+        group = start + tl.arange(0, BLOCK_COLS)
+        in_main = group < n_main
+        x = tl.load(main_ptr + group, mask=in_main, other=float("-inf")).to(dtype)
+        cols, first = head + group, head + start
+        row_max, rest, shift, smooth_sum, weight_total = _absorb(
+            x, cols, in_main, target, first, first + BLOCK_COLS, weight_ptr,
+            row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
+        )  # fmt: skip
 
     smoothing = None
     if HAS_SMOOTHING:

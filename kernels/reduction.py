@@ -86,7 +86,9 @@ def _write_loss(
     loss_ptr, saved_ptr, loss_sum, count, scale, top_k, n_rows, REDUCTION: tl.constexpr, TOP_K_IS_FRACTION: tl.constexpr
 ):
     """The batch loss and the coefficients for the backward, from float64 sums: exact counts, no error beyond the rows'."""
-    dtype: tl.constexpr = saved_ptr.dtype.element_ty  # a loss in bfloat16 is rounded from float32: no target converts from float64
+    dtype: tl.constexpr = (
+        saved_ptr.dtype.element_ty
+    )  # a loss in bfloat16 is rounded from float32: no target converts from float64
     scale = scale.to(tl.float64)
     if REDUCTION == "sum":
         tl.store(loss_ptr, (scale * loss_sum).to(dtype))
@@ -152,7 +154,7 @@ def _kth_largest(row_loss_ptr, k, n_rows):
     prefix = tl.max(sortable_bits(tl.zeros((1,), row_loss_ptr.dtype.element_ty)), 0) * 0  # an unsigned zero of the key's width
     remaining = k
     for step in tl.static_range(N_BITS // DIGIT_BITS):
-        shift: tl.constexpr = N_BITS - DIGIT_BITS * (step + 1)
+        shift = N_BITS - DIGIT_BITS * (step + 1)
         histogram = tl.zeros((N_DIGITS,), tl.int32)
         for start in range(0, n_rows, PARTIALS_BLOCK):
             _, key, mask = _row_keys(row_loss_ptr, start, n_rows)
@@ -163,9 +165,9 @@ def _kth_largest(row_loss_ptr, k, n_rows):
         at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram
         above = at_least - histogram
         chosen = (above < remaining) & (at_least >= remaining)  # exactly one digit
-        digit = tl.sum(tl.where(chosen, digits, 0), 0)
+        chosen_digit = tl.sum(tl.where(chosen, digits, 0), 0)
         remaining -= tl.sum(tl.where(chosen, above, 0), 0)
-        prefix = prefix | (digit.to(prefix.dtype) << shift)
+        prefix = prefix | (chosen_digit.to(prefix.dtype) << shift)
     return prefix
 
 

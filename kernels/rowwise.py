@@ -51,6 +51,23 @@ def load_target(target_ptr, rows, mask, ignore_index, n_cols):
 
 
 @triton.jit
+def prove_alignment(n_inner, n_cols, outer_stride, row_stride, col_stride, ROWS_CONTIGUOUS: tl.constexpr, VECTOR: tl.constexpr):
+    """The same values, as multiples of VECTOR that the compiler can see.
+
+    Triton looks at an argument's divisibility by 16 only: 1000 columns of bfloat16 are whole 16-byte groups, but without the
+    proof each would be loaded on its own. Masks need it too: they must be constant over a group.
+    """
+    outer_stride = (outer_stride // VECTOR) * VECTOR
+    if ROWS_CONTIGUOUS:
+        n_inner = (n_inner // VECTOR) * VECTOR
+        col_stride = (col_stride // VECTOR) * VECTOR
+    else:
+        n_cols = (n_cols // VECTOR) * VECTOR
+        row_stride = (row_stride // VECTOR) * VECTOR
+    return n_inner, n_cols, outer_stride, row_stride, col_stride
+
+
+@triton.jit
 def finite_max(row_max):
     """The maximum as a shift for exp: all classes seen so far may be -inf, and -inf - -inf would be NaN."""
     return tl.where(row_max == float("-inf"), 0.0, row_max)

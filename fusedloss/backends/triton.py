@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.outputs import allocate_forward, allocate_gradient
-from fusedloss.plan import VECTOR_BYTES, Options, backward_tile, forward_tile, geometry
+from fusedloss.plan import VECTOR_BYTES, Geometry, Options, backward_tile, forward_tile, geometry
 from fusedloss.reference import FRACTION_BITS
 
 
@@ -59,6 +59,8 @@ def forward(
             outer_stride=g.outer_stride,
             row_stride=g.row_stride,
             col_stride=g.col_stride,
+            ROWS_CONTIGUOUS=_rows_contiguous(g),
+            VECTOR=_vector(logits.element_size(), g),
             BLOCK_ROWS=tile.block_rows,
         )
     arguments.update(
@@ -115,6 +117,8 @@ def backward(
             dlogits_col_stride=out.col_stride,
             outer_stride=g.outer_stride,
             col_stride=g.col_stride,
+            ROWS_CONTIGUOUS=_rows_contiguous(g, out),
+            VECTOR=_vector(logits.element_size(), g, out),
             BLOCK_ROWS=tile.block_rows,
         )
     _launch(tile.kernel, tile.n_programs, logits.device, arguments)
@@ -124,6 +128,20 @@ def backward(
 def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
     """dlogits *= dloss."""
     dlogits.mul_(dloss)
+
+
+def _rows_contiguous(*geometries: Geometry) -> bool:
+    return all(g.row_stride == 1 and g.col_stride != 1 for g in geometries)
+
+
+def _vector(itemsize: int, *geometries: Geometry) -> int:
+    """Elements of a 16-byte access where every row, or every run of contiguous rows, consists of whole ones; else 1."""
+    vector = VECTOR_BYTES // itemsize
+    for g in geometries:
+        sizes = (g.n_inner, g.col_stride) if _rows_contiguous(g) else (g.n_cols, g.row_stride)
+        if any(size % vector for size in (*sizes, g.outer_stride)):
+            return 1
+    return vector
 
 
 def _launch(kernel: str, n_programs: int, device: torch.device, arguments: dict[str, Any]) -> None:
