@@ -1,0 +1,78 @@
+"""Where fusedloss differs from PyTorch on purpose; the README lists the same."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Path
+from problems import make_logits
+
+import fusedloss
+
+
+def test_ignored_row_of_nan_has_gradient_zero(path: Path) -> None:
+    """PyTorch gives NaN (pytorch#11551)."""
+    logits, target = make_logits(3, 5), torch.tensor([1, -100, 2])
+    logits[1] = torch.nan
+    for reduction in ("none", "sum", "mean", "max"):
+        leaf = logits.clone().requires_grad_()
+        fusedloss.cross_entropy(leaf, target, reduction=reduction).sum().backward()
+        assert leaf.grad is not None
+        assert (leaf.grad[1] == 0).all()
+        assert leaf.grad[[0, 2]].isfinite().all()
+        assert leaf.grad.abs().max() > 0
+    leaf = logits.cpu().clone().requires_grad_()
+    F.cross_entropy(leaf, target.cpu()).backward()
+    assert leaf.grad is not None
+    assert leaf.grad[1].isnan().all()
+
+
+def test_half_precision_mean_of_many_rows(any_path: Path) -> None:
+    """PyTorch's fp16 mean of 20000 rows is inf on the CPU."""
+    logits = torch.zeros(20_000, 100, dtype=torch.float16)
+    target = torch.arange(20_000) % 100
+    assert fusedloss.cross_entropy(logits, target).item() == pytest.approx(math.log(100), rel=1e-3)
+    assert F.cross_entropy(logits.cpu(), target.cpu()).isinf()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("n_cols", [5, 600])
+@pytest.mark.parametrize("bad", [-1, 10**6, 2**62, -(2**63)])
+def test_class_out_of_range_in_a_kernel_is_nan(bad: int, n_cols: int) -> None:
+    """Not a stopped device: NaN in that row and in the loss, and nothing read outside the logits."""
+    target = torch.tensor([0, bad, -100, 3])
+    with fusedloss.backend("triton"):
+        logits = make_logits(4, n_cols).requires_grad_()
+        rows = fusedloss.cross_entropy(logits, target, torch.ones(n_cols), reduction="none", label_smoothing=0.1)
+        assert rows.isnan().tolist() == [False, True, False, False]
+        rows.sum().backward()
+        assert logits.grad is not None
+        assert logits.grad.isnan().all(1).tolist() == [False, True, False, False]
+        for reduction in ("sum", "mean", "max"):
+            assert fusedloss.cross_entropy(logits, target, reduction=reduction).isnan()
+
+
+@pytest.mark.gpu
+def test_class_out_of_range_on_a_gpu_is_nan() -> None:
+    logits = make_logits(4, 5).cuda().requires_grad_()
+    rows = fusedloss.cross_entropy(logits, torch.tensor([0, 5, -100, 3], device="cuda"), reduction="none")
+    rows.sum().backward()
+    assert rows.isnan().tolist() == [False, True, False, False]
+    assert logits.grad is not None
+    assert logits.grad.isnan().all(1).tolist() == [False, True, False, False]
+
+
+def test_class_out_of_range_can_be_an_error_everywhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusedloss.functional._CHECK_TARGETS", True)
+    with pytest.raises(IndexError, match=r"Target 7 is out of bounds\."):
+        fusedloss.cross_entropy(make_logits(4, 5), torch.tensor([0, 7, -100, 3]))
+
+
+def test_the_check_names_row_and_class() -> None:
+    from fusedloss.checks import check_class_indices
+
+    target = torch.tensor([[0, 1], [2, 9]])
+    with pytest.raises(IndexError, match=r"Target 9 is out of bounds\..*position \[1, 1\]"):
+        check_class_indices(target, 5, -100)
+    check_class_indices(target, 5, 9)
