@@ -109,8 +109,10 @@ def _write_loss(
         share = (k - n_above).to(tl.float64)
         # With every row selected the threshold may be infinite or 0; 0 * inf must not enter the sum.
         tied_sum = tl.where(share > 0, share * threshold_loss.to(tl.float64), 0.0)
+        # Where no row counts, all are "above" a threshold that no row set, and their -inf must not enter the sum either.
+        total = tl.where(n_counted > 0, above_sum + tied_sum, 0.0)
         k = k.to(tl.float64)
-        tl.store(loss_ptr, (scale * ((above_sum + tied_sum) / k)).to(dtype))  # 0 / 0 is nan where no row counts
+        tl.store(loss_ptr, (scale * (total / k)).to(dtype))  # 0 / 0 is nan where no row counts
         tl.store(saved_ptr, scale / k)
         tl.store(saved_ptr + 1, scale * (share / (n_tied.to(tl.float64) * k)))
         tl.store(saved_ptr + 2, threshold_loss)
