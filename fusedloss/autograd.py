@@ -28,9 +28,18 @@ def _rows(logits: Tensor) -> Tensor:
     return logits.flatten(2) if logits.dim() > 3 else logits
 
 
+def _targets(target: Tensor, logits: Tensor) -> Tensor:
+    """Class indices as (n_rows,); probabilities like the logits."""
+    return _rows(target) if target.dim() == logits.dim() else target.reshape(-1)
+
+
+def _loss_shape(logits: Tensor) -> tuple[int, ...]:
+    return (logits.shape[0], *logits.shape[2:])
+
+
 def forward_only(
     logits: Tensor,  # (N, C) or (N, C, d1, ...)
-    target: Tensor,  # (N,) or (N, d1, ...)
+    target: Tensor,  # class indices (N,) or (N, d1, ...), or probabilities of the logits' shape
     weight: Tensor | None,  # (C,)
     scale: Tensor | None,  # 0-d
     options: Options,
@@ -38,8 +47,8 @@ def forward_only(
     backend: str,
 ) -> Tensor:
     """The loss, with nothing kept for a backward."""
-    loss, _, _ = ops.forward(_rows(logits), target.reshape(-1), weight, scale, options, out_dtype, False, backend)
-    return loss.view(target.shape) if options.reduction == "none" else loss
+    loss, _, _ = ops.forward(_rows(logits), _targets(target, logits), weight, scale, options, out_dtype, False, backend)
+    return loss.view(_loss_shape(logits)) if options.reduction == "none" else loss
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -56,27 +65,35 @@ class CrossEntropyFunction(torch.autograd.Function):
         out_dtype: torch.dtype,
         backend: str,
     ) -> Tensor:
-        loss, saved, dlogits = ops.forward(_rows(logits), target.reshape(-1), weight, scale, options, out_dtype, True, backend)
+        loss, saved, dlogits = ops.forward(
+            _rows(logits), _targets(target, logits), weight, scale, options, out_dtype, True, backend
+        )
         ctx.save_for_backward(logits, target, weight, scale, saved)
         ctx.options, ctx.out_dtype, ctx.backend = options, out_dtype, backend
         ctx.dlogits = dlogits.view(logits.shape) if fuses_gradient(backend, options.reduction, logits.dtype) else None
-        return loss.view(target.shape) if options.reduction == "none" else loss
+        return loss.view(_loss_shape(logits)) if options.reduction == "none" else loss
 
     @staticmethod
     def backward(ctx: Any, *dlosses: Tensor) -> tuple[Tensor | None, ...]:
         (dloss,) = dlosses
-        if ctx.dlogits is not None and not torch.is_grad_enabled():
+        # create_graph=True: the gradient itself must be differentiable. Under vmap (is_grads_batched) no kernel serves dloss.
+        differentiable = torch.is_grad_enabled() or _is_batched(dloss)
+        if ctx.dlogits is not None and not differentiable:
             return _scaled_fused_gradient(ctx, dloss), None, None, None, None, None, None
         logits, target, weight, scale, saved = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
+        if differentiable:
             with torch.enable_grad():
                 loss = reference.cross_entropy(logits, target, weight, ctx.options, scale, ctx.out_dtype)
                 (dlogits,) = torch.autograd.grad(loss, logits, dloss, create_graph=True)
         else:
             dlogits = ops.backward(
-                dloss.reshape(-1), _rows(logits), target.reshape(-1), weight, saved, ctx.options, ctx.backend
+                dloss.reshape(-1), _rows(logits), _targets(target, logits), weight, saved, ctx.options, ctx.backend
             ).view(logits.shape)
         return dlogits, None, None, None, None, None, None
+
+
+def _is_batched(dloss: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(dloss)
 
 
 def _scaled_fused_gradient(ctx: Any, dloss: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-NAMES = ("auto", "triton", "reference")
+NAMES = ("auto", "triton", "cpu", "reference")
 
 
 def _checked(name: str) -> str:
@@ -26,9 +26,9 @@ def backend(name: str) -> Iterator[None]:
     """Forces one implementation for the calls inside the `with` block, in every thread of the process.
 
     Args:
-        name: "triton" launches the Triton kernels whatever device the tensors are on, "reference" is the composition of
-            PyTorch operators in `fusedloss.reference`, "auto" chooses by device. A request that cannot be served raises;
-            it never falls back.
+        name: "triton" launches the Triton kernels whatever device the tensors are on, "cpu" is the compiled C++ kernel,
+            "reference" is the composition of PyTorch operators in `fusedloss.reference`, "auto" chooses by device. A request
+            that cannot be served raises; it never falls back.
 
     Raises:
         ValueError: `name` is none of these.

@@ -1,0 +1,66 @@
+"""How a problem is laid out and shared among threads by the CPU kernel: pure functions of shapes, dtypes and options."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedloss.plan import Options, Plan, fuses_gradient, spatial_dims_collapse
+
+# Logits for which another thread is worth waking. Sharing 128 x 10 among two threads costs more than the work (5 us).
+ELEMENTS_PER_THREAD = 16384
+
+
+class Rows(NamedTuple):
+    """Shapes and strides in elements as kernels/cpu/problem.h has them: row r is (r // n_inner, r % n_inner)."""
+
+    n_outer: int
+    n_inner: int
+    n_cols: int
+    strides: tuple[int, ...]  # of outer block, row and class; for each tensor
+
+
+def rows(logits: Tensor, *others: Tensor | None) -> Rows:
+    """The rows of logits (N, C) or (N, C, S), and where they lie in it and in other tensors of its shape."""
+    strides: tuple[int, ...] = ()
+    if logits.dim() == 2:
+        n_inner, n_cols = logits.shape
+        for tensor in (logits, *others):
+            strides += (0, *tensor.stride()) if tensor is not None else (0, 0, 0)
+        return Rows(1, n_inner, n_cols, strides)
+    n_outer, n_cols, n_inner = logits.shape
+    one_block = True
+    for tensor in (logits, *others):
+        if tensor is None:
+            strides += (0, 0, 0)
+        else:
+            outer, col, row = tensor.stride()
+            strides += (outer, row, col)
+            one_block &= outer == n_inner * row  # channels_last: the rows of all outer blocks are one sequence
+    return Rows(1, n_outer * n_inner, n_cols, strides) if one_block else Rows(n_outer, n_inner, n_cols, strides)
+
+
+def threads(n_elements: int, available: int) -> int:
+    """Threads for a problem of so many logits; the result is the same whatever their number."""
+    return max(1, min(available, n_elements // ELEMENTS_PER_THREAD))
+
+
+def cpu_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool) -> Plan:
+    """The plan of the CPU kernel for logits (N, C) or (N, C, d1, ...)."""
+    one_pass = logits.numel() * logits.element_size()
+    plan = Plan(
+        "cpu",
+        reason,
+        "forward only",
+        copies_logits=logits.dim() > 3 and not spatial_dims_collapse(logits),
+        read_bytes=one_pass,
+        write_bytes=0,
+        launches=1,
+        threads=threads(logits.numel(), torch.get_num_threads()),
+    )
+    if not needs_grad:
+        return plan
+    if fuses_gradient("cpu", options.reduction, logits.dtype):
+        return replace(plan, strategy="fused", write_bytes=one_pass)
+    return replace(plan, strategy="recompute", read_bytes=2 * one_pass, write_bytes=one_pass, launches=2)

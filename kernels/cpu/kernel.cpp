@@ -1,0 +1,188 @@
+// The C ABI: checks the class indices, cuts the rows into chunks, runs them, and reduces the batch.
+//
+// Chunks are a function of the shape alone, each has one partial sum in double, and the partial sums are added in order: the
+// result does not depend on the number of threads, nor on which of them ran what.
+#include <cmath>
+
+#include "problem.h"
+#include "selection.h"
+#include "threads.h"
+
+namespace fusedloss {
+namespace {
+
+constexpr int64_t MAX_CHUNKS = 1024;         // partial sums live on the stack
+constexpr int64_t CHUNK_ELEMENTS = 1 << 14;  // about 10 us of work with AVX-512: waking a spinning thread costs 1 or 2
+constexpr int64_t CHUNK_ROWS_MULTIPLE = 64;  // whole vectors of rows for lanes.h
+constexpr int64_t CHUNK_TARGETS = 1 << 15;
+
+struct Chunks {
+  int64_t n, size, total;
+  Chunks(int64_t total, int64_t target_size, int64_t multiple) : total(total) {
+    size = (total + MAX_CHUNKS - 1) / MAX_CHUNKS;
+    if (size < target_size) size = target_size;
+    size = (size + multiple - 1) / multiple * multiple;
+    n = (total + size - 1) / size;
+  }
+  int64_t begin(int64_t chunk) const { return chunk * size; }
+  int64_t end(int64_t chunk) const { return (chunk + 1) * size < total ? (chunk + 1) * size : total; }
+};
+
+Chunks row_chunks(const Problem& problem) {
+  const int64_t rows = CHUNK_ELEMENTS / (problem.n_cols > 0 ? problem.n_cols : 1);
+  return Chunks(problem.n_rows(), rows > 0 ? rows : 1, rows >= CHUNK_ROWS_MULTIPLE ? CHUNK_ROWS_MULTIPLE : 1);
+}
+
+struct TargetSummary {
+  int64_t first_bad = -1;  // row
+  int64_t n_counted = 0;
+  double weight = 0;       // of the counted rows
+};
+
+template <class Target, class A>
+TargetSummary summarise(const Problem& problem, int64_t begin, int64_t end) {
+  const Target* target = static_cast<const Target*>(problem.target);
+  const A* weight = problem.reduction == kMean ? static_cast<const A*>(problem.weight) : nullptr;
+  TargetSummary summary;
+  bool bad = false;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t t = int64_t(target[row]);
+    const bool counted = t != problem.ignore_index;
+    bad |= counted & (uint64_t(t) >= uint64_t(problem.n_cols));
+    summary.n_counted += counted;
+  }
+  summary.weight = double(summary.n_counted);
+  if (bad) {
+    for (int64_t row = begin; summary.first_bad < 0; ++row) {
+      const int64_t t = int64_t(target[row]);
+      if (t != problem.ignore_index && (t < 0 || t >= problem.n_cols)) summary.first_bad = row;
+    }
+  } else if (weight) {
+    summary.weight = 0;
+    for (int64_t row = begin; row < end; ++row)
+      if (int64_t(target[row]) != problem.ignore_index) summary.weight += double(weight[int64_t(target[row])]);
+  }
+  return summary;
+}
+
+template <class A>
+TargetSummary summarise_targets(const Problem& problem) {
+  TargetSummary total;
+  if (problem.target_kind == kProbabilities) {
+    total.n_counted = problem.n_rows();
+    total.weight = double(total.n_counted);
+    return total;
+  }
+  const Chunks chunks(problem.n_rows(), CHUNK_TARGETS, 1);
+  TargetSummary parts[MAX_CHUNKS];
+  parallel_for(problem, chunks.n, [&](int64_t chunk) {
+    const int64_t begin = chunks.begin(chunk), end = chunks.end(chunk);
+    parts[chunk] =
+        problem.target_kind == kUint8 ? summarise<uint8_t, A>(problem, begin, end) : summarise<int64_t, A>(problem, begin, end);
+  });
+  for (int64_t chunk = 0; chunk < chunks.n; ++chunk) {
+    if (total.first_bad < 0) total.first_bad = parts[chunk].first_bad;
+    total.n_counted += parts[chunk].n_counted;
+    total.weight += parts[chunk].weight;
+  }
+  return total;
+}
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  // The compiler's runtime asks the operating system too whether it saves the wide registers.
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kBaseline;
+}
+
+const Kernels& kernels(const Problem& problem) {
+  static const Isa best = best_isa();
+  const int64_t isa = problem.isa == kBest || problem.isa > best ? best : problem.isa;
+#if defined(__x86_64__)
+  if (isa == kAvx512) return avx512_kernels;
+  if (isa == kAvx2) return avx2_kernels;
+#endif
+  (void)isa;
+  return baseline_kernels;
+}
+
+uint16_t bfloat16_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+uint16_t float16_bits(float x) {  // once per call: plain arithmetic, rounding to nearest even
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const double a = std::fabs(double(x));
+  if (x != x) return 0x7e00;
+  if (a >= 65520.0) return sign | 0x7c00;
+  if (a < 0x1p-14) return sign | uint16_t(std::nearbyint(a * 0x1p24));
+  int exponent;
+  const double mantissa = std::frexp(a, &exponent);  // a = mantissa 2^exponent, mantissa in [0.5, 1)
+  return uint16_t(sign + ((exponent + 13) << 10) + int(std::nearbyint(mantissa * 2048.0)));
+}
+
+void store_loss(const Problem& problem, double loss) {
+  switch (problem.loss_dtype) {
+    case kFloat32: *static_cast<float*>(problem.loss) = float(loss); break;
+    case kFloat64: *static_cast<double*>(problem.loss) = loss; break;
+    case kBfloat16: *static_cast<uint16_t*>(problem.loss) = bfloat16_bits(float(loss)); break;
+    default: *static_cast<uint16_t*>(problem.loss) = float16_bits(float(loss)); break;
+  }
+}
+
+template <class A>
+int64_t forward(const Problem& problem) {
+  const TargetSummary targets = summarise_targets<A>(problem);
+  if (targets.first_bad >= 0) return targets.first_bad + 1;
+
+  double weight_total = double(problem.n_cols);
+  if (problem.weight && problem.smoothing > 0 && problem.target_kind != kProbabilities) {
+    weight_total = 0;
+    for (int64_t c = 0; c < problem.n_cols; ++c) weight_total += double(static_cast<const A*>(problem.weight)[c]);
+  }
+  const double denominator = problem.reduction == kMean ? targets.weight : 1;
+  const double coefficient = problem.scale / denominator;
+  A* saved = static_cast<A*>(problem.saved);
+  saved[0] = A(coefficient);
+  saved[3] = A(weight_total);
+
+  const Chunks chunks = row_chunks(problem);
+  const ForwardRows rows = kernels(problem).forward;
+  double sums[MAX_CHUNKS];
+  parallel_for(problem, chunks.n, [&](int64_t chunk) {
+    sums[chunk] = rows(problem, chunks.begin(chunk), chunks.end(chunk), coefficient, weight_total);
+  });
+  if (problem.reduction == kNone) return 0;
+  double total = 0;
+  for (int64_t chunk = 0; chunk < chunks.n; ++chunk) total += sums[chunk];
+  const bool selects = problem.reduction == kMax || problem.reduction == kTopK;
+  // 0 / 0 is nan where no row counts, as in PyTorch.
+  store_loss(problem, selects ? select_rows<A>(problem, targets.n_counted) : problem.scale * (total / denominator));
+  return 0;
+}
+
+}  // namespace
+}  // namespace fusedloss
+
+using fusedloss::Problem;
+
+// Returns 0, or 1 + the first row whose class index is out of range; nothing is written then.
+extern "C" __attribute__((visibility("default"))) int64_t fusedloss_forward(const Problem* problem) {
+  return problem->logits_dtype == fusedloss::kFloat64 ? fusedloss::forward<double>(*problem) : fusedloss::forward<float>(*problem);
+}
+
+extern "C" __attribute__((visibility("default"))) void fusedloss_backward(const Problem* problem) {
+  const fusedloss::Chunks chunks = fusedloss::row_chunks(*problem);
+  const fusedloss::BackwardRows rows = fusedloss::kernels(*problem).backward;
+  fusedloss::parallel_for(*problem, chunks.n, [&](int64_t chunk) { rows(*problem, chunks.begin(chunk), chunks.end(chunk)); });
+}
+
+extern "C" __attribute__((visibility("default"))) int64_t fusedloss_best_isa() { return fusedloss::best_isa(); }
+
+extern "C" __attribute__((visibility("default"))) int64_t fusedloss_problem_bytes() { return sizeof(Problem); }

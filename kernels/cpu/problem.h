@@ -1,0 +1,69 @@
+// The C ABI between fusedloss/backends/cpu.py and the kernel: one packed struct of 8-byte fields, all pointers owned by the caller.
+//
+// Nothing here is validated but the class indices, and nothing is allocated.
+#pragma once
+#include <cstdint>
+
+namespace fusedloss {
+
+enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16 };
+enum Reduction : int64_t { kNone, kSum, kMean, kMax, kTopK };
+enum TargetKind : int64_t { kInt64, kUint8, kProbabilities };
+enum Isa : int64_t { kBest, kBaseline, kAvx2, kAvx512 };
+
+// Element (outer, inner, c) lies at outer * outer + inner * row + c * col elements; row r is (r / n_inner, r % n_inner).
+struct Strides {
+  int64_t outer, row, col;
+};
+
+struct Problem {
+  // outputs; "A" is the accumulation type: double for kFloat64, else float
+  void* loss;     // (n_rows,) of loss_dtype for kNone, else ()
+  void* saved;    // A: 4 + 3 n_rows values, described in kernels/rowwise.py; 4 where neither save nor the reduction needs rows
+  void* dlogits;  // logits_dtype; forward: null unless the strategy is fused
+  // inputs
+  const void* logits;
+  const void* target;  // int64 or uint8 (n_rows,); A with target_strides for kProbabilities
+  const void* weight;  // A (n_cols,), or null
+  const void* dloss;   // backward: A, (n_rows,) for kNone, else ()
+  // scalars
+  double scale;
+  double smoothing;
+  int64_t ignore_index;
+  int64_t top_k;           // rows, or with top_k_is_fraction units of 2**-32 of the counted rows
+  int64_t top_k_is_fraction;
+  int64_t logits_dtype, loss_dtype, target_kind, reduction;
+  int64_t save;            // forward: whether a backward may follow
+  int64_t isa;             // kBest, or a lower one for tests
+  int64_t n_threads;
+  // shapes and strides
+  int64_t n_outer, n_inner, n_cols;
+  Strides logits_strides, dlogits_strides, target_strides;
+  // GOMP_parallel of the OpenMP runtime that PyTorch loaded, or null; threads.h says why
+  void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned);
+
+  int64_t n_rows() const { return n_outer * n_inner; }
+  int64_t offset(const Strides& s, int64_t row) const {
+    return n_outer == 1 ? row * s.row : row / n_inner * s.outer + row % n_inner * s.row;
+  }
+};
+
+constexpr int64_t kState = 4;  // scalars at the head of `saved`
+
+// Rows [begin, end), once per instruction set. Forward returns the sum of their losses (0 for kNone); coefficient is
+// d(loss)/d(row loss), used where dlogits is written; weight_total is the sum of the class weights, used with smoothing.
+using ForwardRows = double (*)(const Problem&, int64_t begin, int64_t end, double coefficient, double weight_total);
+using BackwardRows = void (*)(const Problem&, int64_t begin, int64_t end);
+
+struct Kernels {
+  ForwardRows forward;
+  BackwardRows backward;
+};
+
+extern const Kernels baseline_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+}  // namespace fusedloss

@@ -1,0 +1,78 @@
+// The reductions "max" and "topk": which row losses are selected, their average, and the coefficients for the backward.
+//
+// The k-th largest loss is found by radix selection, 8 bits at a time from the top (Alabi et al. 2012): one pass over the
+// row losses per digit, no memory but a histogram. Rows that tie with it share what is left of k evenly.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "problem.h"
+
+namespace fusedloss {
+
+inline uint32_t selection_key(float loss) {
+  uint32_t bits;
+  loss += 0.0f;  // -0.0 equals 0.0
+  std::memcpy(&bits, &loss, sizeof bits);
+  return loss != loss ? ~uint32_t(0) : bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+inline uint64_t selection_key(double loss) {
+  uint64_t bits;
+  loss += 0.0;
+  std::memcpy(&bits, &loss, sizeof bits);
+  return loss != loss ? ~uint64_t(0) : bits >> 63 ? ~bits : bits | 0x8000000000000000u;
+}
+
+inline int64_t rows_to_select(const Problem& problem, int64_t n_counted) {
+  if (problem.reduction == kMax) return n_counted < 1 ? n_counted : 1;
+  int64_t k = problem.top_k;
+  if (problem.top_k_is_fraction) {  // integers, so that every backend agrees to the last row
+    k = int64_t((static_cast<unsigned __int128>(n_counted) * uint64_t(problem.top_k) + (uint64_t(1) << 31)) >> 32);
+    if (k < 1) k = 1;
+  }
+  return k < n_counted ? k : n_counted;
+}
+
+template <class A>
+auto kth_largest_key(const A* losses, int64_t n_rows, int64_t k) {
+  using Key = decltype(selection_key(A()));
+  Key prefix = 0, prefix_mask = 0;
+  for (int shift = int(sizeof(Key)) * 8 - 8; shift >= 0; shift -= 8) {
+    int64_t histogram[256] = {};
+    for (int64_t row = 0; row < n_rows; ++row) {
+      Key key = selection_key(losses[row]);
+      if ((key & prefix_mask) == prefix) ++histogram[(key >> shift) & 255];
+    }
+    int digit = 255;
+    for (; digit > 0 && histogram[digit] < k; --digit) k -= histogram[digit];
+    prefix |= Key(digit) << shift;
+    prefix_mask |= Key(255) << shift;
+  }
+  return prefix;
+}
+
+// Returns the batch loss; writes saved[0..2] from the row losses at saved[4 + 2 n_rows].
+template <class A>
+double select_rows(const Problem& problem, int64_t n_counted) {
+  A* saved = static_cast<A*>(problem.saved);
+  const int64_t n_rows = problem.n_rows();
+  const A* losses = saved + kState + 2 * n_rows;
+  const int64_t k = rows_to_select(problem, n_counted);
+  double above_sum = 0, threshold = 0, share = 0;
+  int64_t n_above = 0, n_tied = 0;
+  if (k > 0) {
+    const auto key = kth_largest_key(losses, n_rows, k);
+    for (int64_t row = 0; row < n_rows; ++row) {
+      const auto row_key = selection_key(losses[row]);
+      if (row_key > key) above_sum += double(losses[row]), ++n_above;
+      if (row_key == key) threshold = double(losses[row]), ++n_tied;
+    }
+    share = double(k - n_above);
+  }
+  saved[0] = A(problem.scale / double(k));
+  saved[1] = A(problem.scale * (share / (double(n_tied) * double(k))));
+  saved[2] = A(threshold);
+  return problem.scale * ((above_sum + (share > 0 ? share * threshold : 0.0)) / double(k));  // 0 / 0 is nan where no row counts
+}
+
+}  // namespace fusedloss

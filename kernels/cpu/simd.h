@@ -1,0 +1,194 @@
+// Vectors of the accumulation type A, loads and stores of the four logit types, and exp.
+//
+// Written with the vector extensions that GCC and Clang share: the compiler lowers them to AVX-512, AVX2, SSE2 or NEON.
+// Included once per instruction set, in a namespace of its own and after the target pragma; nothing here has external linkage,
+// or the linker might keep an AVX-512 copy of an inline function for a machine without it.
+//
+// exp(x), x <= 0: n = round(x log2 e), r = x - n ln 2 in two parts, |r| <= ln(2)/2, exp(x) = 2^n p(r) with 2^n from the bits of n.
+// Below the smallest normal number the result is 0. NaN stays NaN (each select keeps its second operand where a comparison fails).
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+template <class A>
+struct Simd;
+template <>
+struct Simd<float> {
+  static constexpr int W = FUSEDLOSS_VECTOR_BYTES / 4;
+  typedef float V __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES)));
+  typedef int32_t Int;
+  typedef int32_t I __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES)));
+  typedef uint32_t U __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES)));
+  typedef uint16_t Half __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES / 2)));
+};
+template <>
+struct Simd<double> {
+  static constexpr int W = FUSEDLOSS_VECTOR_BYTES / 8;
+  typedef double V __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES)));
+  typedef int64_t Int;
+  typedef int64_t I __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES)));
+  typedef uint64_t U __attribute__((vector_size(FUSEDLOSS_VECTOR_BYTES)));
+};
+using F = Simd<float>;
+
+template <class T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+
+template <class To, class From>
+INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class A>
+constexpr A kInfinity = A(__builtin_inff());
+template <class A>
+constexpr A kNaN = A(__builtin_nanf(""));
+
+// ---- conversions, one element or one vector of them: U is uint32_t or a vector of it, S float or a vector of it ----
+
+template <class S, class U>
+INLINE S float_from_half_bits(U h) {
+  // Moves exponent and mantissa into place and multiplies by 2^112, which also normalises subnormal numbers.
+  U shifted = (h & 0x7fffu) << 13;
+  S scaled = bit_cast<S>(shifted) * 0x1p112f;
+  U infinite = U((h & 0x7fffu) >= 0x7c00u);
+  U all = U{} - (infinite & 1u);  // comparisons give 1 for scalars and ~0 for vectors
+  return bit_cast<S>(bit_cast<U>(scaled) | ((h & 0x8000u) << 16) | (all & 0x7f800000u));
+}
+
+template <class U, class S>
+INLINE U half_bits_from_float(S x) {
+  // After M. Dukhan's FP16 library: the additions round to nearest even at the half's last bit, subnormals included.
+  U bits = bit_cast<U>(x);
+  U sign = bits & 0x80000000u;
+  S base = bit_cast<S>(U(bits & 0x7fffffffu)) * 0x1p112f * 0x1p-110f;
+  U bias = (bits + bits) & 0xff000000u;
+  U floor = U{} + 0x71000000u;
+  bias = bias < floor ? floor : bias;
+  base = bit_cast<S>(U((bias >> 1) + 0x07800000u)) + base;
+  U rounded = bit_cast<U>(base);
+  U nonsign = ((rounded >> 13) & 0x7c00u) + (rounded & 0x0fffu);
+  U nan = U{} + 0x7e00u;
+  return (sign >> 16) | ((bits + bits) > 0xff000000u ? nan : nonsign);
+}
+
+template <class U>
+INLINE U bfloat16_bits_from_float_bits(U bits) {
+  U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  U nan = U{} + 0x7fc0u;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+}
+
+INLINE float load1(const float* p) { return *p; }
+INLINE double load1(const double* p) { return *p; }
+INLINE float load1(const bfloat16* p) { return bit_cast<float>(uint32_t(p->bits) << 16); }
+INLINE float load1(const float16* p) { return float_from_half_bits<float, uint32_t>(p->bits); }
+INLINE void store1(float* p, float x) { *p = x; }
+INLINE void store1(double* p, double x) { *p = x; }
+INLINE void store1(bfloat16* p, float x) { p->bits = uint16_t(bfloat16_bits_from_float_bits(bit_cast<uint32_t>(x))); }
+INLINE void store1(float16* p, float x) { p->bits = uint16_t(half_bits_from_float<uint32_t, float>(x)); }
+
+INLINE F::V load(const float* p) {
+  F::V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE Simd<double>::V load(const double* p) {
+  Simd<double>::V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE F::V load(const bfloat16* p) {
+  F::Half h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return bit_cast<F::V>(__builtin_convertvector(h, F::U) << 16);
+}
+INLINE F::V load(const float16* p) {
+  F::Half h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return float_from_half_bits<F::V, F::U>(__builtin_convertvector(h, F::U));
+}
+INLINE void store(float* p, F::V v) { __builtin_memcpy(p, &v, sizeof v); }
+INLINE void store(double* p, Simd<double>::V v) { __builtin_memcpy(p, &v, sizeof v); }
+INLINE void store(bfloat16* p, F::V v) {
+  F::Half h = __builtin_convertvector(bfloat16_bits_from_float_bits(bit_cast<F::U>(v)), F::Half);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+INLINE void store(float16* p, F::V v) {
+  F::Half h = __builtin_convertvector(half_bits_from_float<F::U, F::V>(v), F::Half);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+template <class A>
+INLINE typename Simd<A>::V broadcast(A a) {
+  return typename Simd<A>::V{} + a;
+}
+
+// ---- exp ----
+
+INLINE F::V exp_nonpositive(F::V x) {
+  const F::V smallest = broadcast(-87.33654f), zero = {};
+  F::V clamped = x < smallest ? smallest : x;
+  F::V shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds, and leaves n in the low bits
+  F::V n = shifted - 12582912.0f;
+  F::V r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  // Cephes expf.
+  F::V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  F::V result = p * bit_cast<F::V>((bit_cast<F::U>(shifted) << 23) + 0x3f800000u);
+  return x < smallest ? zero : result;
+}
+
+INLINE Simd<double>::V exp_nonpositive(Simd<double>::V x) {
+  using D = Simd<double>;
+  const D::V smallest = broadcast(-708.396), zero = {};
+  D::V clamped = x < smallest ? smallest : x;
+  D::V shifted = clamped * 1.4426950408889634 + 6755399441055744.0;  // 1.5 * 2^52
+  D::V n = shifted - 6755399441055744.0;
+  D::V r = clamped - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10;
+  // Taylor to degree 13: the remainder, 0.347^14 / 14!, is below 2^-57.
+  D::V p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * (r * r) + r + 1.0;
+  D::V result = p * bit_cast<D::V>((bit_cast<D::U>(shifted) << 52) + 0x3ff0000000000000u);
+  return x < smallest ? zero : result;
+}
+
+template <class A>
+INLINE A exp_nonpositive1(A x) {
+  return exp_nonpositive(broadcast(x))[0];
+}
+
+template <class A>
+INLINE A finite_max(A m) {  // all classes may be -inf, and -inf - -inf would be NaN
+  return m == -kInfinity<A> ? A(0) : m;
+}

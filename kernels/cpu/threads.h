@@ -1,0 +1,51 @@
+// Runs chunks 0 .. n_chunks - 1 of a job on several threads.
+//
+// PyTorch's CPU operators run on the OpenMP runtime that torch loads. Its workers spin for a while after each operator; workers
+// of a second runtime, or of a pool of our own, would compete with them for the same cores. So the kernel is not linked to any
+// OpenMP: it borrows the entry point GOMP_parallel (part of libgomp's stable ABI, also offered by LLVM's and Intel's runtimes)
+// of the runtime that is loaded already. Fork safety and thread counts are then exactly those of PyTorch's own operators.
+// Where no such symbol is found, threads are started for the call, which pays for large problems only.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "problem.h"
+
+namespace fusedloss {
+
+template <class Body>
+struct Job {
+  const Body& body;
+  int64_t n_chunks;
+  std::atomic<int64_t> next{0};
+
+  static void run(void* self) {
+    Job& job = *static_cast<Job*>(self);
+    for (int64_t chunk; (chunk = job.next.fetch_add(1, std::memory_order_relaxed)) < job.n_chunks;) job.body(chunk);
+  }
+};
+
+template <class Body>
+void parallel_for(const Problem& problem, int64_t n_chunks, const Body& body) {
+  Job<Body> job{body, n_chunks};
+  int64_t n_threads = problem.n_threads < n_chunks ? problem.n_threads : n_chunks;
+  if (n_threads <= 1) {
+    Job<Body>::run(&job);
+  } else if (problem.gomp_parallel) {
+    problem.gomp_parallel(Job<Body>::run, &job, unsigned(n_threads), 0);
+  } else {
+    std::vector<std::thread> threads;
+    try {
+      for (int64_t i = 1; i < n_threads; ++i) threads.emplace_back(Job<Body>::run, &job);
+    } catch (const std::system_error&) {
+      // fewer threads than asked for: the chunks are shared out among those that started, and this one
+    }
+    Job<Body>::run(&job);
+    for (std::thread& thread : threads) thread.join();
+  }
+}
+
+}  // namespace fusedloss
