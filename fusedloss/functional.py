@@ -11,8 +11,12 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusedloss import backends, reference
 from fusedloss.autograd import CrossEntropyFunction, forward_only
+from fusedloss.backends import cpu
+from fusedloss.backends.triton import device_facts
 from fusedloss.checks import autocast_dtype, check_class_indices, check_options, check_tensors
-from fusedloss.plan import DeviceFacts, Options, Plan, triton_plan
+from fusedloss.plan import Options, Plan
+from fusedloss.plan_cpu import cpu_plan
+from fusedloss.plan_triton import DeviceFacts, triton_plan
 
 _CHECK_TARGETS = os.environ.get("FUSEDLOSS_CHECK_TARGETS", "0") not in ("", "0")
 
@@ -60,7 +64,7 @@ def cross_entropy(
 
     Raises:
         ValueError: batch sizes differ; unknown reduction; top_k missing, out of range or without "topk"; scale not 0-d.
-        RuntimeError: shapes or dtypes do not fit; label_smoothing > 1; backend "triton" was asked for and cannot serve.
+        RuntimeError: shapes or dtypes do not fit; label_smoothing > 1; a backend was asked for that cannot serve.
         IndexError: a class index is out of range (CPU).
         NotImplementedError: input is not floating point.
         TypeError: an argument of the wrong Python type.
@@ -104,8 +108,8 @@ def cross_entropy(
         )
         return unscaled * scale_tensor.to(unscaled)
 
-    name, _ = _choose(input, target, weight)
     out_dtype = _out_dtype(input, target, weight, autocast)
+    name, _ = _choose(input, target, weight, out_dtype)
     if scale_tensor is not None and scale_tensor.device != input.device:
         scale_tensor = scale_tensor.to(input.device, non_blocking=True)
     if input.dim() == 1:
@@ -126,33 +130,45 @@ def _dispatch(
 ) -> Tensor:
     if name == "reference":
         return reference.cross_entropy(input, target, weight, options, scale, out_dtype)
-    if _CHECK_TARGETS:
+    if _CHECK_TARGETS and name != "cpu":  # which always checks
         check_class_indices(target, input.shape[1], options.ignore_index)
     if input.requires_grad and torch.is_grad_enabled():
         return CrossEntropyFunction.apply(input, target, weight, scale, options, out_dtype, name)
     return forward_only(input, target, weight, scale, options, out_dtype, name)
 
 
-def _choose(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[str, str]:
+def _choose(input: Tensor, target: Tensor, weight: Tensor | None, out_dtype: torch.dtype) -> tuple[str, str]:
     """The backend that serves these tensors, and why."""
-    uncovered = _not_covered_by_kernels(input, target, weight)
     requested = backends.requested()
-    if requested == "triton":
-        if uncovered:
-            raise RuntimeError(f"backend 'triton' was asked for, but {uncovered}")
-        return "triton", "asked for by backend('triton') or FUSEDLOSS_BACKEND"
     if requested == "reference":
         return "reference", "asked for by backend('reference') or FUSEDLOSS_BACKEND"
-    if input.device.type != "cuda":
-        return "reference", f"no kernel serves device {input.device.type!r} yet"
+    if requested != "auto":
+        uncovered = _not_covered(requested, input, target, weight, out_dtype)
+        if uncovered:
+            raise RuntimeError(f"backend {requested!r} was asked for, but {uncovered}")
+        return requested, f"asked for by backend({requested!r}) or FUSEDLOSS_BACKEND"
+    name = {"cuda": "triton", "cpu": "cpu"}.get(input.device.type)
+    if name is None:
+        return "reference", f"no kernel serves device {input.device.type!r}"
+    uncovered = _not_covered(name, input, target, weight, out_dtype)
     if uncovered:
         return "reference", uncovered
-    return "triton", "the logits are on a GPU"
+    return name, "the logits are on a GPU" if name == "triton" else f"the logits are on the CPU ({cpu.ISA})"
 
 
-def _not_covered_by_kernels(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
+def _not_covered(name: str, input: Tensor, target: Tensor, weight: Tensor | None, out_dtype: torch.dtype) -> str | None:
+    if name == "cpu":
+        if cpu.MISSING is not None:
+            return cpu.MISSING
+        if input.device.type not in ("cpu", "meta"):
+            return f"the CPU kernel does not serve device {input.device.type!r}"
     if input.shape == target.shape:
-        return "class probabilities as target have no kernel yet"
+        if name != "cpu":
+            return "class probabilities as target have no kernel yet"
+        if torch.is_grad_enabled() and (target.requires_grad or (weight is not None and weight.requires_grad)):
+            return "the gradient to class probabilities, or to their weight, has no kernel"
+        if out_dtype == torch.float64 and input.dtype != torch.float64:
+            return "class probabilities or weights in float64 have no kernel for other logits"
     if input.numel() == 0 and input.shape[1 if input.dim() > 1 else 0] == 0:
         return "there are no classes"
     if torch.compiler.is_compiling():
@@ -203,17 +219,13 @@ def plan(
     )
     if options:
         raise TypeError(f"plan() got an unexpected keyword argument {next(iter(options))!r}")
-    check_tensors(input, target, weight, checked, torch.is_autocast_enabled(input.device.type))
-    name, reason = _choose(input, target, weight)
+    autocast = torch.is_autocast_enabled(input.device.type)
+    check_tensors(input, target, weight, checked, autocast)
+    name, reason = _choose(input, target, weight, _out_dtype(input, target, weight, autocast))
     if name == "reference":
         return Plan("reference", reason)
     logits = input.unsqueeze(0) if input.dim() == 1 else input
     needs_grad = input.requires_grad and torch.is_grad_enabled()
-    return triton_plan(reason, logits, needs_grad, device or _device_facts(input.device))
-
-
-def _device_facts(device: torch.device) -> DeviceFacts:
-    if device.type != "cuda":
-        return DeviceFacts()
-    properties = torch.cuda.get_device_properties(device)
-    return DeviceFacts(properties.multi_processor_count, (properties.major, properties.minor), properties.L2_cache_size)
+    if name == "cpu":
+        return cpu_plan(reason, logits, checked, needs_grad)
+    return triton_plan(reason, logits, needs_grad, device or device_facts(input.device))

@@ -58,7 +58,7 @@ def backward_tile_kernel(
     REDUCTION: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     ROWS_CONTIGUOUS: tl.constexpr,  # both row strides are 1: neighbouring rows, not classes, lie side by side
-    VECTOR: tl.constexpr,  # elements in 16 bytes where all strides and the contiguous size are multiples of it, else 1
+    VECTOR: tl.constexpr,  # all strides and the contiguous size are multiples of it; at most 16 bytes
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):

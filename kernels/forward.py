@@ -72,7 +72,7 @@ def forward_tile_kernel(
     HAS_SMOOTHING: tl.constexpr,
     SAVE: tl.constexpr,
     ROWS_CONTIGUOUS: tl.constexpr,  # row_stride is 1: neighbouring rows, not classes, lie side by side
-    VECTOR: tl.constexpr,  # elements in 16 bytes where the strides and the contiguous size are multiples of it, else 1
+    VECTOR: tl.constexpr,  # the strides and the contiguous size are multiples of it; at most 16 bytes
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.outputs import allocate_forward, allocate_gradient
-from fusedloss.plan import VECTOR_BYTES, Geometry, Options, backward_tile, forward_tile, geometry
+from fusedloss.plan import Options
+from fusedloss.plan_triton import VECTOR_BYTES, DeviceFacts, backward_tile, forward_tile, geometries
 from fusedloss.reference import FRACTION_BITS
 
 
@@ -23,8 +24,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch: every row's loss, and their reduction."""
     loss, saved, dlogits = allocate_forward(logits, options.reduction, out_dtype, needs_grad, "triton")
-    g = geometry(logits)
-    tile = forward_tile(g, logits.element_size())
+    (g,) = geometries(logits)
+    itemsize = logits.element_size()
+    tile = forward_tile(g, itemsize, device_facts(logits.device))
     partial = ticket = None
     if options.reduction != "none" and tile.n_programs > 1:
         partial = saved.new_empty((2, tile.n_programs))
@@ -45,7 +47,7 @@ def forward(
         "n_rows": g.n_rows,
     }
     if tile.rowwise:
-        vector = VECTOR_BYTES // logits.element_size()
+        vector = VECTOR_BYTES // itemsize
         arguments.update(
             n_cols=g.n_cols,
             row_stride=g.row_stride,
@@ -59,8 +61,8 @@ def forward(
             outer_stride=g.outer_stride,
             row_stride=g.row_stride,
             col_stride=g.col_stride,
-            ROWS_CONTIGUOUS=_rows_contiguous(g),
-            VECTOR=_vector(logits.element_size(), g),
+            ROWS_CONTIGUOUS=g.rows_contiguous,
+            VECTOR=g.vector(itemsize),
             BLOCK_ROWS=tile.block_rows,
         )
     arguments.update(
@@ -87,8 +89,9 @@ def backward(
     dlogits = allocate_gradient(logits)
     if logits.numel() == 0:
         return dlogits
-    g, out = geometry(logits), geometry(dlogits)
-    tile = backward_tile(g, out, logits.element_size())
+    g, out = geometries(logits, dlogits)
+    itemsize = logits.element_size()
+    tile = backward_tile(g, out, itemsize, device_facts(logits.device))
     arguments = {
         "dlogits_ptr": dlogits,
         "dloss_ptr": dloss.contiguous(),
@@ -108,7 +111,7 @@ def backward(
         "num_warps": tile.num_warps,
     }
     if tile.rowwise:
-        vector = VECTOR_BYTES // logits.element_size()
+        vector = VECTOR_BYTES // itemsize
         arguments.update(HAS_EDGES=g.n_cols % vector != 0 or g.row_stride % vector != 0, VECTOR=vector)
     else:
         arguments.update(
@@ -117,8 +120,8 @@ def backward(
             dlogits_col_stride=out.col_stride,
             outer_stride=g.outer_stride,
             col_stride=g.col_stride,
-            ROWS_CONTIGUOUS=_rows_contiguous(g, out),
-            VECTOR=_vector(logits.element_size(), g, out),
+            ROWS_CONTIGUOUS=g.rows_contiguous and out.rows_contiguous,
+            VECTOR=min(g.vector(itemsize), out.vector(itemsize)) if g.rows_contiguous == out.rows_contiguous else 1,
             BLOCK_ROWS=tile.block_rows,
         )
     _launch(tile.kernel, tile.n_programs, logits.device, arguments)
@@ -130,18 +133,13 @@ def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
     dlogits.mul_(dloss)
 
 
-def _rows_contiguous(*geometries: Geometry) -> bool:
-    return all(g.row_stride == 1 and g.col_stride != 1 for g in geometries)
-
-
-def _vector(itemsize: int, *geometries: Geometry) -> int:
-    """Elements of a 16-byte access where every row, or every run of contiguous rows, consists of whole ones; else 1."""
-    vector = VECTOR_BYTES // itemsize
-    for g in geometries:
-        sizes = (g.n_inner, g.col_stride) if _rows_contiguous(g) else (g.n_cols, g.row_stride)
-        if any(size % vector for size in (*sizes, g.outer_stride)):
-            return 1
-    return vector
+@cache
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Facts of a GPU; those of an H100 for any other device, where kernels are only planned, interpreted or emulated."""
+    if device.type != "cuda":
+        return DeviceFacts()
+    found = torch.cuda.get_device_properties(device)
+    return DeviceFacts(found.multi_processor_count, (found.major, found.minor), found.L2_cache_size, found.warp_size)
 
 
 def _launch(kernel: str, n_programs: int, device: torch.device, arguments: dict[str, Any]) -> None:

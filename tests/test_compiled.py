@@ -1,0 +1,73 @@
+"""Every kernel variant compiles for every GPU we name, without spills, with 16-byte accesses where rows are aligned."""
+
+from typing import Any
+
+import pytest
+import torch
+from compiled import TARGETS, compile_for, launches, report
+
+import fusedloss
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+# Each case is here for the code it selects; together they reach every branch on a constexpr.
+CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
+    "single program": ((64, 10), FP32, {}),
+    "ticket": ((4096, 10), FP32, {}),
+    "ticket, bf16": ((4096, 10), BF16, {"reduction": "sum"}),
+    "shared tile, 16-byte rows": ((4096, 100), FP32, {}),
+    "shared tile, all options": ((4096, 100), FP32, {"weight": True, "label_smoothing": 0.1, "scale": True}),
+    "one row a program": ((64, 1000), BF16, {}),
+    "ragged rows": ((64, 1001), BF16, {}),
+    "fp16, none": ((64, 1001), FP16, {"reduction": "none"}),
+    "long rows": ((64, 32000), BF16, {}),
+    "long ragged rows": ((64, 50257), BF16, {}),
+    "long rows, fp32": ((64, 128256), FP32, {}),
+    "long ragged rows, all options": ((64, 50257), BF16, {"weight": True, "label_smoothing": 0.1, "scale": True}),
+    "long rows, fp64": ((64, 50257), FP64, {"weight": True, "label_smoothing": 0.1}),
+    "max": ((64, 5000), FP32, {"reduction": "max"}),
+    "topk": ((64, 5000), FP32, {"reduction": "topk", "top_k": 3}),
+    "topk, fp64": ((64, 5000), FP64, {"reduction": "topk", "top_k": 3}),
+    "topk of a fraction, shared tile": ((4096, 10), FP32, {"reduction": "topk", "top_k": 0.5}),
+    "ragged shared tile": ((4096, 101), FP32, {}),
+    "transposed": ((10, 4096), FP32, {"transpose": True}),
+    "pixels": ((4, 19, 64, 64), BF16, {}),
+    "pixels, all options": ((4, 150, 64, 64), FP32, {"weight": True, "label_smoothing": 0.1}),
+    "pixels, fp64, max": ((4, 19, 64, 64), FP64, {"reduction": "max"}),
+}
+# Columns or pixels that cannot be read 16 bytes at a time: a row of 10 floats, few of them in a tile.
+NARROW = {"single program", "ticket", "ticket, bf16", "ragged shared tile", "topk of a fraction, shared tile"}
+
+
+def _call(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]) -> torch.Tensor:
+    options = dict(options)
+    logits = torch.randn(shape, dtype=dtype)
+    if options.pop("transpose", False):
+        logits, shape = logits.t(), shape[::-1]
+    logits.requires_grad_()
+    target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+    if options.pop("scale", False):
+        options["scale"] = torch.ones(())
+    weight = torch.ones(shape[1], dtype=dtype) if options.pop("weight", False) else None
+    return fusedloss.cross_entropy(logits, target, weight, **options)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_without_spills_and_with_wide_accesses(monkeypatch: pytest.MonkeyPatch, case: str, target: str) -> None:
+    recorded = launches(monkeypatch, target, lambda: _call(*CASES[case]))
+    assert [launch.kernel.split("_")[0] for launch in recorded] == ["forward", "backward"]
+    for launch in recorded:
+        found = report(compile_for(launch, target), target)
+        assert found.spills == 0, f"{launch.kernel}: {found}"
+        if case not in NARROW:
+            assert found.load_bytes == 16, f"{launch.kernel}: {found}"
+            if launch.kernel.startswith("backward"):
+                assert found.store_bytes == 16, f"{launch.kernel}: {found}"
+
+
+def test_cases_select_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    selected = set()
+    for case in CASES.values():
+        selected |= {launch.kernel for launch in launches(monkeypatch, "sm_90", lambda case=case: _call(*case))}
+    assert selected == {"forward_tile_kernel", "forward_row_kernel", "backward_tile_kernel", "backward_row_kernel"}
