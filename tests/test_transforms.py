@@ -1,0 +1,148 @@
+"""Point 26 of PyTorch's semantics: derivatives of any order and mode, torch.func transforms; with plain autograd beside them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Path
+from oracle import torch_loss
+from problems import make_logits, make_probabilities, make_weight
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import fusedloss
+
+# make_dual() itself makes PyTorch script its decompositions.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+
+TARGET = [0, 1, -100, 3]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"reduction": "sum", "scale": 0.3},
+    {"reduction": "none"},
+    {"label_smoothing": 0.2},
+    {"reduction": "max"},
+    {"reduction": "topk", "top_k": 2},
+]
+
+
+def _problem() -> tuple[Tensor, Tensor, Tensor]:
+    return make_logits(4, 5, dtype=torch.float64), torch.tensor(TARGET), make_weight(5, torch.float64)
+
+
+def _losses(options: dict[str, Any]) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """The loss as a function of the logits alone: ours, and PyTorch's (or a composition of it)."""
+    _, target, weight = _problem()
+    return (
+        lambda logits: fusedloss.cross_entropy(logits, target, weight, **options),
+        lambda logits: torch_loss(logits, target, weight, **options),
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_26_gradcheck(any_path: Path, options: dict[str, Any]) -> None:
+    logits, _, _ = _problem()
+    ours, _ = _losses(options)
+    logits.requires_grad_()
+    torch.autograd.gradcheck(ours, logits, check_forward_ad=True, check_batched_grad=True)
+    torch.autograd.gradgradcheck(ours, logits, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_26_gradcheck_of_explicit_kernels(path: Path, options: dict[str, Any]) -> None:
+    """Reverse mode, twice, without leaving the backend asked for."""
+    logits, _, _ = _problem()
+    ours, _ = _losses(options)
+    logits.requires_grad_()
+    torch.autograd.gradcheck(ours, logits, fast_mode=True)
+    torch.autograd.gradgradcheck(ours, logits, fast_mode=True)
+
+
+def test_26_27_gradcheck_of_probabilities(any_path: Path) -> None:
+    logits, target = make_logits(3, 4, dtype=torch.float64), make_probabilities(3, 4, dtype=torch.float64)
+    weight = make_weight(4, torch.float64)
+    inputs = tuple(tensor.requires_grad_() for tensor in (logits, target, weight))
+
+    def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        return fusedloss.cross_entropy(logits, target, weight, label_smoothing=0.1)
+
+    torch.autograd.gradcheck(loss, inputs, check_forward_ad=True)
+    torch.autograd.gradgradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_26_forward_mode(any_path: Path, options: dict[str, Any]) -> None:
+    logits, _, _ = _problem()
+    tangent = torch.randn_like(logits)
+    tangents = []
+    for loss in _losses(options):
+        with forward_ad.dual_level():
+            tangents.append(forward_ad.unpack_dual(loss(forward_ad.make_dual(logits, tangent))).tangent)
+    assert tangents[0].abs().max() > 1e-3
+    torch.testing.assert_close(*tangents)
+
+
+def _total(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda logits: loss(logits).sum()
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "grad": lambda loss, x: grad(_total(loss))(x),
+    "vjp": lambda loss, x: vjp(_total(loss), x)[1](torch.tensor(2.0, dtype=x.dtype))[0],
+    "jvp": lambda loss, x: jvp(loss, (x,), (x.cos(),))[1],
+    "jacrev": lambda loss, x: jacrev(loss)(x),
+    "jacfwd": lambda loss, x: jacfwd(loss)(x),
+    "hessian": lambda loss, x: hessian(_total(loss))(x),
+    "vmap": lambda loss, x: vmap(loss)(torch.stack([x, 2 * x, x - 1])),
+    "vmap of grad": lambda loss, x: vmap(grad(_total(loss)))(torch.stack([x, 2 * x, x - 1])),
+    "grad of vmap": lambda loss, x: grad(lambda y: vmap(loss)(torch.stack([y, 2 * y])).sum())(x),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_26_torch_func(any_path: Path, transform: Callable[..., Tensor], options: dict[str, Any]) -> None:
+    logits, _, _ = _problem()
+    ours, torchs = _losses(options)
+    expected = transform(torchs, logits)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(transform(ours, logits), expected)
+
+
+def test_26_gradients_per_sample(any_path: Path) -> None:
+    """The textbook use of torch.func: vmap over samples and their targets, grad over a module's parameters."""
+    module = torch.nn.Linear(6, 5)
+    inputs, target = torch.randn(7, 6), torch.arange(7) % 5
+    parameters = {name: value.detach() for name, value in module.named_parameters()}
+
+    def loss(cross_entropy: Callable[..., Tensor], parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(functional_call(module, parameters, (x[None],)), y[None])
+
+    ours, torchs = (
+        vmap(grad(lambda p, x, y, call=call: loss(call, p, x, y)), in_dims=(None, 0, 0))(parameters, inputs, target)
+        for call in (fusedloss.cross_entropy, F.cross_entropy)
+    )
+    for name, expected in torchs.items():
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(ours[name], expected)
+
+
+def test_26_transforms_of_one_sample(any_path: Path) -> None:
+    logits, targets = make_logits(6, 5), torch.arange(6) % 5
+    ours = vmap(fusedloss.cross_entropy)(logits, targets)
+    torch.testing.assert_close(ours, F.cross_entropy(logits, targets, reduction="none"))
+
+
+def test_double_backward_through_a_gradient_penalty(path: Path) -> None:
+    """A real use: penalise the norm of the gradient at the inputs."""
+    weight = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    inputs = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    results = []
+    for call in (fusedloss.cross_entropy, F.cross_entropy):
+        loss = call(inputs @ weight, torch.tensor(TARGET), label_smoothing=0.1)
+        (slope,) = torch.autograd.grad(loss, inputs, create_graph=True)
+        results.append(torch.autograd.grad(loss + slope.square().sum(), weight)[0])
+    torch.testing.assert_close(*results)
