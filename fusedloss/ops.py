@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedloss.backends import cpu as cpu_backend
 from fusedloss.backends import triton as triton_backend
 from fusedloss.backends.outputs import allocate_forward, allocate_gradient
 from fusedloss.plan import Options
 
 _OPTIONS = "str reduction, int ignore_index, float label_smoothing, int top_k, float top_k_fraction, float scale_factor"
 
-_BACKENDS: dict[str, Any] = {"triton": triton_backend}
+_BACKENDS: dict[str, Any] = {"triton": triton_backend, "cpu": cpu_backend}
 
 _library = torch.library.Library("fusedloss", "DEF")
 _library.define(
