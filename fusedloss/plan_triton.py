@@ -12,6 +12,8 @@ from fusedloss.plan import Plan, Tile, spatial_dims_collapse
 
 # Bytes of the widest access of a thread (LDG.128, global_load_dwordx4).
 VECTOR_BYTES = 16
+# Bytes that travel together between L2 and an SM.
+SECTOR_BYTES = 32
 # Columns of one row that a program holds at a time: 32 per thread with 8 warps, which no target spills.
 ROW_BLOCK = 8192
 # Rows with more columns than this get a program of their own; narrower ones share a two-dimensional tile.
@@ -73,6 +75,15 @@ def geometries(*tensors: Tensor) -> list[Geometry]:
     return [Geometry(n_outer, n_inner, n_cols, *three) for three in strides]
 
 
+def row_groups(g: Geometry, itemsize: int) -> tuple[int, bool]:
+    """How a kernel with one program per row cuts rows into groups: elements of a group, and whether any row has ragged edges."""
+    vector = VECTOR_BYTES // itemsize
+    if g.n_cols % vector == 0 and g.row_stride % vector == 0:
+        return vector, False
+    # Ragged rows are cut at sectors, or every request of a warp would touch one sector more than it has bytes for.
+    return SECTOR_BYTES // itemsize, True
+
+
 @lru_cache(maxsize=1024)
 def forward_tile(g: Geometry, itemsize: int, device: DeviceFacts) -> Tile:
     """Cuts the forward of a problem whose logits have `itemsize` bytes."""
@@ -85,8 +96,8 @@ def forward_tile(g: Geometry, itemsize: int, device: DeviceFacts) -> Tile:
 @lru_cache(maxsize=1024)
 def backward_tile(g: Geometry, grad: Geometry, itemsize: int, device: DeviceFacts) -> Tile:
     """Cuts the backward; `grad` is the geometry of the gradient, whose strides may differ from the logits'."""
-    vector = VECTOR_BYTES // itemsize
-    same_alignment = (g.row_stride - grad.row_stride) % vector == 0 and grad.col_stride == 1
+    # The ragged edges of a row must be the same in both.
+    same_alignment = (g.row_stride - grad.row_stride) % (SECTOR_BYTES // itemsize) == 0 and grad.col_stride == 1
     if _one_program_per_row(g) and same_alignment:
         block_cols, num_warps = _row_block(g.n_cols, itemsize, device)
         n_programs = g.n_rows * -(-g.n_cols // block_cols)

@@ -127,10 +127,10 @@ def backward_row_kernel(
     REDUCTION: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     HAS_EDGES: tl.constexpr,  # some row starts or ends inside a 16-byte group
-    VECTOR: tl.constexpr,  # elements in 16 bytes; the two row strides are equal modulo VECTOR
+    VECTOR: tl.constexpr,  # elements in 16 bytes; in a sector of 32 with HAS_EDGES; the row strides are equal modulo VECTOR
     BLOCK_COLS: tl.constexpr,
 ):
-    """Gradient of BLOCK_COLS whole 16-byte groups of one row; the first block of a row also writes its two ragged edges."""
+    """Gradient of BLOCK_COLS columns of one row, in whole groups; the first block of a row also writes its two ragged edges."""
     dtype = saved_ptr.dtype.element_ty
     blocks_per_row = tl.cdiv(n_cols, BLOCK_COLS)
     row = (tl.program_id(0) // blocks_per_row).to(tl.int64)  # int64: row * row_stride passes 2**31

@@ -140,10 +140,10 @@ def forward_tile_kernel(
 
 @triton.jit
 def aligned_columns(row_start, n_cols, VECTOR: tl.constexpr):
-    """Splits a row whose first element has index row_start into head, whole 16-byte groups, and tail: (head, n_main).
+    """Splits a row whose first element has index row_start into head, whole groups of VECTOR elements, and tail: (head, n_main).
 
-    Groups begin where the address is a multiple of 16 bytes, whatever n_cols and the row are; n_main is a multiple of VECTOR,
-    which is the proof the compiler needs for one vector access per group, masked as a whole.
+    Groups begin at multiples of VECTOR, whatever n_cols and the row are, and n_main is a multiple of it: the proof the compiler
+    needs for 16-byte accesses, masked as a whole. VECTOR is a 32-byte sector, so that no request touches one sector more.
     """
     head = ((VECTOR - row_start % VECTOR) % VECTOR).to(tl.int32)
     head = tl.minimum(head, n_cols)
@@ -153,7 +153,7 @@ def aligned_columns(row_start, n_cols, VECTOR: tl.constexpr):
 
 @triton.jit
 def edge_columns(head, n_main, n_cols, VECTOR: tl.constexpr):
-    """The fewer than 2 VECTOR columns of a row outside its whole groups, and which of them exist."""
+    """The fewer than 2 VECTOR columns of a row outside its groups, and which of them exist."""
     lane = tl.arange(0, 2 * VECTOR)
     cols = tl.where(lane < VECTOR, lane, head + n_main + lane - VECTOR)
     return cols, tl.where(lane < VECTOR, lane < head, cols < n_cols)
@@ -214,7 +214,7 @@ def forward_row_kernel(
     HAS_SMOOTHING: tl.constexpr,
     SAVE: tl.constexpr,
     HAS_EDGES: tl.constexpr,  # some row starts or ends inside a 16-byte group
-    VECTOR: tl.constexpr,  # elements in 16 bytes
+    VECTOR: tl.constexpr,  # elements in 16 bytes; in a sector of 32 with HAS_EDGES
     BLOCK_COLS: tl.constexpr,
 ):
     """Loss of one row, BLOCK_COLS classes at a time; up to BLOCK_COLS the row stays in registers."""

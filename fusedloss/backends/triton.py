@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedloss.backends.outputs import allocate_forward, allocate_gradient
 from fusedloss.plan import Options
-from fusedloss.plan_triton import VECTOR_BYTES, DeviceFacts, backward_tile, forward_tile, geometries
+from fusedloss.plan_triton import DeviceFacts, backward_tile, forward_tile, geometries, row_groups
 from fusedloss.reference import FRACTION_BITS
 
 
@@ -47,13 +47,8 @@ def forward(
         "n_rows": g.n_rows,
     }
     if tile.rowwise:
-        vector = VECTOR_BYTES // itemsize
-        arguments.update(
-            n_cols=g.n_cols,
-            row_stride=g.row_stride,
-            HAS_EDGES=g.n_cols % vector != 0 or g.row_stride % vector != 0,
-            VECTOR=vector,
-        )
+        vector, has_edges = row_groups(g, itemsize)
+        arguments.update(n_cols=g.n_cols, row_stride=g.row_stride, HAS_EDGES=has_edges, VECTOR=vector)
     else:
         arguments.update(
             n_inner=g.n_inner,
@@ -111,8 +106,8 @@ def backward(
         "num_warps": tile.num_warps,
     }
     if tile.rowwise:
-        vector = VECTOR_BYTES // itemsize
-        arguments.update(HAS_EDGES=g.n_cols % vector != 0 or g.row_stride % vector != 0, VECTOR=vector)
+        vector, has_edges = row_groups(g, itemsize)
+        arguments.update(HAS_EDGES=has_edges, VECTOR=vector)
     else:
         arguments.update(
             n_inner=g.n_inner,

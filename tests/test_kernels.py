@@ -1,0 +1,171 @@
+"""Every variant of the Triton kernels under the interpreter, and on a GPU where there is one."""
+
+from typing import Any
+
+import pytest
+import torch
+from compare import check_against_torch
+from conftest import GPU, INTERPRETER, Path, entered
+from problems import make_logits, make_target, make_weight
+
+import fusedloss
+
+FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.fixture(params=[INTERPRETER, GPU])
+def kernels(request: pytest.FixtureRequest) -> Any:
+    with entered(request.param):
+        yield request.param
+
+
+# Each shape is here for the code it reaches.
+SHAPES = {
+    "one class": (3, 1),
+    "one row": (1, 10),
+    "rows off the tile": (7, 10),
+    "several programs": (2049, 10),
+    "columns off the tile": (5, 100),
+    "whole 16-byte groups": (3, 1024),
+    "groups, off the block": (3, 1000),
+    "ragged rows": (5, 1001),
+    "longer than a block": (2, 10001),
+    "pixels": (2, 5, 6, 7),
+    "many pixels": (1, 3, 20, 32),
+    "three dims": (3, 4, 9),
+}
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(kernels: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    target = make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100)
+    check_against_torch(make_logits(*shape, dtype=dtype), target)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "none", "scale": -2.0},
+        {"reduction": "sum", "scale": 1 / 3},
+        {"reduction": "mean"},
+        {"reduction": "max"},
+        {"reduction": "topk", "top_k": 2},
+        {"reduction": "topk", "top_k": 0.4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
+@pytest.mark.parametrize("shape", [(7, 10), (5, 1001), (3, 1000), (2, 5, 6, 7)], ids=str)
+def test_options(kernels: Path, shape: tuple[int, ...], weighted: bool, smoothing: float, options: dict[str, Any]) -> None:
+    target = make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100)
+    weight = make_weight(shape[1]) if weighted else None
+    check_against_torch(make_logits(*shape), target, weight, label_smoothing=smoothing, **options)
+
+
+LAYOUTS = {
+    "transposed": lambda: make_logits(11, 30).t(),
+    "every other row": lambda: make_logits(14, 1001)[::2],
+    "every other column": lambda: make_logits(7, 40)[:, ::2],
+    "columns of a padded row": lambda: make_logits(6, 1024)[:, :1001],
+    "shifted by a column": lambda: make_logits(6, 1002)[:, 1:],
+    "expanded rows": lambda: make_logits(1, 600).expand(5, 600),
+    "channels last": lambda: make_logits(2, 5, 6, 7).to(memory_format=torch.channels_last),
+    "every other image, channels last": lambda: make_logits(4, 5, 6, 7).to(memory_format=torch.channels_last)[::2],
+    "every other image": lambda: make_logits(4, 5, 6, 7)[::2],
+    "every other image of one class": lambda: make_logits(4, 1, 6, 7)[::2],
+    "pixels that need a copy": lambda: make_logits(2, 5, 6, 14)[..., ::2],
+    "batch and class swapped": lambda: make_logits(5, 3, 8).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(kernels: Path, layout: str) -> None:
+    logits = LAYOUTS[layout]()
+    shape = logits.shape
+    target = make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100)
+    check_against_torch(logits, target, make_weight(shape[1]), label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("n_cols", [10, 1001])
+def test_top_k_among_many_rows(kernels: Path, n_cols: int) -> None:
+    """More rows than the last program reads at a time; ties across the block boundary share the gradient."""
+    n_rows = 1100
+    logits = make_logits(n_rows, n_cols) if n_cols == 10 else make_logits(10, n_cols).repeat(n_rows // 10, 1)
+    target = make_target(n_rows, n_classes=n_cols) if n_cols == 10 else torch.arange(n_rows, device=logits.device) % 10
+    logits.requires_grad_()
+    rows = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+    loss = fusedloss.cross_entropy(logits, target, reduction="topk", top_k=150)
+    torch.testing.assert_close(loss.double(), rows.topk(150).values.mean(), rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    threshold = rows.topk(150).values[-1]
+    tied, above = (rows - threshold).abs() < 1e-5, rows > threshold + 1e-5
+    coefficient = above.double() + tied * (150 - above.sum()) / tied.sum()
+    (expected,) = torch.autograd.grad((rows * coefficient.detach() / 150).sum(), logits)
+    torch.testing.assert_close(gradient, expected.float(), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("scale", [0.0, -1.5, 0.1])
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
+def test_scale_reaches_the_kernel_unrounded(kernels: Path, dtype: torch.dtype, scale: float, as_tensor: bool) -> None:
+    factor = torch.tensor(scale, dtype=dtype) if as_tensor else scale
+    check_against_torch(make_logits(4, 600, dtype=dtype), make_target(4, n_classes=600), scale=factor, reduction="sum")
+
+
+@pytest.mark.parametrize("n_cols", [5, 700])
+def test_target_of_bytes(kernels: Path, n_cols: int) -> None:
+    target = torch.tensor([0, 4, 156, 3], dtype=torch.uint8)  # 156 is not -100
+    check_against_torch(make_logits(4, n_cols), target, ignore_index=156 if n_cols == 5 else -100)
+
+
+@pytest.mark.parametrize("n_cols", [6, 601])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "max"])
+def test_class_out_of_range_is_nan(kernels: Path, reduction: str, n_cols: int) -> None:
+    """On a GPU; the interpreter stands for it. The other rows keep their gradients."""
+    logits = make_logits(4, n_cols).requires_grad_()
+    target = torch.tensor([1, n_cols, -1, 3])
+    loss = fusedloss.cross_entropy(logits, target, reduction=reduction)
+    loss.sum().backward()
+    assert loss.isnan().any()
+    assert logits.grad[1:3].isnan().all()
+    assert logits.grad[[0, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("n_cols", [6, 601])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "max"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ignored_nan_rows_have_no_gradient(kernels: Path, reduction: str, n_cols: int, smoothing: float) -> None:
+    logits = make_logits(4, n_cols)
+    logits[1] = torch.nan
+    logits[2] = torch.inf
+    logits.requires_grad_()
+    target = torch.tensor([1, -100, -100, 3])
+    loss = fusedloss.cross_entropy(logits, target, reduction=reduction, label_smoothing=smoothing)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert (logits.grad[1:3] == 0).all()
+    assert (logits.grad[[0, 3]] != 0).any()
+
+
+@pytest.mark.parametrize("n_cols", [7, 513, 1024])
+def test_confident_rows_keep_their_digits(kernels: Path, n_cols: int) -> None:
+    """A loss of 4e-18 is not 0: the target's own term is kept out of the sum."""
+    logits = torch.full((3, n_cols), -40.0)
+    logits[:, 2] = 0.0
+    logits.requires_grad_()
+    loss = fusedloss.cross_entropy(logits, torch.tensor([2, 2, 2]))
+    loss.backward()
+    exact = (n_cols - 1) * torch.exp(torch.tensor(-40.0, dtype=FP64))
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(logits.grad[:, 2].double(), -exact.expand(3) / 3, rtol=1e-5, atol=0)
+
+
+def test_same_bits_every_time(kernels: Path) -> None:
+    logits = make_logits(2049, 10).requires_grad_()
+    target = make_target(2049, n_classes=10)
+    first = fusedloss.cross_entropy(logits, target)
+    again = fusedloss.cross_entropy(logits, target)
+    assert torch.equal(first, again)
+    assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in (first, again)))

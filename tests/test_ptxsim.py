@@ -1,0 +1,139 @@
+"""The PTX that Triton emits, executed on the CPU by an emulator that checks bounds and races and counts traffic.
+
+The emulator (ptxsim) is a development tool beside the checkout, not a dependency: without it these tests are skipped. Accesses
+out of bounds, misaligned ones and shared-memory races raise there; races in global memory are counted.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compare import check_against_torch
+from problems import make_logits, make_target, make_weight
+
+import fusedloss
+
+SHARED = Path(__file__).parents[2] / "shared"
+if not (SHARED / "ptxsim").is_dir():
+    pytest.skip("../shared/ptxsim is not there", allow_module_level=True)
+sys.path.insert(0, str(SHARED))
+ptxsim = pytest.importorskip("ptxsim")
+
+# The emulator leaves a file to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+@contextmanager
+def emulated(n_launches: int = 2, **options: Any) -> Iterator[Any]:
+    """Launches inside run on an emulated sm_90; afterwards, fails on any race or read of what nobody wrote."""
+    with ptxsim.emulated_gpu("sm_90", global_race=True, **options) as gpu, fusedloss.backend("triton"):
+        yield gpu
+    assert len(gpu.launches) == n_launches, [launch.kernel for launch in gpu.launches]
+    for launch in gpu.launches:
+        assert (launch.shared_races, launch.global_races, launch.uninit_shared_reads) == (0, 0, 0), launch
+
+
+# n_cols 10: tiles; 1000: one row a program, whole 16-byte groups; 1001, 50257: ragged rows, the latter longer than a block.
+# n_rows 37 leaves the last tile ragged, 700 x 10 needs the ticket.
+@pytest.mark.parametrize(
+    ("n_rows", "n_cols", "dtype"),
+    [(37, 10, FP32), (700, 10, FP32), (700, 10, BF16), (9, 1000, BF16), (9, 1001, BF16), (5, 1003, FP64), (5, 50257, BF16)],
+    ids=str,
+)
+@pytest.mark.parametrize("order", ["in-order", 1, 2], ids=lambda order: f"order {order}")
+def test_right_in_any_order(n_rows: int, n_cols: int, dtype: torch.dtype, order: str | int) -> None:
+    logits = make_logits(n_rows, n_cols, dtype=dtype)
+    target = make_target(n_rows, n_classes=n_cols, ignored=-100)
+    with emulated(order=order, resident=1 if order == "in-order" else 6):
+        check_against_torch(logits, target)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "none"},
+        {"reduction": "sum", "scale": 0.25},
+        {"reduction": "max"},
+        {"reduction": "topk", "top_k": 3},
+        {"reduction": "topk", "top_k": 0.5},
+        {"label_smoothing": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(700, 10), (11, 1003), (2, 19, 33, 16)], ids=str)
+def test_options(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    logits = make_logits(*shape)
+    target = make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100)
+    with emulated(order=3, resident=4):
+        check_against_torch(logits, target, make_weight(shape[1]), **options)
+
+
+def test_order_does_not_change_a_bit() -> None:
+    logits = make_logits(300, 1003).requires_grad_()
+    target = make_target(300, n_classes=1003, ignored=-100)
+    results = []
+    for order in ("in-order", "reverse", 5):
+        with emulated(order=order, resident=8):
+            loss = fusedloss.cross_entropy(logits, target)
+            (gradient,) = torch.autograd.grad(loss, logits)
+        results.append((loss.detach(), gradient))
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("n_cols", [10, 1001])
+def test_class_out_of_range_reads_nothing_out_of_bounds(n_cols: int) -> None:
+    """Far, near and negative indices: NaN for their rows, the others untouched, and the emulator saw no address outside."""
+    logits = make_logits(6, n_cols).requires_grad_()
+    target = torch.tensor([1, n_cols, -1, 2**62, -(2**62), 3])
+    with emulated():
+        losses = fusedloss.cross_entropy(logits, target, make_weight(n_cols), reduction="none")
+        losses.sum().backward()
+    bad = torch.tensor([False, True, True, True, True, False])
+    assert torch.equal(losses.isnan(), bad)
+    assert logits.grad[bad].isnan().all()
+    assert logits.grad[~bad].isfinite().all()
+
+
+def test_ignored_rows_are_not_read() -> None:
+    logits = make_logits(8, 4096, dtype=BF16).requires_grad_()
+    target = torch.full((8,), -100)
+    target[3] = 17
+    with emulated() as gpu:
+        fusedloss.cross_entropy(logits, target).backward()
+    row = 4096 * 2
+    for launch in gpu.launches:
+        assert launch.buffers["logits_ptr"].unique_loaded == row
+    assert gpu.launches[1].buffers["dlogits_ptr"].unique_stored == 8 * row
+
+
+def test_each_logit_is_read_once_and_written_once() -> None:
+    logits = make_logits(16, 50257, dtype=BF16).requires_grad_()
+    target = make_target(16, n_classes=50257)
+    with emulated() as gpu:
+        fusedloss.cross_entropy(logits, target).backward()
+    forward, backward = gpu.launches
+    one_pass = 16 * 50257 * 2
+    sector_share = 1.03  # rows of 50257 share a sector with their neighbours, and each block looks up its target
+    assert one_pass <= 32 * forward.buffers["logits_ptr"].load_sectors < one_pass * sector_share
+    assert one_pass <= 32 * backward.buffers["logits_ptr"].load_sectors < one_pass * sector_share
+    assert one_pass <= 32 * backward.buffers["dlogits_ptr"].store_sectors < one_pass * sector_share
+
+
+def test_the_barrier_before_the_targets_gradient_is_needed() -> None:
+    """The test above can fail: without the barrier the emulator reports the race at the target's gradient."""
+    logits = make_logits(4, 5000, dtype=BF16).requires_grad_()
+
+    def without_barriers(ptx: str) -> str:
+        return ptx.replace("bar.sync", "membar.gl; //") if "backward_row_kernel" in ptx else ptx
+
+    with ptxsim.emulated_gpu("sm_90", global_race=True, ptx_edit=without_barriers) as gpu, fusedloss.backend("triton"):
+        fusedloss.cross_entropy(logits, torch.tensor([5, 600, 2000, 4999])).backward()
+    assert gpu.launches[1].global_races > 0
