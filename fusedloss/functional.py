@@ -92,7 +92,7 @@ def cross_entropy(
     options = check_options(reduction, ignore_index, label_smoothing, top_k, scale)
     if not isinstance(input, Tensor):
         raise TypeError(f"cross_entropy(): argument 'input' must be Tensor, not {type(input).__name__}")
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = _autocast(input.device.type)
     check_tensors(input, target, weight, options, autocast)
 
     scale_tensor = scale if isinstance(scale, Tensor) else None
@@ -180,6 +180,15 @@ def _not_covered(name: str, input: Tensor, target: Tensor, weight: Tensor | None
     return None
 
 
+def _autocast(device_type: str) -> bool:
+    # The first question is the cheap one; the last raises for a device without autocast, such as "meta".
+    return (
+        torch._C._is_any_autocast_enabled()
+        and torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+    )
+
+
 def _out_dtype(input: Tensor, target: Tensor, weight: Tensor | None, autocast: bool) -> torch.dtype:
     dtype = autocast_dtype(input.dtype, autocast)
     if input.shape == target.shape:
@@ -219,7 +228,7 @@ def plan(
     )
     if options:
         raise TypeError(f"plan() got an unexpected keyword argument {next(iter(options))!r}")
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = _autocast(input.device.type)
     check_tensors(input, target, weight, checked, autocast)
     name, reason = _choose(input, target, weight, _out_dtype(input, target, weight, autocast))
     if name == "reference":
