@@ -1,0 +1,239 @@
+"""Points 19, 30, 36 and 40 of PyTorch's semantics: CrossEntropyLoss as a module, the same code on both classes."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from conftest import Path
+from problems import make_logits, make_probabilities, make_target, make_weight
+from torch import Tensor, nn
+
+import fusedloss
+
+
+class OurSubclass(fusedloss.CrossEntropyLoss):
+    pass
+
+
+class TorchSubclass(nn.CrossEntropyLoss):
+    pass
+
+
+@pytest.fixture(params=[nn.CrossEntropyLoss, fusedloss.CrossEntropyLoss], ids=["torch", "fusedloss"])
+def module_class(request: pytest.FixtureRequest) -> type[nn.CrossEntropyLoss]:
+    return request.param
+
+
+def _problem() -> tuple[Tensor, Tensor]:
+    return make_logits(6, 5), make_target(6, n_classes=5)
+
+
+def _reloaded(module: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def test_19_repr(module_class: type[nn.CrossEntropyLoss]) -> None:
+    assert repr(module_class(make_weight(5), label_smoothing=0.1)) == "CrossEntropyLoss()"
+
+
+def test_19_constants(module_class: type[nn.CrossEntropyLoss]) -> None:
+    assert module_class.__constants__ == ["ignore_index", "reduction", "label_smoothing"]
+
+
+def test_19_it_is_a_cross_entropy_loss(module_class: type[nn.CrossEntropyLoss]) -> None:
+    assert isinstance(module_class(), nn.CrossEntropyLoss)
+
+
+def test_19_second_positional_argument_is_size_average(module_class: type[nn.CrossEntropyLoss]) -> None:
+    with pytest.warns(UserWarning, match="please use reduction='sum' instead"):
+        module = module_class(None, False)
+    assert module.reduction == "sum"
+
+
+def test_19_all_positional_arguments(module_class: type[nn.CrossEntropyLoss]) -> None:
+    weight = make_weight(5)
+    module = module_class(weight, None, 3, None, "sum", 0.2)
+    assert module.weight is weight
+    assert (module.ignore_index, module.reduction, module.label_smoothing) == (3, "sum", 0.2)
+
+
+def test_18_the_constructor_accepts_what_the_call_refuses(module_class: type[nn.CrossEntropyLoss]) -> None:
+    for module, error in (
+        (module_class(reduction="nonsense"), ValueError),
+        (module_class(label_smoothing=1.5), RuntimeError),
+        (module_class(make_weight(4)), RuntimeError),
+    ):
+        with pytest.raises(error):
+            module(*_problem())
+
+
+def test_36_attributes_are_read_at_the_call(module_class: type[nn.CrossEntropyLoss]) -> None:
+    module, (logits, target) = module_class(), _problem()
+    module.reduction, module.ignore_index, module.label_smoothing = "sum", int(target[0]), 0.2
+    module.weight = make_weight(5)
+    expected = nn.functional.cross_entropy(logits, target, make_weight(5), None, int(target[0]), None, "sum", 0.2)
+    torch.testing.assert_close(module(logits, target), expected)
+
+
+def test_40_the_weight_is_a_buffer(module_class: type[nn.CrossEntropyLoss]) -> None:
+    weighted, plain = module_class(make_weight(5)), module_class()
+    assert list(weighted.state_dict()) == ["weight"]
+    assert dict(weighted.named_buffers())["weight"].equal(make_weight(5))
+    assert list(plain.state_dict()) == []
+    assert "weight" in plain._buffers
+    assert weighted.double().weight.dtype == torch.float64
+    assert weighted.to("meta").weight.is_meta
+
+
+def test_40_state_dict(module_class: type[nn.CrossEntropyLoss]) -> None:
+    weighted = module_class(make_weight(5))
+    other = module_class(torch.ones(5))
+    other.load_state_dict(weighted.state_dict())
+    assert other.weight.equal(make_weight(5))
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "weight"'):
+        module_class().load_state_dict(weighted.state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "weight"'):
+        weighted.load_state_dict({})
+
+
+def test_40_state_dicts_are_exchanged_with_torch() -> None:
+    ours, theirs = fusedloss.CrossEntropyLoss(make_weight(5)), nn.CrossEntropyLoss(torch.ones(5))
+    theirs.load_state_dict(ours.state_dict())
+    assert theirs.weight.equal(make_weight(5))
+    ours.load_state_dict(nn.CrossEntropyLoss(torch.ones(5)).state_dict())
+    assert ours.weight.equal(torch.ones(5))
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _reloaded])
+@pytest.mark.parametrize("cls", [nn.CrossEntropyLoss, fusedloss.CrossEntropyLoss, TorchSubclass, OurSubclass])
+def test_30_40_copies(cls: type[nn.CrossEntropyLoss], again: Any) -> None:
+    module = cls(make_weight(5), label_smoothing=0.1, ignore_index=2)
+    twin = again(module)
+    assert type(twin) is cls
+    assert twin(*_problem()).item() == module(*_problem()).item()
+
+
+def test_30_copies_keep_the_extras() -> None:
+    module = fusedloss.CrossEntropyLoss(reduction="topk", top_k=2, scale=torch.tensor(0.5))
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert (twin.top_k, twin.scale.item()) == (2, 0.5)
+        assert twin(*_problem()).item() == module(*_problem()).item()
+
+
+def test_pickles_from_before_the_extras_load() -> None:
+    module = fusedloss.CrossEntropyLoss()
+    state = {name: value for name, value in module.__dict__.items() if name not in ("top_k", "scale")}
+    old = fusedloss.CrossEntropyLoss.__new__(fusedloss.CrossEntropyLoss)
+    old.__setstate__(state)
+    assert old(*_problem()).item() == module(*_problem()).item()
+
+
+def test_the_module_takes_every_argument_of_torchs() -> None:
+    """A parameter that a newer PyTorch adds must not be missing here."""
+    import inspect
+
+    for ours, theirs in (
+        (fusedloss.CrossEntropyLoss.__init__, nn.CrossEntropyLoss.__init__),
+        (fusedloss.CrossEntropyLoss.forward, nn.CrossEntropyLoss.forward),
+        (fusedloss.cross_entropy, nn.functional.cross_entropy),
+    ):
+        expected = list(inspect.signature(theirs).parameters.values())
+        found = list(inspect.signature(ours).parameters.values())
+        for mine, torchs in zip(found, expected, strict=False):
+            assert (mine.name, mine.default, mine.kind) == (torchs.name, torchs.default, torchs.kind)
+        assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in found[len(expected) :])
+
+
+def test_scale_at_the_call_replaces_the_constructors(any_path: Path) -> None:
+    module = fusedloss.CrossEntropyLoss(scale=3.0)
+    once = fusedloss.cross_entropy(*_problem()).item()
+    assert module(*_problem()).item() == pytest.approx(3 * once, rel=1e-6)
+    assert module(*_problem(), scale=0.5).item() == pytest.approx(0.5 * once, rel=1e-6)
+    assert module(*_problem(), scale=torch.tensor(0.0)).item() == 0
+
+
+def test_in_a_sequence_of_modules(module_class: type[nn.CrossEntropyLoss]) -> None:
+    """Hooks, train/eval and zero_grad see a module like any other."""
+    module, seen = module_class(), []
+    module.register_forward_hook(lambda module, inputs, loss: seen.append(loss.item()))
+    container = nn.ModuleDict({"loss": module}).eval()
+    loss = container["loss"](*_problem())
+    assert seen == [loss.item()]
+    assert not module.training
+
+
+class Tagged(Tensor):
+    """A subclass that survives operations, as those of logging or unit libraries do."""
+
+    calls: list[str] = []  # noqa: RUF012 (one list for the test to read)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.calls.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("which", ["input", "target", "weight"])
+def test_40_torch_function(any_path: Path, which: str) -> None:
+    logits, target = _problem()
+    arguments = {"input": logits, "target": target, "weight": make_weight(5)}
+    arguments[which] = arguments[which].as_subclass(Tagged)
+    for call in (nn.functional.cross_entropy, fusedloss.cross_entropy):
+        Tagged.calls.clear()
+        loss = call(**arguments, label_smoothing=0.1)
+        assert isinstance(loss, Tagged)
+        assert Tagged.calls[0] == "cross_entropy"
+        expected = nn.functional.cross_entropy(logits, target, make_weight(5), label_smoothing=0.1)
+        torch.testing.assert_close(loss.as_subclass(Tensor), expected)
+
+
+class Opaque:
+    """Not a tensor, yet it answers: what lazy arrays and tracers do."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func, args, kwargs
+
+
+def test_40_torch_function_may_answer_itself() -> None:
+    logits, _ = _problem()
+    func, args, kwargs = fusedloss.cross_entropy(logits, Opaque(), reduction="topk", top_k=2, scale=0.5)
+    assert func is fusedloss.cross_entropy
+    assert args[0] is logits
+    assert (kwargs["reduction"], kwargs["top_k"], kwargs["scale"]) == ("topk", 2, 0.5)
+
+
+def test_parameters_as_logits(any_path: Path) -> None:
+    logits = nn.Parameter(make_logits(6, 5))
+    fusedloss.CrossEntropyLoss()(logits, _problem()[1]).backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().max() > 0
+
+
+def test_inference_mode(path: Path) -> None:
+    logits, target = _problem()
+    with torch.inference_mode():
+        loss = fusedloss.cross_entropy(logits.clone(), target)
+    assert loss.is_inference()
+    torch.testing.assert_close(loss.clone(), nn.functional.cross_entropy(logits, target))
+
+
+def test_no_gradient_is_asked_of_detached_logits(path: Path) -> None:
+    logits, target = _problem()
+    assert not fusedloss.cross_entropy(logits, target).requires_grad
+    logits.requires_grad_()
+    assert fusedloss.cross_entropy(logits, target).requires_grad
+    with torch.no_grad():
+        assert not fusedloss.cross_entropy(logits, target).requires_grad
+
+
+def test_probabilities_through_the_module(module_class: type[nn.CrossEntropyLoss]) -> None:
+    logits, target = make_logits(6, 5), make_probabilities(6, 5)
+    expected = -(target * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(module_class()(logits, target), expected)
