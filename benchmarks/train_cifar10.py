@@ -9,9 +9,12 @@
 Two networks:
     resnet    ResNet-9 with the recipe of David Page's DAWNBench entry (github.com/davidcpage/cifar10-fast): Nesterov SGD,
               a learning rate that rises for a fifth of the run and falls to 0, crop, flip, cutout. Page reports 94 % after
-              24 epochs; the defaults on a GPU are his. On a CPU the default is a quarter of the width.
+              24 epochs; the defaults on a GPU are his, not measured here. On a CPU the default is a quarter of the width.
     tutorial  TensorFlow's CIFAR-10 tutorial: mean cross-entropy + 0.004 * 0.5 * ||w||^2 on the two dense layers, plain SGD,
               weights averaged with 0.9999 for the test. TensorFlow reports about 86 % after 256 epochs.
+
+Measured: the first command, without CIFAR-10: 99.44, 99.44 and 100.00 % of the digits' 360 test images with seeds 0, 1, 2;
+35 to 55 s each on 2 cores of an Intel Xeon that other programs used as well; PyTorch 2.14.1, Python 3.11.
 
 How it is built:
   - The images live on the device as uint8; a batch is cropped, flipped and normalised there. torchvision's random transforms
@@ -42,6 +45,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+# OpenMP's threads wait for each other hundreds of times a step. Spinning while they wait steals the core from the thread that is
+# waited for as soon as anything else runs: a step of the digits run took 1176 ms so, and 113 ms asleep, on 2 busy cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +108,7 @@ _RESNET = {"momentum": 0.9, "weight_decay": 5e-4, "ema_decay": 0.0}
 _TUTORIAL = {"width": 64, "batch_size": 128, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.004, "ema_decay": 0.9999}
 DEFAULTS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("resnet", "cifar10", "cuda"): {**_RESNET, "width": 64, "epochs": 24, "batch_size": 512, "lr": 0.4},
-    ("resnet", "cifar10", "cpu"): {**_RESNET, "width": 16, "epochs": 3, "batch_size": 128, "lr": 0.2},
+    ("resnet", "cifar10", "cpu"): {**_RESNET, "width": 16, "epochs": 2, "batch_size": 128, "lr": 0.2},
     ("resnet", "digits", "cuda"): {**_RESNET, "width": 16, "epochs": 15, "batch_size": 64, "lr": 0.1},
     ("resnet", "digits", "cpu"): {**_RESNET, "width": 16, "epochs": 15, "batch_size": 64, "lr": 0.1},
     ("tutorial", "cifar10", "cuda"): {**_TUTORIAL, "epochs": 256},
@@ -1061,12 +1068,15 @@ def main(argv: list[str] | None = None) -> int:
         message, code = str(failure), failure.code
     except ModuleNotFoundError as error:
         message, code = f"{error}: pip install 'fusedloss[train]' brings it", 2
-    except torch._dynamo.exc.TorchDynamoException as error:
-        message, code = f"--compile fails here: {_reason(error)[:300]}", 2
     except torch.OutOfMemoryError:
         message, code = "the GPU's memory is full: lower --batch-size or raise --accumulate", 2
     except KeyboardInterrupt:
         message, code = "stopped by Ctrl-C outside the training loop; checkpoints are as they were", 130
+    except RuntimeError as error:
+        # By name: importing torch._dynamo to name its class takes seconds, on every error.
+        if "TorchDynamoException" not in [ancestor.__name__ for ancestor in type(error).__mro__]:
+            raise
+        message, code = f"--compile fails here: {str(error).splitlines()[0]}", 2  # the other lines tell how to report bugs
     else:
         return 0
     print(f"train_cifar10.py: {message}", file=sys.stderr)
