@@ -77,8 +77,8 @@ def _index(name: str, value: Any) -> int:
 
 def _float(name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.dim() == 0:
-        return value.item()
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        return float(value.item())
+    if isinstance(value, (str, bytes, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"cross_entropy(): argument '{name}' must be float, not {type(value).__name__}")
     return float(value)
 
@@ -105,11 +105,20 @@ def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, options:
     for name, value in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(value, Tensor) and not (name == "weight" and value is None):
             raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(value).__name__}")
+    device = input.device
+    if target.device != device or (weight is not None and weight.device != device):  # a kernel would take any address for its own
+        found = f"target on {target.device}" + (f", weight on {weight.device}" if weight is not None else "")
+        raise RuntimeError(f"Expected all tensors to be on the same device, but got input on {device}, {found}")
+    has_probabilities = input.shape == target.shape
+    if has_probabilities and not target.is_floating_point():
+        raise RuntimeError(f"Expected floating point type for target with class probabilities, got {_name(target.dtype)}")
     if input.dim() == 0:
-        raise ValueError("Expected 1 or more dimensions (got 0)")
+        raise IndexError(
+            "Dimension specified as 1 but tensor has no dimensions: the logits must be (C), (N, C) or (N, C, d1, ...)"
+        )
     n_classes = input.shape[0 if input.dim() == 1 else 1]
-    if input.shape == target.shape:
-        _check_probabilities(input, target, weight, n_classes, options)
+    if has_probabilities:
+        _check_probabilities(input, weight, n_classes, options)
     else:
         _check_indices(input, target, weight, n_classes, options, autocast)
 
@@ -132,9 +141,7 @@ def _check_smoothing(options: Options) -> None:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
 
 
-def _check_probabilities(input: Tensor, target: Tensor, weight: Tensor | None, n_classes: int, options: Options) -> None:
-    if not target.is_floating_point():
-        raise RuntimeError(f"Expected floating point type for target with class probabilities, got {_name(target.dtype)}")
+def _check_probabilities(input: Tensor, weight: Tensor | None, n_classes: int, options: Options) -> None:
     if options.ignore_index >= 0:
         raise RuntimeError(f"ignore_index is not supported for floating point target, but got {options.ignore_index}")
     _check_weight(weight, n_classes)

@@ -30,7 +30,8 @@ def cross_entropy(
     if target.shape == logits.shape:
         rows = _row_losses(logits, target.to(compute_dtype), weight, options)
         counted = torch.ones_like(rows, dtype=torch.bool)
-        row_weights = torch.ones_like(rows)  # class weights are not in the denominator of the mean
+        # Class weights are not in the denominator of the mean. Without a class PyTorch divides by no row.
+        row_weights = torch.full_like(rows, min(1, logits.shape[1]))
     else:
         target = target.to(torch.long)
         counted = target != options.ignore_index

@@ -106,6 +106,12 @@ def test_05_no_class_at_all(any_cross_entropy: Function) -> None:
         any_cross_entropy(torch.zeros(2, 0), torch.zeros(2, dtype=torch.long))
 
 
+@pytest.mark.parametrize(("reduction", "expected"), [("mean", torch.nan), ("sum", 0.0)])
+def test_05_no_class_at_all_in_probabilities(any_cross_entropy: Function, reduction: str, expected: float) -> None:
+    loss = any_cross_entropy(torch.zeros(2, 0), torch.zeros(2, 0), reduction=reduction)
+    torch.testing.assert_close(loss.item(), expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 def test_17_37_logits_that_are_not_floats(cross_entropy: Function, dtype: torch.dtype) -> None:
     with pytest.raises(NotImplementedError, match=r"not implemented for '(Long|Bool|ComplexFloat)'"):
