@@ -1,0 +1,136 @@
+"""Wheel, sdist and installation: kernels/ is installed as fusedloss.kernels and never as a top-level package."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOT_SOURCES = (".*", "*.egg-info", "*.so", "__pycache__", "build", "dist", "data", "runs", "tests", "benchmarks")
+
+
+def _run(*command: str, cwd: Path, **environment: str) -> str:
+    """Runs Python's own tools without network, index or build isolation: what is tested is the project's metadata."""
+    result = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def _build(kind: str, source: Path, into: Path) -> Path:
+    """The wheel or sdist of `source`, by the build backend that pip calls."""
+    into.mkdir()
+    _run("-c", f"from setuptools import build_meta; build_meta.build_{kind}({str(into)!r})", cwd=source)
+    (built,) = into.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("source") / "fusedloss"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_SOURCES))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path) -> Path:
+    return _build("sdist", source, source.parent / "sdist")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """sdist -> wheel, which is what a package index makes people do; building in the checkout hides missing files."""
+    unpacked = sdist.parent.parent / "unpacked"
+    with tarfile.open(sdist) as archive:
+        archive.extractall(unpacked, filter="data")
+    (project,) = unpacked.iterdir()
+    return _build("wheel", project, unpacked.parent / "wheel")
+
+
+def _names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def _sources(folder: str) -> set[str]:
+    return {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
+
+
+def test_the_wheel_holds_the_package_and_its_kernels(wheel: Path) -> None:
+    names = _names(wheel)
+    assert _sources("fusedloss") <= names
+    assert {f"fusedloss/{path}" for path in _sources("kernels")} <= names
+
+
+def test_the_wheel_has_one_top_level_package(wheel: Path) -> None:
+    """`kernels` on PyPI is another project, which transformers imports."""
+    top = {name.split("/")[0] for name in _names(wheel)}
+    assert top == {"fusedloss", next(name for name in top if name.endswith(".dist-info"))}
+
+
+def test_the_wheels_metadata(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    assert "\nName: fusedloss\n" in metadata
+    assert "\nRequires-Dist: torch" in metadata
+    assert "# fusedloss" in metadata  # the README is the description
+    assert not [line for line in metadata.splitlines() if line.startswith("Requires-Dist: triton")]
+
+
+def test_the_sdist_holds_all_sources(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert _sources("fusedloss") | _sources("kernels") <= names
+    assert {"README.md", "LICENSE", "pyproject.toml", "setup.py"} <= names
+    compiled = {str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*") if path.suffix in (".cpp", ".h")}
+    assert compiled <= names
+
+
+WHERE = """
+import fusedloss, fusedloss.kernels.rowwise, fusedloss.kernels.forward, torch
+logits = torch.tensor([[0.0, 0.0]], requires_grad=True)
+loss = fusedloss.cross_entropy(logits, torch.tensor([1]))
+loss.backward()
+print(fusedloss.__file__, fusedloss.kernels.rowwise.__file__, f"{loss.item():.4f}", logits.grad.tolist(), sep="\\n")
+"""
+
+
+def test_an_installed_wheel_works_by_itself(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    _run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=tmp_path)
+    package, kernels, loss, gradient = _run("-c", WHERE, cwd=tmp_path, PYTHONPATH=str(target)).splitlines()
+    assert Path(package) == target / "fusedloss" / "__init__.py"
+    assert Path(kernels) == target / "fusedloss" / "kernels" / "rowwise.py"
+    assert (loss, gradient) == ("0.6931", "[[0.5, -0.5]]")
+
+
+def test_a_checkout_works_without_an_installation(source: Path, tmp_path: Path) -> None:
+    """`-S -s` would hide torch too, so the copy goes first on the path, before any installed fusedloss."""
+    package, _, loss, _ = _run("-c", WHERE, cwd=tmp_path, PYTHONPATH=str(source)).splitlines()
+    assert Path(package) == source / "fusedloss" / "__init__.py"
+    assert loss == "0.6931"
+
+
+def test_import_needs_torch_alone(tmp_path: Path) -> None:
+    """Neither triton nor anything else that torch does not import by itself."""
+    probe = """
+import sys, torch
+before = set(sys.modules)
+import fusedloss
+new = {name.split(".")[0] for name in set(sys.modules) - before} - {"fusedloss"} - set(sys.stdlib_module_names)
+print(sorted(new), "triton" in sys.modules)
+"""
+    assert _run("-c", probe, cwd=tmp_path, PYTHONPATH=str(ROOT)).split() == ["[]", "False"]
+
+
+def test_version_comes_from_one_place(wheel: Path) -> None:
+    import fusedloss
+
+    assert wheel.name.startswith(f"fusedloss-{fusedloss.__version__}-")
