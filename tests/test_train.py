@@ -73,7 +73,7 @@ def one_line(captured: str) -> str:
 # ------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("stop_at", [0, 4, 6], ids=["first step", "between epochs", "within an epoch"])
+@pytest.mark.parametrize("stop_at", [4, 7], ids=["between epochs", "within an epoch"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_resumed_run_is_bitwise_the_uninterrupted_one(device, model, stop_at, tmp_path, monkeypatch, capsys):
@@ -82,17 +82,17 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(device, model, stop_at, tm
 
     def step_then_ctrl_c(state, *arguments):
         train_step(state, *arguments)
-        if state.step == stop_at + 1:
+        if state.step == stop_at:
             signal.raise_signal(signal.SIGINT)
 
     train_step = train.train_step
     monkeypatch.setattr(train, "train_step", step_then_ctrl_c)
     capsys.readouterr()
     assert run(*options, "--out", tmp_path / "parts") == 130
-    assert f"stopped at step {stop_at + 1} of 8" in one_line(capsys.readouterr().err)
+    assert f"stopped at step {stop_at} of 8" in one_line(capsys.readouterr().err)
     monkeypatch.undo()
 
-    assert checkpoint(tmp_path / "parts")["step"] == stop_at + 1
+    assert checkpoint(tmp_path / "parts")["step"] == stop_at
     assert train.main(["--resume", "--device", device, "--out", str(tmp_path / "parts")]) == 0
     assert_bitwise_equal(checkpoint(tmp_path / "parts"), checkpoint(tmp_path / "whole"))
 
@@ -410,21 +410,24 @@ def test_crop_and_cutout():
     "reduction", ["mean", "sum", "max", "topk --top-k 3", "topk --top-k 0.5", "mean --accumulate 4 --scale 2", "mean --amp"]
 )
 def test_fused_and_torch_losses_train_alike(reduction, tmp_path):
+    """On the network without batch normalisation, which turns an ulp into a different run where a batch is this small."""
     for loss in ("fused", "torch"):
-        options = ["--label-smoothing", "0.1", "--reduction", *reduction.split()]
-        assert run("--width", 4, "--epochs", 1, "--loss", loss, *options, "--out", tmp_path / loss) == 0
+        options = ["--model", "tutorial", "--limit", "32", "--label-smoothing", "0.1", "--reduction", *reduction.split()]
+        assert run(*options, "--epochs", 1, "--loss", loss, "--out", tmp_path / loss) == 0
     fused, torch_ = checkpoint(tmp_path / "fused"), checkpoint(tmp_path / "torch")
-    torch.testing.assert_close(fused["losses"], torch_["losses"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(fused["model"], torch_["model"], rtol=1e-3, atol=1e-4)
+    tolerance = 1e-2 if "--amp" in reduction else 1e-4
+    torch.testing.assert_close(fused["losses"], torch_["losses"], rtol=tolerance, atol=0)
+    torch.testing.assert_close(fused["model"], torch_["model"], rtol=tolerance, atol=tolerance / 100)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_sum_with_the_default_rate_makes_the_steps_of_the_mean(model, tmp_path):
     for reduction in ("mean", "sum"):
-        assert run(*MODELS[model], "--epochs", 1, "--reduction", reduction, "--out", tmp_path / reduction) == 0
+        options = ["--epochs", "1", "--limit", "32", "--reduction", reduction]
+        assert run(*MODELS[model], *options, "--out", tmp_path / reduction) == 0
     mean, sum_ = checkpoint(tmp_path / "mean"), checkpoint(tmp_path / "sum")
-    torch.testing.assert_close(sum_["losses"][:, 0], 16 * mean["losses"][:, 0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sum_["model"], mean["model"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(sum_["losses"][:, 0], 16 * mean["losses"][:, 0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(sum_["model"], mean["model"], rtol=1e-4, atol=1e-5)
 
 
 def test_tutorial_loss_is_the_mean_cross_entropy_plus_l2_of_the_dense_layers():
