@@ -14,8 +14,11 @@ from fusedloss.plan import Plan, Tile, spatial_dims_collapse
 VECTOR_BYTES = 16
 # Bytes that travel together between L2 and an SM.
 SECTOR_BYTES = 32
-# Columns of one row that a program holds at a time: 32 per thread with 8 warps, which no target spills.
+# Columns of one row that a program holds at a time.
 ROW_BLOCK = 8192
+# 16-byte loads that each thread has under way for a block of a row. More would spill on sm_80; fewer would need more warps, whose
+# reductions meet at barriers.
+ACCESSES_PER_THREAD = 4
 # Rows with more columns than this get a program of their own; narrower ones share a two-dimensional tile.
 MAX_SHARED_ROW_COLS = 512
 # Elements of a shared tile.
@@ -116,8 +119,7 @@ def _one_program_per_row(g: Geometry) -> bool:
 
 def _row_block(n_cols: int, itemsize: int, device: DeviceFacts) -> tuple[int, int]:
     block_cols = min(_next_power_of_2(n_cols), ROW_BLOCK if itemsize < 8 else ROW_BLOCK // 2)  # float64 takes two registers
-    threads = min(256, block_cols * itemsize // VECTOR_BYTES)  # each has at least one 16-byte access
-    return block_cols, max(1, threads // device.warp_size)
+    return block_cols, max(1, block_cols * itemsize // (ACCESSES_PER_THREAD * VECTOR_BYTES * device.warp_size))
 
 
 def _shared_tile(kernel: str, g: Geometry, itemsize: int, max_elements: int, device: DeviceFacts) -> Tile:

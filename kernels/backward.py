@@ -15,25 +15,7 @@ without reading them, so that their logits may hold NaN.
 import triton
 import triton.language as tl
 from fusedloss.kernels.forward import aligned_columns, edge_columns
-from fusedloss.kernels.rowwise import STATE, float_from_bits, load_target, prove_alignment, row_coefficient
-
-
-@triton.jit
-def _row_factors(saved_ptr, weight_ptr, target, valid, counted, g, smoothing_bits, n_cols, HAS_SMOOTHING: tl.constexpr):
-    """A, S and g eps/C of each row; NaN where the class index is out of range."""
-    dtype = saved_ptr.dtype.element_ty
-    g = tl.where(valid, g, tl.where(counted, float("nan"), 0.0))
-    nll_factor = g
-    if weight_ptr is not None:
-        nll_factor = g * tl.load(weight_ptr + target, mask=valid, other=0.0).to(dtype)
-    smooth_factor = g * 0.0
-    smooth_total = g * 0.0
-    if HAS_SMOOTHING:
-        smoothing = float_from_bits(smoothing_bits, dtype)
-        nll_factor *= 1.0 - smoothing
-        smooth_factor = g * (smoothing / n_cols)
-        smooth_total = smooth_factor * tl.load(saved_ptr + 3)
-    return nll_factor, smooth_factor, smooth_total
+from fusedloss.kernels.rowwise import STATE, float_from_bits, gradient_factors, load_target, prove_alignment, row_coefficient
 
 
 @triton.jit(do_not_specialize=["smoothing_bits", "ignore_index"])
@@ -84,12 +66,11 @@ def backward_tile_kernel(
     row_max = tl.load(saved_ptr + STATE + rows, mask=read, other=0.0)
     rest = tl.load(saved_ptr + STATE + n_rows + rows, mask=read, other=1.0)
     x_t = tl.load(row_ptr + target * col_stride, mask=read, other=0.0).to(dtype)
-    nll_factor, smooth_factor, smooth_total = _row_factors(
-        saved_ptr, weight_ptr, target, valid, counted, g, smoothing_bits, n_cols, HAS_SMOOTHING
+    smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
+    weight_total = tl.load(saved_ptr + 3) if HAS_SMOOTHING else None
+    p_factor, at_target, smooth_factor = gradient_factors(
+        saved_ptr, weight_ptr, target, valid, counted, g, rest, tl.exp(x_t - row_max), smoothing, weight_total, n_cols
     )
-    d = rest + tl.exp(x_t - row_max)
-    p_factor = (nll_factor + smooth_total) / d
-    at_target = smooth_total / d * tl.exp(x_t - row_max) - nll_factor * (rest / d)
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
         in_row = cols < n_cols
@@ -104,8 +85,6 @@ def backward_tile_kernel(
             if weight_ptr is not None:
                 w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(dtype)
             dlogits -= smooth_factor[:, None] * w[None, :]
-        # 0 times an infinite or NaN statistic is NaN: a row without gradient must be 0. Out of range stays NaN.
-        dlogits = tl.where(read[:, None] | (counted & (g != 0))[:, None], dlogits, 0.0)
         dlogits_offsets = cols.to(tl.int64) * dlogits_col_stride
         tl.store(dlogits_row_ptr[:, None] + dlogits_offsets[None, :], dlogits, mask=mask[:, None] & in_row[None, :])
 
@@ -153,17 +132,11 @@ def backward_row_kernel(
     row_max = tl.load(saved_ptr + STATE + row, mask=read, other=0.0)
     rest = tl.load(saved_ptr + STATE + n_rows + row, mask=read, other=1.0)
     x_t = tl.load(logits_ptr + row_start + target, mask=read, other=0.0).to(dtype)
-    nll_factor, smooth_factor, smooth_total = _row_factors(
-        saved_ptr, weight_ptr, target, valid, counted, g, smoothing_bits, n_cols, HAS_SMOOTHING
+    smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
+    weight_total = tl.load(saved_ptr + 3) if HAS_SMOOTHING else None
+    p_factor, at_target, smooth_factor = gradient_factors(
+        saved_ptr, weight_ptr, target, valid, counted, g, rest, tl.exp(x_t - row_max), smoothing, weight_total, n_cols
     )
-    d = rest + tl.exp(x_t - row_max)
-    p_factor = (nll_factor + smooth_total) / d
-    at_target = smooth_total / d * tl.exp(x_t - row_max) - nll_factor * (rest / d)
-    if not read:
-        # 0 times an infinite or NaN statistic is NaN: a row without gradient must be 0. Out of range stays NaN.
-        p_factor = tl.where(counted & (g != 0), p_factor, 0.0)
-        at_target = p_factor
-        smooth_factor = p_factor
 
     cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     in_main = cols < n_main

@@ -124,7 +124,7 @@ def forward_tile_kernel(
         smoothing = float_from_bits(smoothing_bits, dtype)
         if SAVE:
             tl.store(saved_ptr + 3 + tl.arange(0, 1), weight_total, mask=(tl.program_id(0) + tl.arange(0, 1)) == 0)
-    loss = row_loss(row_max, rest, x_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
+    loss = row_loss(row_max, rest, x_t, tl.exp(x_t - row_max), target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
     loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN, nothing was read
     target_weight = tl.where(counted, target_weight, 0.0)
 
@@ -275,7 +275,7 @@ def forward_row_kernel(
         smoothing = float_from_bits(smoothing_bits, dtype)
         if SAVE:
             tl.store(saved_ptr + 3, weight_total, mask=valid)  # every row that is read stores the same value
-    loss = row_loss(row_max, rest, x_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
+    loss = row_loss(row_max, rest, x_t, tl.exp(x_t - row_max), target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
     loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN, nothing was read
     target_weight = tl.where(counted, target_weight, 0.0)
 

@@ -4,7 +4,7 @@ For logits x of one row, target t, class weights w, smoothing eps over C classes
 
     m    = max_c x_c                          rest = sum_{c != t} exp(x_c - m)
     e_t  = exp(x_t - m)                       d    = rest + e_t           p_c = exp(x_c - m) / d
-    nll  = -log p_t = (m - x_t) + log d       or log1p(rest) where x_t is the maximum
+    nll  = -log p_t = (m - x_t) + log d       log d = log1p(rest) where x_t is the maximum
     loss = (1 - eps) w_t nll + eps/C sum_c w_c nll_c
     dloss/dx_c = (1 - eps) w_t (p_c - [c = t]) + eps/C (W p_c - w_c)          W = sum_c w_c
 
@@ -74,28 +74,25 @@ def finite_max(row_max):
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) for x >= 0 to the last bits: log(u) x / (u - 1) cancels the rounding of u = 1 + x (HP-15C handbook, Kahan)."""
-    u = 1.0 + x
-    exact = (u == 1.0) | (u == float("inf"))
-    return tl.where(exact, tl.where(u == 1.0, x, u), tl.log(u) * (x / tl.where(exact, 1.0, u - 1.0)))
-
-
-@triton.jit
-def row_nll(row_max, rest, x_t):
+def row_nll(row_max, rest, x_t, e_t):
     """-log p_t of each row."""
-    at_max = x_t == row_max
-    # (m - x_t) is added in both branches: it is 0 at the maximum, and NaN where both are infinite, as PyTorch has it.
-    return (row_max - x_t) + tl.where(at_max, log1p(rest), tl.log(rest + tl.exp(x_t - row_max)))
+    d = rest + e_t
+    # Where x_t is the maximum, e_t is 1 and the loss log1p(rest): log(d) rest / (d - 1) cancels the rounding of d = 1 + rest
+    # (Kahan, HP-15C handbook); it is rest itself once d is 1.
+    correction = tl.where(d == 1.0, 1.0, rest / (d - 1.0))
+    corrected = tl.where(d == 1.0, rest, tl.log(d) * correction)
+    log_d = tl.where((x_t == row_max) & (d < float("inf")), corrected, tl.log(d))
+    # (m - x_t) is 0 at the maximum, and NaN where both are infinite, as PyTorch has it.
+    return (row_max - x_t) + log_d
 
 
 @triton.jit
-def row_loss(row_max, rest, x_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols):
+def row_loss(row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols):
     """Loss of each row; smooth_sum = sum_c w_c (shift - x_c), used only where smoothing is not None."""
-    nll = row_nll(row_max, rest, x_t)
+    nll = row_nll(row_max, rest, x_t, e_t)
     loss = target_weight * nll
     if smoothing is not None:
-        log_sum = (row_max - shift) + tl.log(rest + tl.exp(x_t - row_max))
+        log_sum = (row_max - shift) + tl.log(rest + e_t)
         loss = (1.0 - smoothing) * loss + (smoothing / n_cols) * (weight_total * log_sum + smooth_sum)
     return loss
 
@@ -139,3 +136,28 @@ def row_coefficient(saved_ptr, dloss_ptr, rows, mask, n_rows, REDUCTION: tl.cons
         tied = tl.load(saved_ptr + 1)
         coefficient = tl.where(key > threshold, coefficient, tl.where(key == threshold, tied, 0.0))
     return tl.where(mask, coefficient * upstream, 0.0)
+
+
+@triton.jit
+def gradient_factors(saved_ptr, weight_ptr, target, valid, counted, g, rest, e_t, smoothing, weight_total, n_cols):
+    """What multiplies exp(x_c - m), what is the target's own gradient before s_t, and g eps/C; derivation in backward.py.
+
+    NaN where the class index is out of range; 0 where the row does not count or has no upstream gradient.
+    """
+    dtype = saved_ptr.dtype.element_ty
+    nll_factor = g
+    if weight_ptr is not None:
+        nll_factor = g * tl.load(weight_ptr + target, mask=valid, other=0.0).to(dtype)
+    smooth_factor = g * 0.0
+    smooth_total = g * 0.0
+    if smoothing is not None:
+        nll_factor *= 1.0 - smoothing
+        smooth_factor = g * (smoothing / n_cols)
+        smooth_total = smooth_factor * weight_total
+    d = rest + e_t
+    p_factor = (nll_factor + smooth_total) / d
+    at_target = smooth_total * (e_t / d) - nll_factor * (rest / d)
+    # 0 times an infinite or NaN statistic would be NaN.
+    missing = tl.where(counted & (g != 0), float("nan"), 0.0)
+    live = valid & (g != 0)
+    return tl.where(live, p_factor, missing), tl.where(live, at_target, missing), tl.where(live, smooth_factor, missing)
