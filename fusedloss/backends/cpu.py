@@ -20,7 +20,7 @@ from fusedloss.plan import Options
 from fusedloss.reference import FRACTION_BITS
 
 LIBRARY_NAME = "fusedloss_cpu.so"
-ISA_NAMES = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
+ISA_NAMES = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3, "avx512bf16": 4}
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "max": 3, "topk": 4}

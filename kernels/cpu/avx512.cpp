@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include <immintrin.h>
+
 #include "problem.h"
 
 #if defined(__clang__)

@@ -93,7 +93,7 @@ Isa best_isa() {
   // The compiler's runtime asks the operating system too whether it saves the wide registers.
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    return kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
   return kBaseline;
@@ -103,7 +103,8 @@ const Kernels& kernels(const Problem& problem) {
   static const Isa best = best_isa();
   const int64_t isa = problem.isa == kBest || problem.isa > best ? best : problem.isa;
 #if defined(__x86_64__)
-  if (isa == kAvx512) return avx512_kernels;
+  if (isa == kAvx512Bf16 && problem.logits_dtype == kBfloat16) return avx512bf16_kernels;
+  if (isa >= kAvx512) return avx512_kernels;
   if (isa == kAvx2) return avx2_kernels;
 #endif
   (void)isa;

@@ -38,12 +38,16 @@ auto with_terms(const Problem& problem, const F& f) {
   bool soft = problem.target_kind == kProbabilities, weighted = problem.weight != nullptr, smooth = problem.smoothing > 0;
   Terms terms = soft ? (weighted ? kSoftWeighted : kSoft) : !smooth ? kPlain : weighted ? kSmoothWeighted : kSmooth;
   auto with_dtype = [&](auto t) {
+#ifdef FUSEDLOSS_HAS_BF16
+    return f(bfloat16{}, t);  // the only type for which these instructions make a difference
+#else
     switch (problem.logits_dtype) {
       case kFloat32: return f(float{}, t);
       case kFloat64: return f(double{}, t);
       case kBfloat16: return f(bfloat16{}, t);
       default: return f(float16{}, t);
     }
+#endif
   };
   switch (terms) {
     case kPlain: return with_dtype(Constant<kPlain>{});

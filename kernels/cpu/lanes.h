@@ -8,7 +8,6 @@
 // Included once per instruction set, like simd.h.
 
 constexpr int TILE = 4096;        // values: 16 KB of float32 on the stack and in L1
-constexpr int MAX_LANES = 256;    // rows of a group
 constexpr int DIRECT_LANES = 64;  // 256 contiguous bytes of float32 per class: whole cache lines, and few enough for L2
 constexpr int64_t FLUSH = 64;     // classes summed into one float before it is added to the total: keeps rounding errors small
 
@@ -63,24 +62,9 @@ struct Group {
   }
 };
 
-template <class A>
-struct LaneState {
-  using V = typename Simd<A>::V;
-  static constexpr int N = MAX_LANES;
-  alignas(64) A max[N], rest[N], x_t[N], smooth[N], soft[N], p[N], smooth_factor[N], soft_factor[N], at_target[N];
-  alignas(64) typename Simd<A>::Int target[N];
-  bool live[N];  // has a gradient to compute
-};
-
-template <class A>
-INLINE typename Simd<A>::V finite_max_vector(typename Simd<A>::V m) {
-  const typename Simd<A>::V zero = {};
-  return m == broadcast(-kInfinity<A>) ? zero : m;
-}
-
-// Fills max, rest, x_t, smooth, soft of all lanes; leaves exp(x - max) in a tile.
+// Fills max, rest, x_t, shift, smooth, soft of all lanes; leaves exp(x - max) in a tile.
 template <class T, class A, Terms terms, bool TILED>
-void lane_stats(const Problem& problem, Group<T, A, TILED>& group, const Block<const A, A>& q, LaneState<A>& s) {
+void lane_stats(const Problem& problem, Group<T, A, TILED>& group, const Block<const A, A>& q, GroupState<A>& s) {
   using V = typename Simd<A>::V;
   using I = typename Simd<A>::I;
   constexpr int W = Simd<A>::W;
@@ -91,7 +75,7 @@ void lane_stats(const Problem& problem, Group<T, A, TILED>& group, const Block<c
     V m = broadcast(-kInfinity<A>);
     for (int64_t c = 0; c < problem.n_cols; ++c) {
       V v = group.get(c, lane);
-      m = v > m ? v : m;
+      m = max_(v, m);
     }
     V finite = finite_max_vector<A>(m), rest{}, x_t{}, smooth{}, soft{};
     I target;
@@ -120,7 +104,7 @@ void lane_stats(const Problem& problem, Group<T, A, TILED>& group, const Block<c
       }
       rest += part, smooth += smooth_part, soft += soft_part;
     }
-    store(s.max + lane, m), store(s.rest + lane, rest), store(s.x_t + lane, x_t);
+    store(s.max + lane, m), store(s.rest + lane, rest), store(s.x_t + lane, x_t), store(s.shift + lane, finite);
     store(s.smooth + lane, smooth), store(s.soft + lane, soft);
   }
 }
@@ -128,7 +112,7 @@ void lane_stats(const Problem& problem, Group<T, A, TILED>& group, const Block<c
 // Writes the gradients of a group from the factors in s; a lane that is not live gets its at_target (0, or NaN) everywhere.
 template <class T, class A, Terms terms, bool TILED, bool TILE_HAS_EXP>
 void lane_gradient(const Problem& problem, Group<T, A, TILED>& group, const Block<const A, A>& q, const Block<T, A>& dx,
-                   LaneState<A>& s) {
+                   GroupState<A>& s) {
   using V = typename Simd<A>::V;
   using I = typename Simd<A>::I;
   constexpr int W = Simd<A>::W;
@@ -167,41 +151,22 @@ void lane_gradient(const Problem& problem, Group<T, A, TILED>& group, const Bloc
   }
 }
 
-template <class A>
-INLINE void set_factors(LaneState<A>& s, int lane, const RowFactors<A>& f) {
-  s.p[lane] = f.p, s.smooth_factor[lane] = f.smooth, s.soft_factor[lane] = f.soft, s.at_target[lane] = f.target;
-}
-
 // Rows [row, row + n_lanes) of one outer block.
 template <class T, Terms terms, bool TILED>
 double forward_group(const Problem& problem, int64_t row, int n_lanes, double coefficient, double weight_total) {
   using A = typename Accumulate<T>::type;
   const Strides &xs = problem.logits_strides, &qs = problem.target_strides, &ds = problem.dlogits_strides;
-  LaneState<A> s;
+  GroupState<A> s;
   Group<T, A, TILED> group({static_cast<const T*>(problem.logits) + problem.offset(xs, row), xs.row, xs.col, n_lanes},
                            problem.n_cols);
   const A* targets = static_cast<const A*>(problem.target);
   Block<const A, A> q = {is_soft(terms) ? targets + problem.offset(qs, row) : nullptr, qs.row, qs.col, n_lanes};
-  for (int lane = 0; lane < group.lanes; ++lane) {
-    s.live[lane] = lane < n_lanes;
-    int64_t target = lane < n_lanes && !is_soft(terms) ? load_target(problem, row + lane) : -1;
-    if (!is_soft(terms) && target == problem.ignore_index) s.live[lane] = false;
-    s.target[lane] = s.live[lane] ? typename Simd<A>::Int(target) : -1;
-  }
+  for (int lane = 0; lane < group.lanes; ++lane)
+    s.template begin_forward<terms>(problem, lane, row + lane, lane < n_lanes, A(coefficient));
   lane_stats<T, A, terms, TILED>(problem, group, q, s);
-  double total = 0;
-  for (int lane = 0; lane < group.lanes; ++lane) {
-    if (!s.live[lane]) {
-      set_factors<A>(s, lane, {0, 0, 0, 0});
-      if (lane < n_lanes) total += store_row<A>(problem, row + lane, false, 0, 0, 0);
-      continue;
-    }
-    RowStats<A> stats = {s.max[lane], s.rest[lane], s.x_t[lane], finite_max(s.max[lane]), s.smooth[lane], s.soft[lane]};
-    int64_t target = int64_t(s.target[lane]);
-    total += store_row<A>(problem, row + lane, true, row_loss<A, terms>(stats, problem, target, A(weight_total)), stats.max, stats.rest);
-    if (problem.dlogits) set_factors(s, lane, row_factors<A, terms>(stats, problem, target, A(weight_total), A(coefficient)));
-  }
+  const double total = s.template finish_forward<terms>(problem, row, n_lanes, A(weight_total));
   if (problem.dlogits) {
+    s.template factors<terms>(problem, group.lanes, A(weight_total));
     Block<T, A> dx = {static_cast<T*>(problem.dlogits) + problem.offset(ds, row), ds.row, ds.col, n_lanes};
     lane_gradient<T, A, terms, TILED, true>(problem, group, q, dx, s);
   }
@@ -212,32 +177,21 @@ template <class T, Terms terms, bool TILED>
 void backward_group(const Problem& problem, int64_t row, int n_lanes) {
   using A = typename Accumulate<T>::type;
   const Strides &xs = problem.logits_strides, &qs = problem.target_strides, &ds = problem.dlogits_strides;
-  const A* saved = static_cast<const A*>(problem.saved);
-  LaneState<A> s;
+  GroupState<A> s;
   Group<T, A, TILED> group({static_cast<const T*>(problem.logits) + problem.offset(xs, row), xs.row, xs.col, n_lanes},
                            problem.n_cols);
   const A* targets = static_cast<const A*>(problem.target);
   Block<const A, A> q = {is_soft(terms) ? targets + problem.offset(qs, row) : nullptr, qs.row, qs.col, n_lanes};
   for (int lane = 0; lane < group.lanes; ++lane) {
-    A g = lane < n_lanes ? row_coefficient<A>(problem, row + lane) : A(0);
-    int64_t target = lane < n_lanes && !is_soft(terms) ? load_target(problem, row + lane) : -1;
-    bool valid = is_soft(terms) || (target >= 0 && target < problem.n_cols);
-    s.live[lane] = valid && g != 0;
-    s.target[lane] = typename Simd<A>::Int(s.live[lane] ? target : -1);
-    s.max[lane] = 0;
-    if (!s.live[lane]) {  // a class index that changed since the forward is never an address: NaN
-      set_factors<A>(s, lane, {0, 0, 0, g == 0 ? A(0) : kNaN<A>});
-      continue;
-    }
-    s.max[lane] = saved[kState + row + lane];
-    RowStats<A> stats = {s.max[lane], saved[kState + problem.n_rows() + row + lane], 0, 0, 0, 0};
+    s.template begin_backward<terms>(problem, lane, row + lane, lane < n_lanes);
+    if (!s.live[lane]) continue;
     if constexpr (is_soft(terms)) {
-      stats.soft_total = soft_total<A, terms>(problem, q.base + lane * qs.row, qs.col);
+      s.soft[lane] = soft_total<A, terms>(problem, q.base + lane * qs.row, qs.col);
     } else {
-      stats.x_t = load1(group.x.base + lane * xs.row + target * xs.col);
+      s.x_t[lane] = load1(group.x.base + lane * xs.row + int64_t(s.target[lane]) * xs.col);
     }
-    set_factors(s, lane, row_factors<A, terms>(stats, problem, target, saved[3], g));
   }
+  s.template factors<terms>(problem, group.lanes, static_cast<const A*>(problem.saved)[3]);
   Block<T, A> dx = {static_cast<T*>(problem.dlogits) + problem.offset(ds, row), ds.row, ds.col, n_lanes};
   lane_gradient<T, A, terms, TILED, false>(problem, group, q, dx, s);
 }

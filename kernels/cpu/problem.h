@@ -9,7 +9,7 @@ namespace fusedloss {
 enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16 };
 enum Reduction : int64_t { kNone, kSum, kMean, kMax, kTopK };
 enum TargetKind : int64_t { kInt64, kUint8, kProbabilities };
-enum Isa : int64_t { kBest, kBaseline, kAvx2, kAvx512 };
+enum Isa : int64_t { kBest, kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 // Element (outer, inner, c) lies at outer * outer + inner * row + c * col elements; row r is (r / n_inner, r % n_inner).
 struct Strides {
@@ -64,6 +64,7 @@ extern const Kernels baseline_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512bf16_kernels;  // for bfloat16 logits only
 #endif
 
 }  // namespace fusedloss
