@@ -18,6 +18,36 @@ from fusedloss.kernels.forward import aligned_columns, edge_columns
 from fusedloss.kernels.rowwise import STATE, float_from_bits, gradient_factors, load_target, prove_alignment, row_coefficient
 
 
+@triton.jit
+def store_tile(
+    dlogits_row_ptr,  # (BLOCK_ROWS,) first gradient of each row
+    dlogits_col_stride,
+    mask,  # (BLOCK_ROWS,)
+    live,  # (BLOCK_ROWS,) rows that have a gradient
+    cols,  # (BLOCK_COLS,)
+    n_cols,
+    target,  # (BLOCK_ROWS,)
+    weight_ptr,
+    e,  # (BLOCK_ROWS, BLOCK_COLS) exp(x - m)
+    p_factor,
+    at_target,
+    smooth_factor,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    """Writes the gradients of a tile."""
+    in_row = cols < n_cols
+    # A row that is not live may have been read with its neighbours, NaN and all.
+    dlogits = tl.where(live[:, None], e, 0.0) * p_factor[:, None]
+    dlogits = tl.where(cols[None, :] == target.to(tl.int32)[:, None], at_target[:, None], dlogits)
+    if HAS_SMOOTHING:
+        w = in_row.to(e.dtype)
+        if weight_ptr is not None:
+            w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(e.dtype)
+        dlogits -= smooth_factor[:, None] * w[None, :]
+    offsets = cols.to(tl.int64) * dlogits_col_stride
+    tl.store(dlogits_row_ptr[:, None] + offsets[None, :], dlogits, mask=mask[:, None] & in_row[None, :])
+
+
 @triton.jit(do_not_specialize=["smoothing_bits", "ignore_index"])
 def backward_tile_kernel(
     dlogits_ptr,  # (n_outer, n_inner, n_cols)
@@ -73,20 +103,14 @@ def backward_tile_kernel(
     )
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
-        in_row = cols < n_cols
         offsets = cols.to(tl.int64) * col_stride  # int64: classes may lie far apart; free where col_stride is 1
         # Rows without gradient are not read, unless they share their 16 bytes with rows that have one.
         load_mask = mask if ROWS_CONTIGUOUS else read
-        x = tl.load(row_ptr[:, None] + offsets[None, :], mask=load_mask[:, None] & in_row[None, :], other=0.0).to(dtype)
-        dlogits = tl.exp(x - row_max[:, None]) * p_factor[:, None]
-        dlogits = tl.where(cols[None, :] == target.to(tl.int32)[:, None], at_target[:, None], dlogits)
-        if HAS_SMOOTHING:
-            w = in_row.to(dtype)
-            if weight_ptr is not None:
-                w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(dtype)
-            dlogits -= smooth_factor[:, None] * w[None, :]
-        dlogits_offsets = cols.to(tl.int64) * dlogits_col_stride
-        tl.store(dlogits_row_ptr[:, None] + dlogits_offsets[None, :], dlogits, mask=mask[:, None] & in_row[None, :])
+        x = tl.load(row_ptr[:, None] + offsets[None, :], mask=load_mask[:, None] & (cols < n_cols)[None, :], other=0.0).to(dtype)
+        store_tile(
+            dlogits_row_ptr, dlogits_col_stride, mask, read, cols, n_cols, target, weight_ptr,
+            tl.exp(x - row_max[:, None]), p_factor, at_target, smooth_factor, HAS_SMOOTHING,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["smoothing_bits", "ignore_index"])

@@ -16,6 +16,7 @@ from fusedloss.kernels.rowwise import (
     float_from_bits,
     load_scale,
     load_target,
+    load_target_weight,
     prove_alignment,
     row_loss,
 )
@@ -45,6 +46,40 @@ def _store_rows(
         tl.store(saved_ptr + STATE + n_rows + rows, rest, mask=mask)
     if REDUCTION == "max" or REDUCTION == "topk":
         tl.store(saved_ptr + STATE + 2 * n_rows + rows, tl.where(counted, loss, float("-inf")), mask=mask)
+
+
+@triton.jit
+def absorb_tile(
+    row_ptr,  # (BLOCK_ROWS,) first logit of each row
+    col_stride,
+    read,  # (BLOCK_ROWS,)
+    cols,  # (BLOCK_COLS,)
+    n_cols,
+    target,  # (BLOCK_ROWS,)
+    weight_ptr,
+    row_max,
+    rest,
+    shift,
+    smooth_sum,
+    weight_total,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    """One step of a tile's online softmax: statistics with BLOCK_COLS more columns, and their exp(x - m), 0 at the target."""
+    in_row = cols < n_cols
+    offsets = cols.to(tl.int64) * col_stride  # int64: classes may lie far apart; free where col_stride is 1
+    x = tl.load(row_ptr[:, None] + offsets[None, :], mask=read[:, None] & in_row[None, :], other=float("-inf")).to(rest.dtype)
+    new_max = tl.maximum(row_max, tl.max(x, 1))
+    finite = finite_max(new_max)
+    e = tl.where(cols[None, :] == target.to(tl.int32)[:, None], 0.0, tl.exp(x - finite[:, None]))
+    rest = rest * tl.exp(row_max - finite) + tl.sum(e, 1)
+    if HAS_SMOOTHING:
+        shift = tl.where(row_max == float("-inf"), finite, shift)  # the first maximum: any fixed logit of the row will do
+        w = in_row.to(rest.dtype)
+        if weight_ptr is not None:
+            w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(rest.dtype)
+        smooth_sum += tl.sum(tl.where(in_row[None, :], w[None, :] * (shift[:, None] - x), 0.0), 1)
+        weight_total += tl.sum(w, 0)
+    return new_max, rest, shift, smooth_sum, weight_total, e
 
 
 @triton.jit(do_not_specialize=["scale_bits", "smoothing_bits", "ignore_index", "top_k"])
@@ -95,30 +130,16 @@ def forward_tile_kernel(
     shift = tl.zeros((BLOCK_ROWS,), dtype)
     smooth_sum = tl.zeros((BLOCK_ROWS,), dtype)
     weight_total = tl.zeros((1,), dtype)
+    # Rows that do not count are not read, unless they share their 16 bytes with rows that do.
+    read = mask if ROWS_CONTIGUOUS else valid
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
-        in_row = cols < n_cols
-        # Rows that do not count are not read, unless they share their 16 bytes with rows that do.
-        read = mask if ROWS_CONTIGUOUS else valid
-        block_mask = read[:, None] & in_row[None, :]
-        offsets = cols.to(tl.int64) * col_stride  # int64: classes may lie far apart; free where col_stride is 1
-        x = tl.load(row_ptr[:, None] + offsets[None, :], mask=block_mask, other=float("-inf")).to(dtype)
-        new_max = tl.maximum(row_max, tl.max(x, 1))
-        finite = finite_max(new_max)
-        e = tl.where(cols[None, :] == target.to(tl.int32)[:, None], 0.0, tl.exp(x - finite[:, None]))
-        rest = rest * tl.exp(row_max - finite) + tl.sum(e, 1)
-        if HAS_SMOOTHING:
-            shift = tl.where(row_max == float("-inf"), finite, shift)  # the first maximum: any fixed logit of the row will do
-            w = in_row.to(dtype)
-            if weight_ptr is not None:
-                w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(dtype)
-            smooth_sum += tl.sum(tl.where(in_row[None, :], w[None, :] * (shift[:, None] - x), 0.0), 1)
-            weight_total += tl.sum(w, 0)
-        row_max = new_max
+        row_max, rest, shift, smooth_sum, weight_total, _ = absorb_tile(
+            row_ptr, col_stride, read, cols, n_cols, target, weight_ptr,
+            row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
+        )  # fmt: skip
 
-    target_weight = counted.to(dtype)
-    if weight_ptr is not None:
-        target_weight = tl.load(weight_ptr + target, mask=valid, other=0.0).to(dtype)
+    target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
     smoothing = None
     if HAS_SMOOTHING:
         smoothing = float_from_bits(smoothing_bits, dtype)
@@ -126,7 +147,6 @@ def forward_tile_kernel(
             tl.store(saved_ptr + 3 + tl.arange(0, 1), weight_total, mask=(tl.program_id(0) + tl.arange(0, 1)) == 0)
     loss = row_loss(row_max, rest, x_t, tl.exp(x_t - row_max), target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
     loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN, nothing was read
-    target_weight = tl.where(counted, target_weight, 0.0)
 
     scale = load_scale(scale_ptr, scale_bits, dtype)
     _store_rows(loss_ptr, saved_ptr, rows, mask, counted, loss, row_max, rest, scale, n_rows, REDUCTION, SAVE)
@@ -134,7 +154,7 @@ def forward_tile_kernel(
         count = target_weight if REDUCTION == "mean" else counted.to(dtype)
         reduce_batch(
             loss_ptr, saved_ptr, partial_ptr, ticket_ptr, tl.sum(loss, 0), tl.sum(count, 0), scale, top_k, n_rows,
-            REDUCTION, TOP_K_IS_FRACTION, ticket_ptr is None,
+            REDUCTION, TOP_K_IS_FRACTION, ticket_ptr is None, True,
         )  # fmt: skip
 
 
@@ -160,7 +180,7 @@ def edge_columns(head, n_main, n_cols, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _absorb(
+def absorb(
     x,  # (BLOCK_COLS,) logits of one row, -inf outside of it
     cols,  # (BLOCK_COLS,) their columns
     in_row,  # (BLOCK_COLS,)
@@ -233,9 +253,7 @@ def forward_row_kernel(
     main_ptr = logits_ptr + tl.multiple_of(row_start + head, VECTOR)
 
     x_t = tl.load(row_ptr + target, mask=valid, other=0.0).to(dtype)
-    target_weight = counted.to(dtype)
-    if weight_ptr is not None:
-        target_weight = tl.load(weight_ptr + target, mask=valid, other=0.0).to(dtype)
+    target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
 
     row_max = tl.full((), float("-inf"), dtype)
     rest = tl.zeros((), dtype)
@@ -245,7 +263,7 @@ def forward_row_kernel(
     if HAS_EDGES:
         edge_cols, in_edge = edge_columns(head, n_main, n_read, VECTOR)
         edge_x = tl.load(row_ptr + edge_cols, mask=in_edge, other=float("-inf")).to(dtype)
-        row_max, rest, shift, smooth_sum, weight_total = _absorb(
+        row_max, rest, shift, smooth_sum, weight_total = absorb(
             edge_x,
             edge_cols,
             in_edge,
@@ -265,7 +283,7 @@ def forward_row_kernel(
         in_main = group < n_main
         x = tl.load(main_ptr + group, mask=in_main, other=float("-inf")).to(dtype)
         cols, first = head + group, head + start
-        row_max, rest, shift, smooth_sum, weight_total = _absorb(
+        row_max, rest, shift, smooth_sum, weight_total = absorb(
             x, cols, in_main, target, first, first + BLOCK_COLS, weight_ptr,
             row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
         )  # fmt: skip
@@ -277,7 +295,6 @@ def forward_row_kernel(
             tl.store(saved_ptr + 3, weight_total, mask=valid)  # every row that is read stores the same value
     loss = row_loss(row_max, rest, x_t, tl.exp(x_t - row_max), target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
     loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN, nothing was read
-    target_weight = tl.where(counted, target_weight, 0.0)
 
     scale = load_scale(scale_ptr, scale_bits, dtype)
     _store_rows(loss_ptr, saved_ptr, row, row < n_rows, counted, loss, row_max, rest, scale, n_rows, REDUCTION, SAVE)
@@ -285,5 +302,5 @@ def forward_row_kernel(
         count = target_weight if REDUCTION == "mean" else counted.to(dtype)
         reduce_batch(
             loss_ptr, saved_ptr, partial_ptr, ticket_ptr, loss, count, scale, top_k, n_rows,
-            REDUCTION, TOP_K_IS_FRACTION, ticket_ptr is None,
+            REDUCTION, TOP_K_IS_FRACTION, ticket_ptr is None, True,
         )  # fmt: skip

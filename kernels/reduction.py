@@ -32,6 +32,7 @@ def reduce_batch(
     REDUCTION: tl.constexpr,
     TOP_K_IS_FRACTION: tl.constexpr,
     SINGLE_PROGRAM: tl.constexpr,
+    KEEPS_COEFFICIENT: tl.constexpr,  # saved[0] is still to be written
 ):
     SELECTS: tl.constexpr = REDUCTION == "max" or REDUCTION == "topk"
     if SELECTS:
@@ -48,6 +49,7 @@ def reduce_batch(
             n_rows,
             REDUCTION,
             TOP_K_IS_FRACTION,
+            KEEPS_COEFFICIENT,
         )
     else:
         program, n_programs = tl.program_id(0), tl.num_programs(0)
@@ -78,24 +80,32 @@ def reduce_batch(
                 n_rows,
                 REDUCTION,
                 TOP_K_IS_FRACTION,
+                KEEPS_COEFFICIENT,
             )
 
 
 @triton.jit
 def _write_loss(
-    loss_ptr, saved_ptr, loss_sum, count, scale, top_k, n_rows, REDUCTION: tl.constexpr, TOP_K_IS_FRACTION: tl.constexpr
+    loss_ptr,
+    saved_ptr,
+    loss_sum,
+    count,
+    scale,
+    top_k,
+    n_rows,
+    REDUCTION: tl.constexpr,
+    TOP_K_IS_FRACTION: tl.constexpr,
+    KEEPS_COEFFICIENT: tl.constexpr,
 ):
     """The batch loss and the coefficients for the backward, from float64 sums: exact counts, no error beyond the rows'."""
-    dtype: tl.constexpr = (
-        saved_ptr.dtype.element_ty
-    )  # a loss in bfloat16 is rounded from float32: no target converts from float64
+    dtype: tl.constexpr = saved_ptr.dtype.element_ty  # a loss in bfloat16 is rounded from float32: no target rounds float64
     scale = scale.to(tl.float64)
     if REDUCTION == "sum":
         tl.store(loss_ptr, (scale * loss_sum).to(dtype))
-        tl.store(saved_ptr, scale)
+        coefficient = scale
     elif REDUCTION == "mean":
         tl.store(loss_ptr, (scale * (loss_sum / count)).to(dtype))  # 0 / 0 is nan where no row counts, as in PyTorch
-        tl.store(saved_ptr, scale / count)
+        coefficient = scale / count
     else:
         row_loss_ptr = saved_ptr + STATE + 2 * n_rows
         n_counted = count.to(tl.int64)
@@ -113,9 +123,11 @@ def _write_loss(
         total = tl.where(n_counted > 0, above_sum + tied_sum, 0.0)
         k = k.to(tl.float64)
         tl.store(loss_ptr, (scale * (total / k)).to(dtype))  # 0 / 0 is nan where no row counts
-        tl.store(saved_ptr, scale / k)
+        coefficient = scale / k
         tl.store(saved_ptr + 1, scale * (share / (n_tied.to(tl.float64) * k)))
         tl.store(saved_ptr + 2, threshold_loss)
+    if KEEPS_COEFFICIENT:
+        tl.store(saved_ptr, coefficient)
 
 
 @triton.jit

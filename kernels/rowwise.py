@@ -51,6 +51,14 @@ def load_target(target_ptr, rows, mask, ignore_index, n_cols):
 
 
 @triton.jit
+def load_target_weight(weight_ptr, target, counted, valid, dtype: tl.constexpr):
+    """w[t] of each row that counts, else 0."""
+    if weight_ptr is not None:
+        return tl.load(weight_ptr + target, mask=valid, other=0.0).to(dtype)
+    return counted.to(dtype)
+
+
+@triton.jit
 def prove_alignment(n_inner, n_cols, outer_stride, row_stride, col_stride, ROWS_CONTIGUOUS: tl.constexpr, VECTOR: tl.constexpr):
     """The same values, as multiples of VECTOR that the compiler can see.
 
