@@ -86,9 +86,14 @@ class CrossEntropyFunction(torch.autograd.Function):
                 loss = reference.cross_entropy(logits, target, weight, ctx.options, scale, ctx.out_dtype)
                 (dlogits,) = torch.autograd.grad(loss, logits, dloss, create_graph=True)
         else:
+            # A fused gradient was rounded before dloss came. So must this one be: two backwards add up to exactly twice one.
+            fused = fuses_gradient(ctx.backend, ctx.options.reduction, logits.dtype)
+            upstream = torch.ones_like(dloss) if fused else dloss
             dlogits = ops.backward(
-                dloss.reshape(-1), _rows(logits), _targets(target, logits), weight, saved, ctx.options, ctx.backend
+                upstream.reshape(-1), _rows(logits), _targets(target, logits), weight, saved, ctx.options, ctx.backend
             ).view(logits.shape)
+            if fused:
+                ops.scale_gradient(dlogits, dloss, ctx.backend)
         return dlogits, None, None, None, None, None, None
 
 
