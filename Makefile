@@ -17,7 +17,7 @@ help:
 	@echo "make bench     time the loss on this machine against PyTorch's"
 
 # Remade when the metadata change; a virtual environment that is there and up to date costs nothing.
-$(READY): pyproject.toml setup.py
+$(READY): pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --disable-pip-version-check --quiet -e '.[test,train,dev]'
 	@touch $@

@@ -12,6 +12,7 @@ def assert_within_budget(actual: Tensor, torchs: Tensor, exact: Tensor, what: st
         torchs: what PyTorch computed in the same dtype.
         exact: the same in float64. NaN and infinity must be where it has them; one that lies beyond actual's dtype is infinite.
     """
+    __tracebackhide__ = True
     assert actual.shape == exact.shape == torchs.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
     assert actual.dtype == torchs.dtype, f"{what}: {actual.dtype}, expected {torchs.dtype}"
     if exact.numel() == 0:

@@ -14,6 +14,7 @@ def check_against_torch(
     logits: Tensor, target: Tensor, weight: Tensor | None = None, *, dloss: Tensor | float = 1.0, **options: Any
 ) -> None:
     """Fails unless value and gradient of one call are within the budget; `dloss` is the upstream gradient."""
+    __tracebackhide__ = True
     ours = logits.detach().requires_grad_()  # the caller's own strides
     theirs = logits.detach().clone().requires_grad_()
     exact = logits.detach().double().requires_grad_()
