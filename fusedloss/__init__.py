@@ -7,9 +7,10 @@ from pathlib import Path
 if find_spec("fusedloss.kernels") is None:
     __path__.append(str(Path(__file__).parent.parent))
 
+from fusedloss import distributed
 from fusedloss._version import __version__
 from fusedloss.backends import backend
 from fusedloss.functional import cross_entropy, plan
 from fusedloss.module import CrossEntropyLoss
 
-__all__ = ["CrossEntropyLoss", "__version__", "backend", "cross_entropy", "plan"]
+__all__ = ["CrossEntropyLoss", "__version__", "backend", "cross_entropy", "distributed", "plan"]
