@@ -9,7 +9,7 @@
 
 constexpr int TILE = 4096;        // values: 16 KB of float32 on the stack and in L1
 constexpr int DIRECT_LANES = 64;  // 256 contiguous bytes of float32 per class: whole cache lines, and few enough for L2
-constexpr int64_t FLUSH = 64;     // classes summed into one float before it is added to the total: keeps rounding errors small
+constexpr int64_t FLUSH = 16;     // classes summed into one float before it is added to the total: keeps rounding errors small
 
 // Element (lane, c) of some array at base[lane * row + c * col]; lanes from n_lanes on read as 0 and are not written.
 template <class T, class A>

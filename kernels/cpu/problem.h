@@ -36,6 +36,7 @@ struct Problem {
   int64_t save;            // forward: whether a backward may follow
   int64_t isa;             // kBest, or a lower one for tests
   int64_t n_threads;
+  int64_t fresh_bytes;     // of dlogits, if its memory was allocated for this call; else 0
   // shapes and strides
   int64_t n_outer, n_inner, n_cols;
   Strides logits_strides, dlogits_strides, target_strides;

@@ -4,13 +4,16 @@
 //           of exp(x - running maximum); the running sum is rescaled once per block (Milakov and Gimelshein, arXiv:1805.02867)
 //     3     with a gradient: the row again, from L2 at 128256 float32 logits (513 KB), and one write per logit
 //
-// The target's vector is summed with -inf in the target's place, so that `rest` excludes it exactly. The ragged end of a row is
-// one more vector, filled up with -inf on the stack. Sums: 4 vectors of partial sums within a block, blocks in double.
+// The target's vector is summed with 0 in the target's place, so that `rest` excludes it exactly. The ragged end of a row is
+// one more vector, filled up with -inf. Sums: in floats within a block, blocks in double.
 //
 // Included once per instruction set, like simd.h.
 
 constexpr int64_t BLOCK = 4096;  // 16 KB of float32: a third of the smallest L1 of the machines this was written for
 
+// Vectors added to one partial sum before it goes to the sum of the block: a lane that holds a large value rounds every small one
+// added to it, which over a whole block would be 30 roundings more.
+constexpr int64_t FLUSH_VECTORS = 4;
 constexpr int64_t MAX_KEPT_BLOCKS = 64;  // 262144 columns: beyond, exp is computed twice
 
 // Whether exp(x - m) of the sum may be kept in dlogits for the gradient; in 16 bits it would be rounded twice.
@@ -50,7 +53,7 @@ BlockSums<A> block_sums(A* kept, const T* x, const A* w, const A* p, int64_t n, 
   using Int = typename Simd<A>::Int;
   constexpr int W = Simd<A>::W;
   const V zero = {};
-  V e0{}, e1{}, e2{}, e3{}, s0{}, q0{};
+  V e{}, s0{}, q0{}, smooth{}, soft{};
   auto one_vector = [&](int64_t i) INLINE_LAMBDA {
     V v = load(x + i);
     if constexpr (terms == kSmooth) s0 += shift - v;
@@ -61,15 +64,20 @@ BlockSums<A> block_sums(A* kept, const T* x, const A* w, const A* p, int64_t n, 
       s0 += q * (shift - v);
       q0 += q;
     }
-    V e = exp_nonpositive(v - m);
-    if constexpr (KEEP) store(kept + i, e);
-    return e;
+    V exp = exp_nonpositive(v - m);
+    if constexpr (KEEP) store(kept + i, exp);
+    return exp;
   };
   auto full_vectors = [&](int64_t i, int64_t end) INLINE_LAMBDA {
-    for (; i + 4 * W <= end; i += 4 * W) {
-      e0 += one_vector(i), e1 += one_vector(i + W), e2 += one_vector(i + 2 * W), e3 += one_vector(i + 3 * W);
+    while (i + 4 * W <= end) {
+      V e0{}, e1{}, e2{}, e3{};
+      for (int64_t stop = i + 4 * FLUSH_VECTORS * W; i < stop && i + 4 * W <= end; i += 4 * W) {
+        e0 += one_vector(i), e1 += one_vector(i + W), e2 += one_vector(i + 2 * W), e3 += one_vector(i + 3 * W);
+      }
+      e += (e0 + e1) + (e2 + e3);
+      if constexpr (terms != kPlain) smooth += s0, soft += q0, s0 = q0 = zero;
     }
-    for (; i + W <= end; i += W) e0 += one_vector(i);
+    for (; i + W <= end; i += W) e += one_vector(i);
     return i;
   };
   auto ragged_vector = [&](int64_t i) INLINE_LAMBDA {  // the one that ends the row
@@ -83,21 +91,21 @@ BlockSums<A> block_sums(A* kept, const T* x, const A* w, const A* p, int64_t n, 
       s0 += q * d;
       q0 += present ? q : zero;
     }
-    V e = exp_nonpositive(v - m);
-    if constexpr (KEEP) store_partial<A, A>(kept + i, n - i, e);
-    return e;
+    V exp = exp_nonpositive(v - m);
+    if constexpr (KEEP) store_partial<A, A>(kept + i, n - i, exp);
+    return exp;
   };
   const bool has_target = !is_soft(terms) && target >= 0 && target < n;
   const int64_t target_vector = has_target ? target / W * W : n;
   int64_t i = full_vectors(0, target_vector);
   if (has_target) {
     const Integers<A> at_target = iota<A>() == Int(target - i);
-    V e = i + W <= n ? one_vector(i) : ragged_vector(i);
-    e1 += at_target ? zero : e;
+    const V exp = i + W <= n ? one_vector(i) : ragged_vector(i);
+    e += at_target ? zero : exp;
     i = full_vectors(i + W, n);
   }
-  if (i < n) e2 += ragged_vector(i);
-  return {horizontal_sum<A>((e0 + e1) + (e2 + e3)), horizontal_sum<A>(s0), horizontal_sum<A>(q0)};
+  if (i < n) e += ragged_vector(i);
+  return {horizontal_sum<A>(e), horizontal_sum<A>(smooth + s0), horizontal_sum<A>(soft + q0)};
 }
 
 // Q of one row, its classes `stride` elements apart.
