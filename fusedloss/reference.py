@@ -38,14 +38,18 @@ def cross_entropy(
         # An ignored row has no gradient even where its logits are NaN: 0 * NaN would be NaN.
         logits = logits.masked_fill(~counted.unsqueeze(1), 0.0)
         outside = ((target < 0) | (target >= logits.shape[1])) & counted
-        if logits.device.type != "cpu":  # PyTorch would stop the device; on the CPU it raises IndexError, and so do we
-            target = target.masked_fill(outside, 0)
+        if not _raises_index_error(logits.device):  # PyTorch would stop the device: these rows are read as another class
+            target = target.masked_fill(outside, 0 if logits.shape[1] else options.ignore_index)
         rows = _row_losses(logits, target, weight, options)
-        if logits.device.type != "cpu":
-            rows = torch.where(outside, rows * torch.nan, rows)
+        if not _raises_index_error(logits.device):  # and NaN, their gradients too: 1 leaves the others as they are
+            rows = rows * torch.where(outside, torch.nan, 1.0)
         row_weights = _row_weights(logits, target, weight, counted)
     factor = options.scale if scale is None else options.scale * scale.to(compute_dtype)
     return (factor * _reduce(rows, counted, row_weights, options)).to(out_dtype)
+
+
+def _raises_index_error(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:

@@ -63,6 +63,23 @@ def test_class_out_of_range_on_a_gpu_is_nan() -> None:
     assert logits.grad.isnan().all(1).tolist() == [False, True, False, False]
 
 
+@pytest.mark.parametrize("n_cols", [5, 0])
+def test_class_out_of_range_in_the_reference_on_a_gpu(monkeypatch: pytest.MonkeyPatch, n_cols: int) -> None:
+    """What the reference does where PyTorch would stop the device, run on the CPU. Without a class every index is wrong."""
+    monkeypatch.setattr("fusedloss.reference._raises_index_error", lambda device: False)
+    logits, target = make_logits(4, n_cols).requires_grad_(), torch.tensor([0, 5, -100, 3])
+    wrong = [False, True, False, False] if n_cols else [True, True, False, True]
+    with fusedloss.backend("reference"):
+        rows = fusedloss.cross_entropy(logits, target, reduction="none")
+        assert rows.isnan().tolist() == wrong
+        assert fusedloss.cross_entropy(logits, target).isnan()
+    rows.sum().backward()
+    assert logits.grad is not None
+    if n_cols:
+        assert logits.grad.isnan().all(1).tolist() == wrong
+        assert logits.grad.isnan().any(1).tolist() == wrong
+
+
 def test_class_out_of_range_can_be_an_error_everywhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusedloss.functional._CHECK_TARGETS", True)
     with pytest.raises(IndexError, match=r"Target 7 is out of bounds\."):

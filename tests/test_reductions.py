@@ -28,7 +28,10 @@ def _share(logits: Tensor, loss: Tensor) -> list[float]:
 
 
 MAX = {"reduction": "max"}
-ZEROS = torch.zeros(5, dtype=torch.long)
+
+
+def _zeros() -> Tensor:
+    return torch.zeros(5, dtype=torch.long)
 
 
 @pytest.mark.parametrize(
@@ -49,14 +52,14 @@ ZEROS = torch.zeros(5, dtype=torch.long)
 )
 def test_which_rows_share_the_gradient(path: Path, losses: list[float], options: dict[str, Any], expected: list[float]) -> None:
     logits = _rows_of_loss(losses).requires_grad_()
-    shares = _share(logits, fusedloss.cross_entropy(logits, ZEROS, **options))
+    shares = _share(logits, fusedloss.cross_entropy(logits, _zeros(), **options))
     assert shares == pytest.approx(expected, abs=1e-5)
 
 
 def test_max_shares_ties_as_torch_does(path: Path) -> None:
     logits = _rows_of_loss([4, 1, 4, 3, 4]).requires_grad_()
-    (ours,) = torch.autograd.grad(fusedloss.cross_entropy(logits, ZEROS, reduction="max"), logits)
-    (torchs,) = torch.autograd.grad(F.cross_entropy(logits, ZEROS, reduction="none").max(), logits)
+    (ours,) = torch.autograd.grad(fusedloss.cross_entropy(logits, _zeros(), reduction="max"), logits)
+    (torchs,) = torch.autograd.grad(F.cross_entropy(logits, _zeros(), reduction="none").max(), logits)
     torch.testing.assert_close(ours, torchs)
 
 
@@ -86,13 +89,13 @@ def test_nothing_counted(path: Path, options: dict[str, Any]) -> None:
 def test_a_nan_is_the_largest(path: Path, options: dict[str, Any]) -> None:
     logits = make_logits(5, 4)
     logits[2, 1] = torch.nan
-    assert fusedloss.cross_entropy(logits, ZEROS, **options).isnan()
+    assert fusedloss.cross_entropy(logits, _zeros(), **options).isnan()
 
 
 def test_an_infinite_loss_is_the_largest(path: Path) -> None:
     logits = make_logits(5, 4)
     logits[3, 0] = -torch.inf
-    assert fusedloss.cross_entropy(logits, ZEROS, reduction="max").item() == torch.inf
+    assert fusedloss.cross_entropy(logits, _zeros(), reduction="max").item() == torch.inf
 
 
 @pytest.mark.parametrize("spatial", [(), (2, 2)])
@@ -142,8 +145,8 @@ def test_bad_extras(path: Path, options: dict[str, Any], error: type[Exception],
 @pytest.mark.parametrize("top_k", [numpy.int64(2), torch.tensor(2)], ids=lambda k: str(type(k)))
 def test_top_k_of_integer_types(path: Path, top_k: Any) -> None:
     logits = _rows_of_loss([1, 4, 2, 3, 0])
-    loss = fusedloss.cross_entropy(logits, ZEROS, reduction="topk", top_k=top_k)
-    assert loss.item() == fusedloss.cross_entropy(logits, ZEROS, reduction="topk", top_k=2).item()
+    loss = fusedloss.cross_entropy(logits, _zeros(), reduction="topk", top_k=top_k)
+    assert loss.item() == fusedloss.cross_entropy(logits, _zeros(), reduction="topk", top_k=2).item()
 
 
 @pytest.mark.parametrize("scale", [2, numpy.float32(2.0), torch.tensor(2.0), torch.tensor(2.0, dtype=torch.float64)], ids=str)

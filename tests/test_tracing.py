@@ -10,6 +10,7 @@ from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
 
@@ -134,6 +135,36 @@ def test_30_tensors_without_values(path: Path, kind: str, options: dict[str, Any
         device = loss.device
     for ours, expected in zip(hollow, (loss, gradient), strict=True):
         assert (ours.shape, ours.dtype, ours.device) == (expected.shape, expected.dtype, device)
+
+
+class Recorder(TorchDispatchMode):
+    """The calls of our operators, with copies of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fusedloss":
+            self.calls.append((func, tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args)))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_30_opcheck(path: Path, options: dict[str, Any]) -> None:
+    """Schemas that tell the truth about mutation and aliases, fake functions that agree with the real ones."""
+    if path.backend == "reference":
+        pytest.skip("the reference calls PyTorch's operators only")
+    logits = make_logits(6, 10).requires_grad_()
+    target = make_target(6, n_classes=10, ignored=options.get("ignore_index", -100))
+    with Recorder() as recorder:
+        loss = fusedloss.cross_entropy(logits, target, make_weight(10), **options)
+        loss.sum().backward(torch.tensor(2.0), retain_graph=True)
+        loss.sum().backward()
+    assert len(recorder.calls) >= 3
+    for operator, arguments in recorder.calls:
+        # Not test_aot_dispatch_dynamic: it compares all of `saved`, of which a reduction writes what its backward reads.
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_30_meta_needs_no_memory(any_path: Path) -> None:
