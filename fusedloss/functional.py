@@ -237,4 +237,4 @@ def plan(
     needs_grad = input.requires_grad and torch.is_grad_enabled()
     if name == "cpu":
         return cpu_plan(reason, logits, checked, needs_grad)
-    return triton_plan(reason, logits, needs_grad, device or device_facts(input.device))
+    return triton_plan(reason, logits, checked, needs_grad, device or device_facts(input.device))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 ROW_REDUCTIONS = ("max", "topk")  # reductions that select rows by their loss
-FUSED_BACKENDS = ("cpu",)  # backends whose forward can write the gradient as well
+FUSED_BACKENDS = ("cpu", "triton")  # backends whose forward can write the gradient as well
 
 
 class Options(NamedTuple):

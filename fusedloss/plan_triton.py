@@ -1,6 +1,5 @@
 """How the Triton path cuts a problem into tiles: pure functions of shapes, dtypes and device facts. They need no GPU."""
 
-from dataclasses import replace
 from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedloss.plan import Plan, Tile, spatial_dims_collapse
+from fusedloss.plan import Options, Plan, Tile, fuses_gradient, spatial_dims_collapse
 
 # Bytes of the widest access of a thread (LDG.128, global_load_dwordx4).
 VECTOR_BYTES = 16
@@ -16,6 +15,26 @@ VECTOR_BYTES = 16
 SECTOR_BYTES = 32
 # Columns of one row that a program holds at a time.
 ROW_BLOCK = 8192
+# A fused row up to this many columns stays in registers, 64 per thread with 16 warps; longer rows are read twice.
+FUSED_ROW_BLOCK = 32768
+# 16-byte loads that each thread has under way for a block of a row. More would spill on sm_80; fewer would need more warps, whose
+# reductions meet at barriers.
+ACCESSES_PER_THREAD = 4
+# Rows with more columns than this get a program of their own; narrower ones share a two-dimensional tile.
+MAX_SHARED_ROW_COLS = 512
+# Elements of a shared tile.
+TILE_ELEMENTS = 2048
+# Up to this many elements one program does everything, so that no ticket is needed.
+SINGLE_PROGRAM_ELEMENTS = 8192
+# Warps and elements per thread of a tile of contiguous rows (pixels): each thread owns whole rows, so that nothing is reduced
+# across threads, and its accesses are as wide as its rows are many.
+SPATIAL_WARPS = 2
+SPATIAL_ELEMENTS_PER_THREAD = 16
+# A fused row up to this many columns stays in registers, 64 per thread with 16 warps; longer rows are read twice.
+FUSED_ROW_BLOCK = 32768
+# Likewise for a tile of contiguous rows: classes that stay in registers.
+FUSED_SPATIAL_COLS = 256
+FUSED_SPATIAL_ELEMENTS = 4096
 # 16-byte loads that each thread has under way for a block of a row. More would spill on sm_80; fewer would need more warps, whose
 # reductions meet at barriers.
 ACCESSES_PER_THREAD = 4
@@ -99,14 +118,50 @@ def forward_tile(g: Geometry, itemsize: int, device: DeviceFacts) -> Tile:
 @lru_cache(maxsize=1024)
 def backward_tile(g: Geometry, grad: Geometry, itemsize: int, device: DeviceFacts) -> Tile:
     """Cuts the backward; `grad` is the geometry of the gradient, whose strides may differ from the logits'."""
-    # The ragged edges of a row must be the same in both.
-    same_alignment = (g.row_stride - grad.row_stride) % (SECTOR_BYTES // itemsize) == 0 and grad.col_stride == 1
-    if _one_program_per_row(g) and same_alignment:
+    if _one_program_per_row(g) and _same_alignment(g, grad, itemsize):
         block_cols, num_warps = _row_block(g.n_cols, itemsize, device)
         n_programs = g.n_rows * -(-g.n_cols // block_cols)
         return Tile("backward_row_kernel", 1, block_cols, num_warps, max(1, n_programs), rowwise=True)
     # No reduction over the batch here, so no gain from a single program.
     return _shared_tile("backward_tile_kernel", g, itemsize, TILE_ELEMENTS, device)
+
+
+@lru_cache(maxsize=1024)
+def fused_tile(g: Geometry, grad: Geometry, itemsize: int, device: DeviceFacts) -> Tile:
+    """Cuts the forward that also writes the gradient. A tile with block_cols >= n_cols keeps its rows in registers."""
+    if _one_program_per_row(g) and _same_alignment(g, grad, itemsize):
+        block_cols = _next_power_of_2(g.n_cols)
+        if block_cols > (FUSED_ROW_BLOCK if itemsize < 8 else FUSED_ROW_BLOCK // 4):
+            block_cols, num_warps = _row_block(g.n_cols, itemsize, device)
+        else:
+            num_warps = _warps(min(512, block_cols * itemsize // (ACCESSES_PER_THREAD * VECTOR_BYTES)), device)
+        return Tile("fused_row_kernel", 1, block_cols, num_warps, max(1, g.n_rows), rowwise=True)
+    return _shared_tile("fused_tile_kernel", g, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
+
+
+@lru_cache(maxsize=1024)
+def denominator_tile(n_rows: int, device: DeviceFacts) -> Tile:
+    """Cuts the sum of the targets' weights, before a fused mean."""
+    block_rows = 1024
+    n_programs = max(1, min(device.n_sms, -(-n_rows // block_rows)))
+    return Tile("denominator_kernel", block_rows, 1, _warps(128, device), n_programs, rowwise=False)
+
+
+@lru_cache(maxsize=1024)
+def scale_tile(n_elements: int, device: DeviceFacts) -> Tile:
+    """Cuts the multiplication of a fused gradient: few programs, since most launches return at once."""
+    block = 4096
+    n_programs = max(1, min(8 * device.n_sms, -(-n_elements // block)))
+    return Tile("scale_gradient_kernel", 1, block, _warps(256, device), n_programs, rowwise=False)
+
+
+def _warps(threads: int, device: DeviceFacts) -> int:
+    return max(1, threads // device.warp_size)
+
+
+def _same_alignment(g: Geometry, grad: Geometry, itemsize: int) -> bool:
+    """Whether the ragged edges of a row are the same in the logits and in their gradient."""
+    return (g.row_stride - grad.row_stride) % (SECTOR_BYTES // itemsize) == 0 and grad.col_stride == 1
 
 
 def _next_power_of_2(n: int) -> int:
@@ -119,49 +174,60 @@ def _one_program_per_row(g: Geometry) -> bool:
 
 def _row_block(n_cols: int, itemsize: int, device: DeviceFacts) -> tuple[int, int]:
     block_cols = min(_next_power_of_2(n_cols), ROW_BLOCK if itemsize < 8 else ROW_BLOCK // 2)  # float64 takes two registers
-    return block_cols, max(1, block_cols * itemsize // (ACCESSES_PER_THREAD * VECTOR_BYTES * device.warp_size))
+    return block_cols, _warps(block_cols * itemsize // (ACCESSES_PER_THREAD * VECTOR_BYTES), device)
 
 
 def _shared_tile(kernel: str, g: Geometry, itemsize: int, max_elements: int, device: DeviceFacts) -> Tile:
     cols = _next_power_of_2(g.n_cols)
     if g.rows_contiguous:
-        block_rows = min(SPATIAL_BLOCK_ROWS, _next_power_of_2(g.n_inner))
-        block_cols = min(cols, TILE_ELEMENTS // block_rows)
-    elif _next_power_of_2(g.n_rows) * cols <= max_elements:
+        vector = g.vector(itemsize)
+        block_rows = min(_next_power_of_2(g.n_inner), SPATIAL_WARPS * device.warp_size * vector)
+        block_cols = min(cols, SPATIAL_ELEMENTS_PER_THREAD // vector)
+        n_programs = max(1, g.n_outer * -(-g.n_inner // block_rows))
+        return Tile(kernel, block_rows, block_cols, _warps(block_rows // vector, device), n_programs, rowwise=False)
+    if _next_power_of_2(g.n_rows) * cols <= max_elements:
         block_rows, block_cols = _next_power_of_2(g.n_inner), cols
     else:
         block_cols = min(cols, TILE_ELEMENTS)
         block_rows = min(TILE_ELEMENTS // block_cols, _next_power_of_2(g.n_inner))
     n_programs = g.n_outer * -(-g.n_inner // block_rows)
     # Where accesses are narrow, a thread's elements belong to as many rows, and each row costs it registers: fewer then.
-    per_thread = 8 if g.rows_contiguous else max(4, g.vector(itemsize))
-    num_warps = min(512, block_rows * block_cols // per_thread) // device.warp_size
-    return Tile(kernel, block_rows, block_cols, max(1, num_warps), max(1, n_programs), rowwise=False)
+    per_thread = max(4, g.vector(itemsize))
+    num_warps = _warps(min(512, block_rows * block_cols // per_thread), device)
+    return Tile(kernel, block_rows, block_cols, num_warps, max(1, n_programs), rowwise=False)
 
 
-def triton_plan(reason: str, logits: Tensor, needs_grad: bool, device: DeviceFacts) -> Plan:
+def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool, device: DeviceFacts) -> Plan:
     """The plan of the Triton path for logits (N, C) or (N, C, d1, ...)."""
     itemsize = logits.element_size()
     rows = logits if logits.dim() == 2 else logits.flatten(2)
-    (g,) = geometries(rows)
+    g, gradient = geometries(rows, torch.empty_like(rows, device="meta"))
     one_pass = logits.numel() * itemsize
-    plan = Plan(
+    copies = logits.dim() > 3 and not spatial_dims_collapse(logits)
+    if not needs_grad:
+        tile = forward_tile(g, itemsize, device)
+        return Plan("triton", reason, "forward only", tile, None, copies, read_bytes=one_pass, write_bytes=0, launches=1)
+    if fuses_gradient("triton", options.reduction, logits.dtype):
+        tile = fused_tile(g, gradient, itemsize, device)
+        counts = options.reduction == "mean" and tile.n_programs > 1
+        return Plan(
+            "triton",
+            reason,
+            "fused",
+            tile,
+            scale_tile(logits.numel(), device),
+            copies,
+            read_bytes=one_pass if tile.block_cols >= g.n_cols else 2 * one_pass,
+            write_bytes=one_pass,
+            launches=3 if counts else 2,
+        )
+    return Plan(
         "triton",
         reason,
-        "forward only",
+        "recompute",
         forward_tile(g, itemsize, device),
-        copies_logits=logits.dim() > 3 and not spatial_dims_collapse(logits),
-        read_bytes=one_pass,
-        write_bytes=0,
-        launches=1,
-    )
-    if not needs_grad:
-        return plan
-    g, gradient = geometries(rows, torch.empty_like(rows, device="meta"))
-    return replace(
-        plan,
-        strategy="recompute",
-        backward=backward_tile(g, gradient, itemsize, device),
+        backward_tile(g, gradient, itemsize, device),
+        copies,
         read_bytes=2 * one_pass,
         write_bytes=one_pass,
         launches=2,

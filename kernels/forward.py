@@ -134,7 +134,7 @@ def forward_tile_kernel(
     read = mask if ROWS_CONTIGUOUS else valid
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
-        row_max, rest, shift, smooth_sum, weight_total, _ = absorb_tile(
+        row_max, rest, shift, smooth_sum, weight_total, _block_e = absorb_tile(
             row_ptr, col_stride, read, cols, n_cols, target, weight_ptr,
             row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
         )  # fmt: skip

@@ -127,7 +127,7 @@ def fused_tile_kernel(
     else:
         for start in range(0, n_cols, BLOCK_COLS):
             block_cols = start + tl.arange(0, BLOCK_COLS)
-            row_max, rest, shift, smooth_sum, weight_total, _ = absorb_tile(
+            row_max, rest, shift, smooth_sum, weight_total, _block_e = absorb_tile(
                 row_ptr, col_stride, read, block_cols, n_cols, target, weight_ptr,
                 row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
             )  # fmt: skip

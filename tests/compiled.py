@@ -48,7 +48,7 @@ class Report:
     """What the compiler made of one kernel for one target."""
 
     registers: int
-    spills: int  # instructions that store or load a spilled register
+    spills: int  # registers, or instructions that store or load one, spilled to memory
     load_bytes: int  # width of the widest global load, per thread
     store_bytes: int
 
@@ -103,8 +103,8 @@ def _amd_report(assembly: str) -> Report:
         names = re.findall(rf"\b(?:global|buffer)_{verb}_(dwordx?\d?|u?short|u?byte)", assembly)
         return max((widths[name] for name in names), default=0)
 
-    spills = metadata("vgpr_spill_count") + metadata("sgpr_spill_count")
-    return Report(metadata("vgpr_count"), spills, widest("load"), widest("store"))
+    # Scalar registers spill into lanes of vector registers, not to memory.
+    return Report(metadata("vgpr_count"), metadata("vgpr_spill_count"), widest("load"), widest("store"))
 
 
 def _nvidia_report(cubin: bytes) -> Report:

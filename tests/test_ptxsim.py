@@ -4,6 +4,7 @@ The emulator (ptxsim) is a development tool beside the checkout, not a dependenc
 out of bounds, misaligned ones and shared-memory races raise there; races in global memory are counted.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from compare import check_against_torch
 from problems import make_logits, make_target, make_weight
 
 import fusedloss
+from fusedloss import kernels as kernel_sources
 
 SHARED = Path(__file__).parents[2] / "shared"
 if not (SHARED / "ptxsim").is_dir():
@@ -30,11 +32,11 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 
 @contextmanager
-def emulated(n_launches: int = 2, **options: Any) -> Iterator[Any]:
+def emulated(**options: Any) -> Iterator[Any]:
     """Launches inside run on an emulated sm_90; afterwards, fails on any race or read of what nobody wrote."""
     with ptxsim.emulated_gpu("sm_90", global_race=True, **options) as gpu, fusedloss.backend("triton"):
         yield gpu
-    assert len(gpu.launches) == n_launches, [launch.kernel for launch in gpu.launches]
+    assert gpu.launches
     for launch in gpu.launches:
         assert (launch.shared_races, launch.global_races, launch.uninit_shared_reads) == (0, 0, 0), launch
 
@@ -102,38 +104,80 @@ def test_class_out_of_range_reads_nothing_out_of_bounds(n_cols: int) -> None:
     assert logits.grad[~bad].isfinite().all()
 
 
-def test_ignored_rows_are_not_read() -> None:
+def launched(gpu: Any) -> dict[str, Any]:
+    return {launch.kernel: launch for launch in gpu.launches}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ignored_rows_are_not_read(reduction: str) -> None:
     logits = make_logits(8, 4096, dtype=BF16).requires_grad_()
     target = torch.full((8,), -100)
     target[3] = 17
     with emulated() as gpu:
-        fusedloss.cross_entropy(logits, target).backward()
+        fusedloss.cross_entropy(logits, target, reduction=reduction).sum().backward()
     row = 4096 * 2
-    for launch in gpu.launches:
+    by_name = launched(gpu)
+    if reduction == "mean":
+        reading, writing = [by_name["fused_row_kernel"]], by_name["fused_row_kernel"]
+    else:
+        reading, writing = [by_name["forward_row_kernel"], by_name["backward_row_kernel"]], by_name["backward_row_kernel"]
+    for launch in reading:
         assert launch.buffers["logits_ptr"].unique_loaded == row
-    assert gpu.launches[1].buffers["dlogits_ptr"].unique_stored == 8 * row
+    assert writing.buffers["dlogits_ptr"].unique_stored == 8 * row
 
 
-def test_each_logit_is_read_once_and_written_once() -> None:
+ROW_SECTORS = 1.03  # rows of 50257 share a sector with their neighbours, and each block looks up its target
+
+
+def test_recompute_reads_each_logit_twice_and_writes_once() -> None:
     logits = make_logits(16, 50257, dtype=BF16).requires_grad_()
-    target = make_target(16, n_classes=50257)
     with emulated() as gpu:
-        fusedloss.cross_entropy(logits, target).backward()
+        fusedloss.cross_entropy(logits, make_target(16, n_classes=50257), reduction="none").sum().backward()
     forward, backward = gpu.launches
     one_pass = 16 * 50257 * 2
-    sector_share = 1.03  # rows of 50257 share a sector with their neighbours, and each block looks up its target
-    assert one_pass <= 32 * forward.buffers["logits_ptr"].load_sectors < one_pass * sector_share
-    assert one_pass <= 32 * backward.buffers["logits_ptr"].load_sectors < one_pass * sector_share
-    assert one_pass <= 32 * backward.buffers["dlogits_ptr"].store_sectors < one_pass * sector_share
+    assert one_pass <= 32 * forward.buffers["logits_ptr"].load_sectors < one_pass * ROW_SECTORS
+    assert one_pass <= 32 * backward.buffers["logits_ptr"].load_sectors < one_pass * ROW_SECTORS
+    assert one_pass <= 32 * backward.buffers["dlogits_ptr"].store_sectors < one_pass * ROW_SECTORS
 
 
-def test_the_barrier_before_the_targets_gradient_is_needed() -> None:
-    """The test above can fail: without the barrier the emulator reports the race at the target's gradient."""
+def test_fused_reads_each_logit_once_and_writes_once() -> None:
+    logits = make_logits(16, 32001, dtype=BF16).requires_grad_()
+    with emulated() as gpu:
+        fusedloss.cross_entropy(logits, make_target(16, n_classes=32001)).backward()
+    assert [launch.kernel for launch in gpu.launches] == ["denominator_kernel", "fused_row_kernel", "scale_gradient_kernel"]
+    buffers = launched(gpu)["fused_row_kernel"].buffers
+    one_pass = 16 * 32001 * 2
+    assert one_pass <= 32 * buffers["logits_ptr"].load_sectors < one_pass * ROW_SECTORS
+    assert one_pass <= 32 * buffers["dlogits_ptr"].store_sectors < one_pass * ROW_SECTORS
+    assert launched(gpu)["scale_gradient_kernel"].buffers["dlogits_ptr"].loaded_bytes == 0
+
+
+def test_small_problems_take_one_launch_each_way() -> None:
+    logits = make_logits(128, 10).requires_grad_()
+    with emulated() as gpu:
+        fusedloss.cross_entropy(logits, make_target(128, n_classes=10)).backward()
+    assert [launch.kernel for launch in gpu.launches] == ["fused_tile_kernel", "scale_gradient_kernel"]
+
+
+def _without_debug_barriers(ptx: str) -> str:
+    """The PTX without the barriers that tl.debug_barrier() calls in backward.py and fused.py became."""
+    for name in ("backward.py", "fused.py"):
+        file = re.search(rf'\.file\s+(\d+)\s+"[^"]*{name}"', ptx)
+        source = (Path(kernel_sources.__path__[0]) / name).read_text().splitlines()
+        lines = {number for number, text in enumerate(source, 1) if "tl.debug_barrier()" in text}
+        for barrier in reversed(list(re.finditer(r"bar\.sync[^;]*;", ptx))) if file else ():
+            file_id, line = re.findall(r"\.loc\s+(\d+)\s+(\d+)", ptx[: barrier.start()])[-1]
+            if file_id == file[1] and int(line) in lines:
+                ptx = ptx[: barrier.start()] + "membar.gl;" + ptx[barrier.end() :]
+    return ptx
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_barrier_before_the_targets_gradient_is_needed(reduction: str) -> None:
+    """The tests above can fail: without the barrier the emulator reports the race at the target's gradient."""
     logits = make_logits(4, 5000, dtype=BF16).requires_grad_()
-
-    def without_barriers(ptx: str) -> str:
-        return ptx.replace("bar.sync", "membar.gl; //") if "backward_row_kernel" in ptx else ptx
-
-    with ptxsim.emulated_gpu("sm_90", global_race=True, ptx_edit=without_barriers) as gpu, fusedloss.backend("triton"):
-        fusedloss.cross_entropy(logits, torch.tensor([5, 600, 2000, 4999])).backward()
-    assert gpu.launches[1].global_races > 0
+    target = torch.tensor([5, 600, 2000, 4999])
+    options = {"global_race": True, "race": 1, "ptx_edit": _without_debug_barriers}  # count races in shared memory, go on
+    with ptxsim.emulated_gpu("sm_90", **options) as gpu, fusedloss.backend("triton"):
+        fusedloss.cross_entropy(logits, target, reduction=reduction).sum().backward()
+    assert sum(launch.global_races for launch in gpu.launches) > 0

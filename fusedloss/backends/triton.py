@@ -8,8 +8,18 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.outputs import allocate_forward, allocate_gradient
-from fusedloss.plan import Options
-from fusedloss.plan_triton import DeviceFacts, backward_tile, forward_tile, geometries, row_groups
+from fusedloss.plan import Options, Tile, fuses_gradient
+from fusedloss.plan_triton import (
+    DeviceFacts,
+    Geometry,
+    backward_tile,
+    denominator_tile,
+    forward_tile,
+    fused_tile,
+    geometries,
+    row_groups,
+    scale_tile,
+)
 from fusedloss.reference import FRACTION_BITS
 
 
@@ -22,20 +32,19 @@ def forward(
     out_dtype: torch.dtype,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One launch: every row's loss, and their reduction."""
+    """One launch: every row's loss, and their reduction. The fused strategy writes the gradient in the same launch."""
     loss, saved, dlogits = allocate_forward(logits, options.reduction, out_dtype, needs_grad, "triton")
+    if needs_grad and fuses_gradient("triton", options.reduction, logits.dtype):
+        _fused(loss, saved, dlogits, logits, target, weight, scale, options)
+        return loss, saved, dlogits
     (g,) = geometries(logits)
     itemsize = logits.element_size()
     tile = forward_tile(g, itemsize, device_facts(logits.device))
-    partial = ticket = None
-    if options.reduction != "none" and tile.n_programs > 1:
-        partial = saved.new_empty((2, tile.n_programs))
-        ticket = _ticket(logits.device)
-    arguments = {
+    n_partials = tile.n_programs if options.reduction != "none" else 1
+    arguments: dict[str, Any] = {
         "loss_ptr": loss,
         "saved_ptr": saved,
-        "partial_ptr": partial,
-        "ticket_ptr": ticket,
+        **_workspace(n_partials, saved),
         "logits_ptr": logits,
         "target_ptr": target.contiguous(),
         "weight_ptr": weight.contiguous() if weight is not None else None,
@@ -72,6 +81,54 @@ def forward(
     return loss, saved, dlogits
 
 
+def _fused(
+    loss: Tensor,
+    saved: Tensor,
+    dlogits: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    options: Options,
+) -> None:
+    """One launch, or two for a mean over several programs: the first counts, as no gradient can be written before."""
+    g, out = geometries(logits, dlogits)
+    itemsize = logits.element_size()
+    facts = device_facts(logits.device)
+    tile = fused_tile(g, out, itemsize, facts)
+    counted: dict[str, Any] = {
+        "loss_ptr": loss,
+        "saved_ptr": saved,
+        "target_ptr": target.contiguous(),
+        "weight_ptr": weight.contiguous() if weight is not None else None,
+        "scale_ptr": scale,
+        "scale_bits": _bits(options.scale),
+        "ignore_index": options.ignore_index,
+        "n_rows": g.n_rows,
+        "n_cols": g.n_cols,
+    }
+    if options.reduction == "mean" and tile.n_programs > 1:
+        first = denominator_tile(g.n_rows, facts)
+        workspace = _workspace(first.n_programs, saved)
+        counting = {**counted, **workspace, "BLOCK_ROWS": first.block_rows, "num_warps": first.num_warps}
+        _launch(first.kernel, first.n_programs, logits.device, counting)
+    arguments: dict[str, Any] = {
+        **counted,
+        **_workspace(tile.n_programs, saved),
+        "dlogits_ptr": dlogits,
+        "logits_ptr": logits,
+        "smoothing_bits": _bits(options.label_smoothing),
+        "dlogits_row_stride": out.row_stride,
+        "row_stride": g.row_stride,
+        "REDUCTION": options.reduction,
+        "HAS_SMOOTHING": options.label_smoothing > 0,
+        "BLOCK_COLS": tile.block_cols,
+        "SINGLE_BLOCK": tile.block_cols >= g.n_cols,
+        "num_warps": tile.num_warps,
+    }
+    _launch(tile.kernel, tile.n_programs, logits.device, {**arguments, **_layout_with_gradient(tile, g, out, itemsize)})
+
+
 def backward(
     dloss: Tensor,  # (n_rows,) or (1,)
     logits: Tensor,  # (N, C) or (N, C, S)
@@ -87,7 +144,7 @@ def backward(
     g, out = geometries(logits, dlogits)
     itemsize = logits.element_size()
     tile = backward_tile(g, out, itemsize, device_facts(logits.device))
-    arguments = {
+    arguments: dict[str, Any] = {
         "dlogits_ptr": dlogits,
         "dloss_ptr": dloss.contiguous(),
         "saved_ptr": saved,
@@ -105,27 +162,48 @@ def backward(
         "BLOCK_COLS": tile.block_cols,
         "num_warps": tile.num_warps,
     }
-    if tile.rowwise:
-        vector, has_edges = row_groups(g, itemsize)
-        arguments.update(HAS_EDGES=has_edges, VECTOR=vector)
-    else:
-        arguments.update(
-            n_inner=g.n_inner,
-            dlogits_outer_stride=out.outer_stride,
-            dlogits_col_stride=out.col_stride,
-            outer_stride=g.outer_stride,
-            col_stride=g.col_stride,
-            ROWS_CONTIGUOUS=g.rows_contiguous and out.rows_contiguous,
-            VECTOR=min(g.vector(itemsize), out.vector(itemsize)) if g.rows_contiguous == out.rows_contiguous else 1,
-            BLOCK_ROWS=tile.block_rows,
-        )
-    _launch(tile.kernel, tile.n_programs, logits.device, arguments)
+    _launch(tile.kernel, tile.n_programs, logits.device, {**arguments, **_layout_with_gradient(tile, g, out, itemsize)})
     return dlogits
 
 
 def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
-    """dlogits *= dloss."""
-    dlogits.mul_(dloss)
+    """One launch, which returns at once where dloss is 1: dlogits *= dloss. Dense in memory, in whatever order of dimensions."""
+    if dlogits.numel() == 0:
+        return
+    tile = scale_tile(dlogits.numel(), device_facts(dlogits.device))
+    arguments: dict[str, Any] = {
+        "dlogits_ptr": dlogits,
+        "dloss_ptr": dloss,
+        "n": dlogits.numel(),
+        "BLOCK": tile.block_cols,
+        "num_warps": tile.num_warps,
+    }
+    _launch(tile.kernel, tile.n_programs, dlogits.device, arguments)
+
+
+def _workspace(n_programs: int, saved: Tensor) -> dict[str, Tensor | None]:
+    """What a reduction over several programs needs besides its outputs."""
+    if n_programs == 1:
+        return {"partial_ptr": None, "ticket_ptr": None}
+    return {"partial_ptr": saved.new_empty((2, n_programs)), "ticket_ptr": _ticket(saved.device)}
+
+
+def _layout_with_gradient(tile: Tile, g: Geometry, out: Geometry, itemsize: int) -> dict[str, Any]:
+    """The arguments that tell a kernel how logits and gradient lie in memory, besides their row strides."""
+    if tile.rowwise:
+        vector, has_edges = row_groups(g, itemsize)
+        return {"HAS_EDGES": has_edges, "VECTOR": vector}
+    same_order = g.rows_contiguous == out.rows_contiguous
+    return {
+        "n_inner": g.n_inner,
+        "dlogits_outer_stride": out.outer_stride,
+        "dlogits_col_stride": out.col_stride,
+        "outer_stride": g.outer_stride,
+        "col_stride": g.col_stride,
+        "ROWS_CONTIGUOUS": g.rows_contiguous and out.rows_contiguous,
+        "VECTOR": min(g.vector(itemsize), out.vector(itemsize)) if same_order else 1,
+        "BLOCK_ROWS": tile.block_rows,
+    }
 
 
 @cache
@@ -156,11 +234,15 @@ def _launch(kernel: str, n_programs: int, device: torch.device, arguments: dict[
 
 @lru_cache(maxsize=1)
 def _kernels() -> dict[str, Any]:
-    from fusedloss.kernels import backward, forward
+    from fusedloss.kernels import backward, forward, fused
 
     return {
         kernel.__name__: kernel
         for kernel in (
+            fused.denominator_kernel,
+            fused.fused_tile_kernel,
+            fused.fused_row_kernel,
+            fused.scale_gradient_kernel,
             forward.forward_tile_kernel,
             forward.forward_row_kernel,
             backward.backward_tile_kernel,
