@@ -5,6 +5,7 @@
     python benchmarks/train_cifar10.py --reduction sum              # the same steps, with the sum at learning rate l/B
     python benchmarks/train_cifar10.py --reduction topk --top-k 0.5 # the harder half of each batch
     python benchmarks/train_cifar10.py --resume --out runs/001      # after Ctrl-C: the same run as an uninterrupted one
+    torchrun --nproc-per-node=2 benchmarks/train_cifar10.py         # a batch over two processes: two GPUs, or CPU cores
 
 Two networks:
     resnet    ResNet-9 with the recipe of David Page's DAWNBench entry (github.com/davidcpage/cifar10-fast): Nesterov SGD,
@@ -22,17 +23,22 @@ How it is built:
   - All randomness is a function of (seed, epoch) or (seed, step): a checkpoint holds no generator, and a resumed run sees the
     same batches. On the CPU it repeats an uninterrupted run bit for bit; on a GPU cuDNN is held to deterministic algorithms.
   - Nothing in a step waits for the device: losses are written to a buffer there, which is read once per epoch.
+  - Under torchrun a batch is the same batch, cut into one shard per process. All make the same draws; the first one prints, tests
+    and saves. Any number of processes resumes any run. What differs from one process is batch normalisation, whose statistics
+    are those of a shard (Goyal et al. 2017, arXiv:1706.02677, section 3: keep it so), and the order in which numbers are added.
 """
 
 import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import hashlib
 import http.client
 import itertools
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -51,10 +57,13 @@ from typing import Any, NoReturn
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fusedloss
+from fusedloss.distributed import global_scale
 
 CHECKPOINT = "checkpoint.pt"
 CURVES = "curves.png"
@@ -63,6 +72,7 @@ FORMAT = "fusedloss.train_cifar10.1"  # of the checkpoint; a change that old che
 
 CONNECT_SECONDS = 5  # for the first byte of the download, and between any two
 DOWNLOAD_SECONDS = 120  # for all 170 MB
+COLLECTIVE_MINUTES = 10  # how long the processes wait for one that hangs; for one that died they do not wait
 TUTORIAL_CROP = 24
 TRAIN_IMAGES_FROM_DIGITS = 1437  # four fifths of 1797
 
@@ -237,6 +247,10 @@ def resolve(args: argparse.Namespace, data: str, device: torch.device) -> Config
 def _check_combinations(config: Config, device: torch.device) -> None:
     if (config.top_k is None) == (config.reduction == "topk"):
         raise Failure("--top-k is for --reduction topk, and needed there")
+    if n_ranks() > 1 and config.reduction not in ("mean", "sum"):
+        raise Failure(f"--reduction {config.reduction} needs a single process: no part of a batch knows its worst rows")
+    if config.batch_size < n_ranks() * config.accumulate:
+        raise Failure(f"--batch-size {config.batch_size} is less than a row for each part on each of {n_ranks()} processes")
     if config.accumulate > 1 and config.reduction not in ("mean", "sum"):
         raise Failure(f"--accumulate does not go with --reduction {config.reduction}: no part of a batch knows its worst rows")
     if config.model == "tutorial" and config.width != _TUTORIAL["width"]:
@@ -249,7 +263,9 @@ def _check_combinations(config: Config, device: torch.device) -> None:
 
 def choose_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's: a GPU for each process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -259,6 +275,62 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise Failure(f"--device {name}: there is no such GPU; PyTorch sees {torch.cuda.device_count()}")
     return device
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+def n_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints, tests and saves."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def shard(batch: Tensor) -> Tensor:
+    """The rows of this process; the processes' rows together are the batch, in its order."""
+    return batch.tensor_split(n_ranks())[dist.get_rank()] if n_ranks() > 1 else batch
+
+
+def add_up(*tensors: Tensor) -> None:
+    """Replaces each tensor by its sum over the processes, on the device."""
+    if n_ranks() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def ask_first(question: Callable[[], Any]) -> Any:
+    """The first process's answer, which is made there alone, on all of them."""
+    answer = [question() if is_first() else None]
+    if n_ranks() > 1:
+        dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the processes that torchrun started. A failure leaves without saying goodbye: the others notice at once."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = datetime.timedelta(minutes=COLLECTIVE_MINUTES)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        yield
+    except RuntimeError as error:
+        if not re.search("gloo|nccl|connection|socket", str(error), re.IGNORECASE):
+            raise
+        reason = " ".join(str(error).split())
+        raise Failure(
+            f"lost the other processes: one of them died or left ({reason[:200]}); the last checkpoint is whole, and "
+            "--resume --out FOLDER goes on from it with any number of processes",
+            1,
+        ) from None
+    dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -567,24 +639,32 @@ def build_model(config: Config) -> nn.Module:
 
 # --------------------------------------------------------------------------------------------------------------- loss
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, float | Tensor], Tensor]  # of logits, labels, scale
+
+
+def in_parts(config: Config) -> bool:
+    return config.accumulate > 1 or n_ranks() > 1
+
+
+def loss_options(config: Config) -> dict[str, Any]:
+    # The mean of the parts' means is the mean only for parts of equal counts; the sum over the batch's count always is.
+    reduction = "sum" if in_parts(config) and config.reduction == "mean" else config.reduction
+    return {"reduction": reduction, "label_smoothing": config.label_smoothing, "top_k": config.top_k}
 
 
 def make_loss(config: Config) -> Loss:
-    """The loss of one part of a batch; the parts' losses add up to the batch's."""
-    reduction, scale = config.reduction, config.scale
-    if config.accumulate > 1 and reduction == "mean":
-        # The mean of the parts' means is the mean only for parts of equal counts; the sum over the batch's count always is.
-        reduction, scale = "sum", scale / config.batch_size
+    """The loss of one part of a batch; with `part_scale` the parts' losses add up to the batch's."""
+    options = loss_options(config)
     if config.loss == "fused":
-        options: dict[str, Any] = {
-            "reduction": reduction,
-            "label_smoothing": config.label_smoothing,
-            "top_k": config.top_k,
-            "scale": scale,
-        }
-        return lambda logits, target: fusedloss.cross_entropy(logits, target, **options)
-    return lambda logits, target: torch_loss(logits, target, reduction, config.label_smoothing, config.top_k, scale)
+        return lambda logits, target, scale: fusedloss.cross_entropy(logits, target, scale=scale, **options)
+    return lambda logits, target, scale: torch_loss(logits, target, scale=scale, **options)
+
+
+def part_scale(config: Config, labels: Tensor) -> float | Tensor:
+    """Factor of each part's loss; `labels` are all those of this process."""
+    if in_parts(config) and config.reduction == "mean":
+        return config.scale * global_scale(labels)
+    return config.scale * n_ranks()  # DistributedDataParallel averages what is to be added up
 
 
 def torch_loss(
@@ -593,7 +673,7 @@ def torch_loss(
     reduction: str,
     label_smoothing: float = 0.0,
     top_k: int | float | None = None,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
 ) -> Tensor:
     """fusedloss.cross_entropy spelled with torch's operators: the baseline."""
     if reduction in ("mean", "sum"):
@@ -605,7 +685,7 @@ def torch_loss(
         else:
             k = top_k if isinstance(top_k, int) else math.floor((top_k or 1.0) * len(rows) + 0.5)
             loss = rows.topk(min(max(k, 1), len(rows))).values.mean()
-    return loss if scale == 1.0 else loss * scale
+    return loss * scale if isinstance(scale, Tensor) or scale != 1.0 else loss
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -663,24 +743,34 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 def train_step(run: Run, config: Config, network: Callable[[Tensor], Tensor], loss: Loss, images: Tensor, labels: Tensor) -> None:
-    """One optimizer step. Nothing in it makes the host wait for the device. `network` is the model, perhaps compiled."""
+    """One optimizer step. Nothing in it makes the host wait for the device.
+
+    `network` is the model, perhaps compiled, perhaps one of several processes'; images and labels are this process's.
+    """
     values = torch.zeros(run.losses.shape[1] // 2, device=labels.device)
-    for part_images, part_labels in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
-        with autocast(config, labels.device):
-            logits = network(part_images)
-            cross_entropy = loss(logits, part_labels)
-        if isinstance(run.model, TutorialNet):
-            weight_loss = run.model.weight_loss(config.weight_decay) / config.accumulate
-            total = cross_entropy + weight_loss
-            values += torch.stack([cross_entropy, weight_loss, total]).detach()
-        else:
-            total = cross_entropy
-            values += total.detach()
-        run.scaler.scale(total).backward()
-        run.correct += (logits.detach().argmax(dim=1) == part_labels).sum()
+    correct = torch.zeros_like(run.correct)
+    scale = part_scale(config, labels)
+    parts = list(zip(images.tensor_split(config.accumulate), labels.tensor_split(config.accumulate), strict=True))
+    for part_images, part_labels in parts:
+        with gradients_stay_here(network, but_for_the_last=part_labels is parts[-1][1]):
+            with autocast(config, labels.device):
+                logits = network(part_images)
+                cross_entropy = loss(logits, part_labels, scale)
+            if isinstance(run.model, TutorialNet):
+                weight_loss = run.model.weight_loss(config.weight_decay) / config.accumulate
+                total = cross_entropy + weight_loss
+                values += torch.stack([cross_entropy, weight_loss, total]).detach()
+            else:
+                total = cross_entropy
+                values += total.detach()
+            run.scaler.scale(total).backward()
+        correct += (logits.detach().argmax(dim=1) == part_labels).sum()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
+    add_up(values, correct)
+    values /= n_ranks()  # `scale` anticipates that gradients are averaged; so are the losses
+    run.correct += correct
     if run.averaged is not None:
         # TensorFlow's ExponentialMovingAverage with num_updates: a young average forgets its random start sooner.
         decay = min(config.ema_decay, (1 + run.step) / (10 + run.step))
@@ -688,6 +778,11 @@ def train_step(run: Run, config: Config, network: Callable[[Tensor], Tensor], lo
     average = values if run.step == 0 else run.losses[run.step - 1, len(values) :].lerp(values, 0.1)
     run.losses[run.step] = torch.cat([values, average])
     run.step += 1
+
+
+def gradients_stay_here(network: Any, but_for_the_last: bool) -> contextlib.AbstractContextManager[None]:
+    """Gradients of all parts travel between the processes once, with the last part's."""
+    return network.no_sync() if n_ranks() > 1 and not but_for_the_last else contextlib.nullcontext()
 
 
 @torch.no_grad()
@@ -708,71 +803,92 @@ def evaluate(model: nn.Module, config: Config, data: Data) -> tuple[float, float
     for images, labels in zip(data.test_images.split(500), data.test_labels.split(500), strict=True):
         with autocast(config, labels.device):
             logits = model(for_test(images, data, config.model))
-            total += loss(logits, labels)
+            total += loss(logits, labels, 1.0)
         correct += (logits.argmax(dim=1) == labels).sum()
     model.train()
     n = len(data.test_labels)
     return total.item() / n, correct.item() / n
 
 
+def make_network(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    if n_ranks() > 1:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    return torch.compile(model) if config.compile else model  # type: ignore[return-value]
+
+
 def train(run: Run, config: Config, data: Data, out: Path) -> None:
     """Runs the epochs that are left, saving after each. Raises Failure when interrupted, after saving."""
-    from torch.utils.tensorboard import SummaryWriter
-
     device = data.train_labels.device
     n_train = len(data.train_labels)
     steps_per_epoch = n_train // config.batch_size
-    network = torch.compile(run.model) if config.compile else run.model
+    network = make_network(run.model, config, device)
     loss = make_loss(config)
     save(run, config, out)  # before the first step, so that a folder that cannot be written costs no training
     bar = progress_bar(total=len(run.losses), initial=run.step, desc="training", unit="step")
-    writer = SummaryWriter(str(out / TENSORBOARD), purge_step=run.step)
-    with writer, bar, stop_on_signal() as stopped:
+    with tensorboard(run, out) as writer, bar, stop_on_signal() as stopped:
         for epoch in range(run.step // steps_per_epoch, config.epochs):
             order = torch.randperm(n_train, device=device, generator=seeded(config.seed, "order", epoch, device))
             start, first = time.perf_counter(), run.step
             while run.step < (epoch + 1) * steps_per_epoch:
-                if stopped:
+                if stopped and is_first():  # the others, perhaps a step ahead, end when nobody answers them
                     save(run, config, out)
                     raise Failure(_how_to_go_on(run, out), 128 + stopped[0])
                 for group in run.optimizer.param_groups:
                     group["lr"] = learning_rate(config, run.step, steps_per_epoch)
                 batch = order[run.step % steps_per_epoch * config.batch_size :][: config.batch_size]
                 generator = seeded(config.seed, "augment", run.step, device)
+                # All of the batch in each process: what is drawn for an image must not depend on the number of processes.
                 images = augment(data.train_images[batch], data, config.model, generator)
-                train_step(run, config, network, loss, images, data.train_labels[batch])
+                train_step(run, config, network, loss, shard(images), data.train_labels[shard(batch)])
                 bar.update()
             losses = run.losses[epoch * steps_per_epoch : run.step].tolist()  # waits for the device, once an epoch
             seconds = time.perf_counter() - start
-            end_epoch(run, config, data, losses, seconds / (run.step - first))
-            log_epoch(writer, run, config, losses)
-            bar.set_postfix(test_accuracy=f"{run.history[-1]['test_accuracy']:.1%}")
-            bar.write(epoch_line(run, config))
-            sys.stdout.flush()
+            means = epoch_means(run, config, losses)
+            if is_first():
+                end_epoch(run, config, data, means, seconds / (run.step - first))
+                log_epoch(writer, run, config, losses)
+                bar.set_postfix(test_accuracy=f"{run.history[-1]['test_accuracy']:.1%}")
+                bar.write(epoch_line(run, config))
+                sys.stdout.flush()
+            run.correct.zero_()
             save(run, config, out)
-    draw_curves(run, config, out)
 
 
-def end_epoch(run: Run, config: Config, data: Data, losses: list[list[float]], step_seconds: float) -> None:
+def epoch_means(run: Run, config: Config, losses: list[list[float]]) -> list[float]:
     means = [statistics.fmean(column) for column in zip(*losses, strict=True)][: len(loss_names(config))]
-    epoch = len(run.history) + 1
     if not math.isfinite(means[-1]):
+        epoch = run.step // len(losses)
         raise Failure(f"the loss is {means[-1]} in epoch {epoch}: try a lower --lr than {config.lr:g}", 1)
+    return means
+
+
+def end_epoch(run: Run, config: Config, data: Data, means: list[float], step_seconds: float) -> None:
     test_loss, test_accuracy = evaluate(run.averaged or run.model, config, data)
+    steps = len(run.losses) // config.epochs
     run.history.append(
         {
-            "epoch": epoch,
+            "epoch": len(run.history) + 1,
             "step": run.step,
             "learning_rate": run.optimizer.param_groups[0]["lr"],
             "train_loss": means[0],
             "train_total_loss": means[-1],
-            "train_accuracy": run.correct.item() / (len(losses) * config.batch_size),
+            "train_accuracy": run.correct.item() / (steps * config.batch_size),
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
             "step_seconds": step_seconds,
         }
     )
-    run.correct.zero_()
+
+
+@contextlib.contextmanager
+def tensorboard(run: Run, out: Path) -> Iterator[Any]:
+    if not is_first():
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(out / TENSORBOARD), purge_step=run.step) as writer:
+        yield writer
 
 
 def log_epoch(writer: Any, run: Run, config: Config, losses: list[list[float]]) -> None:
@@ -806,6 +922,10 @@ def stop_on_signal() -> Iterator[list[int]]:
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
+    except RuntimeError:
+        if received and not is_first():  # stopped, too: the first process has left after its last step, and told why
+            raise Failure("", 128 + received[0]) from None
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -818,13 +938,16 @@ def _how_to_go_on(run: Run, out: Path) -> str:
 def progress_bar(**options: Any) -> Any:
     from tqdm import tqdm
 
-    return tqdm(disable=None, leave=False, dynamic_ncols=True, **options)  # None: silent where stderr is no terminal
+    disable = None if is_first() else True  # None: silent where stderr is no terminal
+    return tqdm(disable=disable, leave=False, dynamic_ncols=True, **options)
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def save(run: Run, config: Config, out: Path) -> None:
+    if not is_first():
+        return
     checkpoint = {
         "format": FORMAT,
         "config": dataclasses.asdict(config),
@@ -927,7 +1050,7 @@ def draw_curves(run: Run, config: Config, out: Path) -> None:
 def loss_seconds(run: Run, config: Config, data: Data) -> float:
     """Median time of a step's losses, forward and backward down to the logits, on logits of this run."""
     device = data.train_labels.device
-    rows = config.batch_size // config.accumulate
+    rows = config.batch_size // config.accumulate // n_ranks()
     labels = data.train_labels[:rows]
     loss = make_loss(config)
     run.model.eval()
@@ -938,7 +1061,7 @@ def loss_seconds(run: Run, config: Config, data: Data) -> float:
 
     def once() -> None:
         with autocast(config, device):
-            value = loss(logits, labels)
+            value = loss(logits, labels, config.scale)
         torch.autograd.grad(value, logits)
 
     for _ in range(10):
@@ -965,15 +1088,16 @@ def loss_path(config: Config, data: Data) -> str:
     """Which code computes the loss."""
     if config.loss == "torch":
         return "torch.nn.functional.cross_entropy"
-    logits = torch.zeros(config.batch_size // config.accumulate, 10, device=data.train_labels.device, requires_grad=True)
-    options: dict[str, Any] = {"reduction": config.reduction, "label_smoothing": config.label_smoothing, "top_k": config.top_k}
-    plan = fusedloss.plan(logits, data.train_labels[: len(logits)], **options)
+    rows = config.batch_size // config.accumulate // n_ranks()
+    logits = torch.zeros(rows, 10, device=data.train_labels.device, requires_grad=True)
+    plan = fusedloss.plan(logits, data.train_labels[:rows], **loss_options(config))
     return f"fusedloss.cross_entropy, {plan.backend} path: {plan.reason}"
 
 
 def describe(config: Config, data: Data, run: Run) -> str:
     device = data.train_labels.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where += f", {n_ranks()} processes" if n_ranks() > 1 else ""
     parameters = sum(p.numel() for p in run.model.parameters())
     top_k = f" (k = {config.top_k})" if config.top_k is not None else ""
     return (
@@ -1029,17 +1153,22 @@ def claim_out_folder(args: argparse.Namespace) -> Path:
 
 def run_training(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
+    with process_group(device):
+        run_in_group(args, device)
+
+
+def run_in_group(args: argparse.Namespace, device: torch.device) -> None:
     checkpoint = None
     try:
         check_out_folder(args)
         if args.resume:
             checkpoint = read_checkpoint(args.out / CHECKPOINT, device)
             config = resumed_config(args, checkpoint, args.out / CHECKPOINT, device)
-            choose_data(config.data, args.data_dir)
+            ask_first(lambda: choose_data(config.data, args.data_dir))
         else:
             # Before the download: options that cannot go together must not cost one.
             resolve(args, "digits", device)
-            config = resolve(args, choose_data(args.data or "auto", args.data_dir), device)
+            config = resolve(args, ask_first(lambda: choose_data(args.data or "auto", args.data_dir)), device)
     except OSError as error:
         raise Failure(f"cannot read {error.filename}: {_reason(error)}") from None
     data = load_data(config.data, args.data_dir, config.limit).to(device)
@@ -1052,13 +1181,16 @@ def run_training(args: argparse.Namespace) -> None:
     run = start_run(config, device, config.epochs * steps_per_epoch)
     if checkpoint is not None:
         restore(run, checkpoint, args.out / CHECKPOINT)
-    out = claim_out_folder(args)
-    print(describe(config, data, run))
-    if run.step:
-        print(f"resumed at step {run.step}")
-    sys.stdout.flush()
+    out = ask_first(lambda: claim_out_folder(args))
+    if is_first():
+        print(describe(config, data, run))
+        if run.step:
+            print(f"resumed at step {run.step}")
+        sys.stdout.flush()
     train(run, config, data, out)
-    print(result_table(run, config, data, out))
+    if is_first():
+        draw_curves(run, config, out)
+        print(result_table(run, config, data, out))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1079,7 +1211,9 @@ def main(argv: list[str] | None = None) -> int:
         message, code = f"--compile fails here: {str(error).splitlines()[0]}", 2  # the other lines tell how to report bugs
     else:
         return 0
-    print(f"train_cifar10.py: {message}", file=sys.stderr)
+    if message:
+        rank = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"train_cifar10.py{rank}: {message}", file=sys.stderr)
     return code
 
 

@@ -495,6 +495,113 @@ def test_no_step_asks_the_device_for_a_value(model, reduction):
     assert run_.step == 2
 
 
+# ------------------------------------------------------------------------------- accumulation, processes
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_accumulated_steps_are_the_big_batchs(reduction, tmp_path):
+    """On the network without batch normalisation, whose statistics are those of a part."""
+    for parts in ("1", "4"):
+        options = ["--model", "tutorial", "--epochs", "1", "--limit", "32", "--reduction", reduction, "--accumulate", parts]
+        assert run(*options, "--out", tmp_path / parts) == 0
+    big, accumulated = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "4")
+    torch.testing.assert_close(accumulated["losses"], big["losses"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(accumulated["model"], big["model"], rtol=1e-4, atol=1e-5)
+    assert accumulated["history"][-1]["train_accuracy"] == big["history"][-1]["train_accuracy"]
+
+
+DYING = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import train_cifar10 as train
+
+def step_then_die(run, *arguments):
+    train_step(run, *arguments)
+    if run.step == 6 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train_step, train.train_step = train.train_step, step_then_die
+sys.exit(train.main())
+"""
+# 15 images for 2 processes: 8 and 7. Without batch normalisation, so that one process has the same losses.
+TWO = ["--data", "digits", "--device", "cpu", "--limit", "60", "--batch-size", "15", "--epochs", "2", "--model", "tutorial"]
+
+
+def torchrun(*command: object) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*launcher, *map(str, command)], env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run in one process."""
+    out = tmp_path_factory.mktemp("whole")
+    assert train.main([*TWO, "--out", str(out)]) == 0
+    return checkpoint(out)
+
+
+def assert_same_run(got: dict, expected: dict) -> None:
+    assert got["config"] == expected["config"]
+    assert got["step"] == expected["step"] == 8
+    torch.testing.assert_close(got["losses"], expected["losses"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(got["model"], expected["model"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got["averaged"], expected["averaged"], rtol=1e-4, atol=1e-5)
+    for mine, its in zip(got["history"], expected["history"], strict=True):
+        assert mine["train_accuracy"] == pytest.approx(its["train_accuracy"])
+        assert mine["test_loss"] == pytest.approx(its["test_loss"], rel=1e-4)
+
+
+def test_two_processes_go_on_with_the_run_of_one(whole, tmp_path, monkeypatch):
+    def step_then_ctrl_c(state, *arguments):
+        train_step(state, *arguments)
+        if state.step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    train_step = train.train_step
+    monkeypatch.setattr(train, "train_step", step_then_ctrl_c)
+    assert train.main([*TWO, "--out", str(tmp_path)]) == 130
+    result = torchrun(SCRIPT, "--resume", "--device", "cpu", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(checkpoint(tmp_path), whole)
+    for once in ("resumed at step 3", "epoch   1/2", "epoch   2/2", "time per step"):
+        assert result.stdout.count(once) == 1
+    assert "2 processes" in result.stdout
+    assert len(list((tmp_path / train.TENSORBOARD).iterdir())) == 2  # one file for each start, not for each process
+
+
+def test_a_process_that_dies_ends_the_run_and_one_goes_on(whole, tmp_path):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    result = torchrun(script, SCRIPT.parent, *TWO, "--out", tmp_path / "out")
+    assert result.returncode not in (0, None)
+    assert re.search(r"train_cifar10.py \(process 0\): (lost the other processes|stopped at step \d)", result.stderr), (
+        result.stderr
+    )
+    assert re.search(r"SIGKILL|Signal 9", result.stderr)  # torchrun tells which process died first, and of what
+    assert checkpoint(tmp_path / "out")["step"] >= 4
+    assert train.main(["--resume", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    assert_same_run(checkpoint(tmp_path / "out"), whole)
+
+
+def test_what_does_not_go_with_several_processes(monkeypatch):
+    monkeypatch.setattr(train, "n_ranks", lambda: 4)
+    with pytest.raises(train.Failure, match="--reduction topk needs a single process"):
+        config("--reduction", "topk", "--top-k", "3")
+    with pytest.raises(train.Failure, match="less than a row for each part on each of 4 processes"):
+        config("--batch-size", "6", "--accumulate", "2")
+
+
+def test_shards_are_the_batch(monkeypatch):
+    monkeypatch.setattr(train, "n_ranks", lambda: 3)
+    shards = []
+    for rank in range(3):
+        monkeypatch.setattr(train.dist, "get_rank", lambda rank=rank: rank)
+        shards.append(train.shard(torch.arange(16)))
+    assert torch.equal(torch.cat(shards), torch.arange(16))
+    assert [len(rows) for rows in shards] == [6, 5, 5]
+
+
 # ------------------------------------------------------------------------------------- products
 
 
@@ -515,9 +622,12 @@ def test_curves_scalars_and_table(tmp_path, capsys):
     assert len(values["step/total_loss"]) == 8
     parts = zip(values["step/cross_entropy"], values["step/weight_loss"], strict=True)
     assert values["step/total_loss"] == pytest.approx([a + b for a, b in parts], rel=1e-6)
-    assert values["step/total_loss_average"][1] == pytest.approx(
-        0.9 * values["step/total_loss"][0] + 0.1 * values["step/total_loss"][1]
-    )
+    for name in ("cross_entropy", "weight_loss", "total_loss"):  # ExponentialMovingAverage(0.9), from the first value on
+        expected, average = [], values[f"step/{name}"][0]
+        for value in values[f"step/{name}"]:
+            average = 0.9 * average + 0.1 * value
+            expected.append(average)
+        assert values[f"step/{name}_average"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_digits_are_learnt(tmp_path):
