@@ -98,7 +98,9 @@ class CrossEntropyFunction(torch.autograd.Function):
 
 
 def _is_batched(dloss: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(dloss)
+    # torch.func.vmap has one kind of batched tensor, autograd.grad(is_grads_batched=True) another.
+    functorch = torch._C._functorch
+    return not torch.compiler.is_compiling() and (functorch.is_batchedtensor(dloss) or functorch.is_legacy_batchedtensor(dloss))
 
 
 def _scaled_fused_gradient(ctx: Any, dloss: Tensor) -> Tensor:

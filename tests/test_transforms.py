@@ -136,6 +136,17 @@ def test_26_transforms_of_one_sample(any_path: Path) -> None:
     torch.testing.assert_close(ours, F.cross_entropy(logits, targets, reduction="none"))
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_26_batched_upstream_gradients(path: Path, reduction: str) -> None:
+    """autograd.grad(is_grads_batched=True): the first backward, when a fused gradient waits to be scaled."""
+    logits = make_logits(4, 5).requires_grad_()
+    loss = fusedloss.cross_entropy(logits, torch.tensor(TARGET), reduction=reduction)
+    upstream = torch.randn(3, *loss.shape)
+    (batched,) = torch.autograd.grad(loss, logits, upstream, retain_graph=True, is_grads_batched=True)
+    one_by_one = torch.stack([torch.autograd.grad(loss, logits, one, retain_graph=True)[0] for one in upstream])
+    torch.testing.assert_close(batched, one_by_one)
+
+
 def test_double_backward_through_a_gradient_penalty(path: Path) -> None:
     """A real use: penalise the norm of the gradient at the inputs."""
     weight = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
