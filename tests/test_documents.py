@@ -22,7 +22,7 @@ def test_the_readmes_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
     loss = names["loss"]
     assert isinstance(loss, torch.Tensor)
     assert loss.item() > 0
-    assert "forward_row_kernel" in capsys.readouterr().out
+    assert re.search(r"^triton: .*programs", capsys.readouterr().out, re.DOTALL | re.MULTILINE)
 
 
 def test_the_readmes_accumulation_is_the_mean_over_all() -> None:
