@@ -1,0 +1,129 @@
+"""Which path a call takes: what is asked for, what is refused, what the plan says."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from problems import make_logits, make_probabilities, make_target
+
+import fusedloss
+from fusedloss import backends
+from fusedloss.backends import cpu
+
+
+def test_an_unknown_backend() -> None:
+    with pytest.raises(ValueError, match=r"backend must be one of .*triton.* but got 'cuda'"), fusedloss.backend("cuda"):
+        pass
+
+
+def test_requests_nest_and_end_with_their_block() -> None:
+    before = backends.requested()
+    with fusedloss.backend("reference"):
+        with fusedloss.backend("triton"):
+            assert backends.requested() == "triton"
+        with pytest.raises(KeyError), fusedloss.backend("triton"):
+            raise KeyError
+        assert backends.requested() == "reference"
+    assert backends.requested() == before
+
+
+def _run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_environment_asks_for_a_backend() -> None:
+    program = "import torch, fusedloss; print(fusedloss.plan(torch.zeros(2, 3), torch.zeros(2).long()).backend)"
+    assert _run(program, FUSEDLOSS_BACKEND="reference").stdout == "reference\n"
+
+
+def test_the_environment_asks_for_an_unknown_backend() -> None:
+    result = _run("import fusedloss", FUSEDLOSS_BACKEND="fast")
+    assert result.returncode != 0
+    assert "backend must be one of" in result.stderr
+    assert "'fast'" in result.stderr
+
+
+def test_triton_on_cpu_tensors_is_one_clear_error() -> None:
+    """A request is never served by another backend."""
+    with (
+        fusedloss.backend("triton"),
+        pytest.raises(RuntimeError, match=r"backend 'triton' was asked for, but .*device 'cpu'.*TRITON_INTERPRET=1"),
+    ):
+        fusedloss.cross_entropy(make_logits(4, 5), make_target(4, n_classes=5))
+
+
+@pytest.mark.interpreter
+def test_a_request_that_the_kernels_do_not_cover_is_refused() -> None:
+    logits, target = make_logits(4, 5), make_target(4, n_classes=5)
+    with fusedloss.backend("triton"):
+        with pytest.raises(RuntimeError, match=r"backend 'triton' was asked for, but a torch\.func transform is active"):
+            torch.func.grad(lambda x: fusedloss.cross_entropy(x, target))(logits)
+        with pytest.raises(RuntimeError, match="backend 'triton' was asked for, but there are no classes"):
+            fusedloss.cross_entropy(torch.zeros(2, 0), torch.zeros(2).long())
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"reduction": "none"},
+    {"reduction": "topk", "top_k": 2},
+    {"label_smoothing": 0.1, "scale": 2.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_plan_of_a_cpu_call(options: dict[str, Any]) -> None:
+    plan = fusedloss.plan(make_logits(4, 5), make_target(4, n_classes=5), **options)
+    if cpu.MISSING is None:
+        assert (plan.backend, plan.strategy, plan.write_bytes) == ("cpu", "forward only", 0)
+    else:
+        assert (plan.backend, plan.reason) == ("reference", cpu.MISSING)
+    assert str(plan).startswith(f"{plan.backend}: {plan.reason}")
+
+
+def test_the_plan_says_why_it_is_the_reference() -> None:
+    logits, target = make_logits(4, 5), make_probabilities(4, 5).requires_grad_()
+    plan = fusedloss.plan(logits, target)
+    assert plan.backend == "reference"
+    assert "probabilities" in plan.reason or plan.reason == cpu.MISSING
+    with fusedloss.backend("reference"):
+        assert fusedloss.plan(logits, target).reason == "asked for by backend('reference') or FUSEDLOSS_BACKEND"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none", "max"])
+@pytest.mark.parametrize("shape", [(128, 10), (8192, 50257), (8, 21, 512, 512)])
+def test_the_plan_of_a_gpu_needs_no_gpu_and_no_data(shape: tuple[int, ...], reduction: str) -> None:
+    logits = torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    target = torch.empty(shape[0], *shape[2:], dtype=torch.long, device="meta")
+    one_pass = logits.numel() * 2
+    with fusedloss.backend("triton"):
+        plan = fusedloss.plan(logits, target, reduction=reduction)
+        with torch.no_grad():
+            forward_only = fusedloss.plan(logits, target, reduction=reduction)
+    assert plan.backend == "triton"
+    assert plan.strategy == ("fused" if reduction == "mean" else "recompute")
+    assert plan.read_bytes is not None
+    assert plan.read_bytes >= one_pass
+    assert plan.write_bytes == one_pass
+    assert (forward_only.strategy, forward_only.read_bytes, forward_only.write_bytes) == ("forward only", one_pass, 0)
+    assert forward_only.launches == 1
+
+
+def test_the_plan_refuses_what_the_call_refuses() -> None:
+    logits, target = make_logits(4, 5), make_target(4, n_classes=5)
+    with pytest.raises(ValueError, match="batch_size"):
+        fusedloss.plan(logits, target[:3])
+    with pytest.raises(ValueError, match="average is not a valid value for reduction"):
+        fusedloss.plan(logits, target, reduction="average")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        fusedloss.plan(logits, target, nonsense=1)
+
+
+@pytest.mark.gpu
+def test_the_plan_of_a_gpu_call() -> None:
+    logits, target = make_logits(128, 10).cuda().requires_grad_(), make_target(128, n_classes=10).cuda()
+    assert fusedloss.plan(logits, target).backend == "triton"
