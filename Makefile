@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check bench
+.PHONY: help setup train test test-all check sanitize bench
 
 help:
 	@echo "make setup     create $(VENV) and install fusedloss with what the other targets need"
@@ -14,6 +14,7 @@ help:
 	@echo "make test      the test suite: the part under Triton's interpreter, then the rest"
 	@echo "make test-all  the same with the whole sweep"
 	@echo "make check     lint, format and type checks"
+	@echo "make sanitize  random problems for the CPU kernel under AddressSanitizer and UBSan (options: ARGS=5000)"
 	@echo "make bench     time the loss on this machine against PyTorch's"
 
 # Remade when the metadata change; a virtual environment that is there and up to date costs nothing.
@@ -40,5 +41,20 @@ check: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# -O0: with optimisation GCC takes minutes to instrument the templates.
+SANITIZE := -std=c++17 -O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-psabi
+SANITIZED := $(patsubst kernels/cpu/%.cpp,build/sanitize/%.o,$(wildcard kernels/cpu/*.cpp))
+
+build/sanitize/%.o: kernels/cpu/%.cpp $(wildcard kernels/cpu/*.h)
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE) -c $< -o $@
+
+build/sanitize/fuzz: tests/fuzz_cpu_kernel.cpp $(SANITIZED)
+	$(CXX) $(SANITIZE) $^ -o $@
+
+sanitize: build/sanitize/fuzz
+	./build/sanitize/fuzz $(or $(ARGS),1000)
+
 bench: $(READY)
 	$(PY) benchmarks/bench_loss.py $(ARGS)
+	$(PY) benchmarks/bench_cpu.py

@@ -1,0 +1,173 @@
+// Random problems for the CPU kernel, to be run under AddressSanitizer and UBSan: `make sanitize`.
+//
+// Every buffer has exactly the size that the problem describes, so that one element too far is caught. Each problem runs on every
+// instruction set of the machine, with one thread and with three, which must agree to the last bit; a class index out of range
+// must be reported and nothing written; rows that do not count must get a gradient of exactly zero although their logits are NaN.
+// What is computed is tested in Python (tests/test_values.py and others).
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../kernels/cpu/problem.h"
+
+using namespace fusedloss;
+
+extern "C" int64_t fusedloss_forward(const Problem*);
+extern "C" void fusedloss_backward(const Problem*);
+extern "C" int64_t fusedloss_best_isa();
+
+namespace {
+
+std::mt19937_64 generator(20240229);
+
+int64_t uniform(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+bool coin(double p = 0.5) { return std::bernoulli_distribution(p)(generator); }
+template <class X, size_t N>
+X pick(const X (&values)[N]) {
+  return values[size_t(uniform(0, int64_t(N) - 1))];
+}
+
+// As many bytes as asked for, from malloc of their own: the sanitizer's red zones begin right behind them.
+struct Buffer {
+  std::unique_ptr<unsigned char[]> bytes;
+  size_t size;
+  explicit Buffer(size_t size) : bytes(new unsigned char[size]), size(size) { std::memset(bytes.get(), 0xa5, size); }
+  bool operator==(const Buffer& other) const { return size == other.size && std::memcmp(bytes.get(), other.bytes.get(), size) == 0; }
+  template <class X>
+  X* as() {
+    return reinterpret_cast<X*>(bytes.get());
+  }
+};
+
+size_t item_size(int64_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+void put(Buffer& buffer, int64_t dtype, size_t i, double value) {
+  if (dtype == kFloat64) {
+    buffer.as<double>()[i] = value;
+  } else if (dtype == kFloat32) {
+    buffer.as<float>()[i] = float(value);
+  } else {
+    float single = float(value);
+    uint32_t bits;
+    std::memcpy(&bits, &single, 4);
+    // Truncated to bfloat16; for float16 the same bits are some other number, which does as well.
+    buffer.as<uint16_t>()[i] = uint16_t(bits >> 16);
+  }
+}
+
+double random_logit(bool wild) {
+  static const double special[] = {INFINITY, -INFINITY, NAN, 0.0, -0.0, 1e4, -1e4, 1e38, -1e38};
+  return wild && coin(0.1) ? pick(special) : std::normal_distribution<double>(0, 4)(generator);
+}
+
+// Strides of (outer, row, class), some of them with gaps, and the number of elements they span.
+size_t random_strides(const Problem& p, Strides& s) {
+  const int64_t gap = coin(0.3) ? uniform(1, 5) : 0;
+  if (coin()) {
+    s.col = coin(0.2) ? 2 : 1, s.row = p.n_cols * s.col + gap, s.outer = p.n_inner * s.row + gap;
+  } else {
+    s.row = coin(0.2) ? 2 : 1, s.col = p.n_inner * s.row + gap, s.outer = p.n_cols * s.col + gap;
+  }
+  if (p.n_rows() == 0) return 0;
+  return size_t((p.n_outer - 1) * s.outer + (p.n_inner - 1) * s.row + (p.n_cols - 1) * s.col + 1);
+}
+
+void require(bool condition, const char* what, int problem) {
+  if (condition) return;
+  std::fprintf(stderr, "problem %d: %s\n", problem, what);
+  std::abort();
+}
+
+void one_problem(int number) {
+  static const int64_t columns[] = {1, 2, 10, 15, 16, 17, 63, 64, 65, 100, 255, 256, 257, 1000, 4095, 4096, 4097, 9000};
+  Problem p = {};
+  p.n_cols = pick(columns);
+  p.n_outer = coin() ? 1 : uniform(0, 4);
+  p.n_inner = p.n_cols > 1000 ? uniform(0, 5) : uniform(0, 400);
+  p.logits_dtype = uniform(0, 3);
+  p.loss_dtype = coin() ? p.logits_dtype : p.logits_dtype == kFloat64 ? kFloat64 : kFloat32;
+  p.target_kind = pick<int64_t>({int64_t(kInt64), int64_t(kInt64), int64_t(kUint8), int64_t(kProbabilities)});
+  p.reduction = uniform(0, 4);
+  p.save = 1;
+  p.scale = coin() ? 1 : 0.25;
+  p.smoothing = coin() ? 0 : 0.1;
+  p.ignore_index = p.target_kind == kProbabilities ? -100 : pick<int64_t>({int64_t(-100), int64_t(0), int64_t(3), int64_t(255)});
+  p.top_k_is_fraction = coin();
+  p.top_k = p.top_k_is_fraction ? uniform(1, int64_t(1) << 32) : uniform(1, 50);
+
+  const int64_t accumulate = p.logits_dtype == kFloat64 ? kFloat64 : kFloat32;
+  const size_t n_rows = size_t(p.n_rows()), wide = item_size(accumulate);
+  const bool fused = (p.reduction == kSum || p.reduction == kMean) && coin(0.8);
+  const bool wild = coin(0.3), soft = p.target_kind == kProbabilities, weighted = coin(0.4);
+
+  Buffer logits(random_strides(p, p.logits_strides) * item_size(p.logits_dtype));
+  for (size_t i = 0; i < logits.size / item_size(p.logits_dtype); ++i) put(logits, p.logits_dtype, i, random_logit(wild));
+  Buffer target(soft ? random_strides(p, p.target_strides) * wide : n_rows * (p.target_kind == kUint8 ? 1 : 8));
+  bool bad = false;
+  for (size_t i = 0; soft && i < target.size / wide; ++i) put(target, accumulate, i, 1.0 / double(uniform(1, 9)));
+  for (size_t row = 0; !soft && row < n_rows; ++row) {
+    int64_t t = uniform(0, p.n_cols - 1);
+    if (coin(0.1)) t = p.ignore_index;
+    if (coin(0.0005)) t = pick<int64_t>({int64_t(-1), int64_t(-100), p.n_cols, int64_t(255), INT64_MAX, INT64_MIN});
+    if (p.target_kind == kUint8) {
+      target.as<uint8_t>()[row] = uint8_t(t);
+      t = uint8_t(t);
+    } else {
+      target.as<int64_t>()[row] = t;
+    }
+    bad |= t != p.ignore_index && (t < 0 || t >= p.n_cols);
+  }
+  Buffer weight(size_t(p.n_cols) * wide), dloss((p.reduction == kNone ? n_rows : 1) * wide);
+  for (size_t c = 0; c < size_t(p.n_cols); ++c) put(weight, accumulate, c, double(uniform(0, 8)) / 4);
+  for (size_t i = 0; i < dloss.size / wide; ++i) put(dloss, accumulate, i, coin(0.3) ? 0 : double(uniform(-3, 3)));
+  const size_t gradient_elements = random_strides(p, p.dlogits_strides);
+
+  p.logits = logits.bytes.get(), p.target = target.bytes.get(), p.weight = weighted ? weight.bytes.get() : nullptr;
+  for (p.isa = kBaseline; p.isa <= fusedloss_best_isa(); ++p.isa) {
+    std::vector<Buffer> results[2];
+    for (int round = 0; round < 2; ++round) {
+      p.n_threads = round == 0 ? 1 : 3;
+      Buffer loss((p.reduction == kNone ? n_rows : 1) * item_size(p.loss_dtype)), saved((size_t(kState) + 3 * n_rows) * wide);
+      Buffer gradient(gradient_elements * item_size(p.logits_dtype)), again(gradient.size);
+      const Buffer untouched_loss(loss.size), untouched_saved(saved.size), untouched_gradient(gradient.size);
+      p.loss = loss.bytes.get(), p.saved = saved.bytes.get(), p.dloss = nullptr;
+      p.dlogits = fused ? gradient.bytes.get() : nullptr;
+      p.fresh_bytes = fused ? int64_t(gradient.size) : 0;
+      const int64_t status = fusedloss_forward(&p);
+      require((status != 0) == bad, "an index out of range is reported, and only that", number);
+      if (bad) {
+        require(loss == untouched_loss && saved == untouched_saved && gradient == untouched_gradient,
+                "nothing is written before the error", number);
+        return;
+      }
+      p.dlogits = again.bytes.get(), p.dloss = dloss.bytes.get();
+      fusedloss_backward(&p);
+      for (size_t row = 0; !soft && row < n_rows; ++row) {
+        const int64_t t = p.target_kind == kUint8 ? target.as<uint8_t>()[row] : target.as<int64_t>()[row];
+        for (int64_t c = 0; t == p.ignore_index && c < p.n_cols; ++c) {
+          const size_t at = size_t(p.offset(p.dlogits_strides, int64_t(row)) + c * p.dlogits_strides.col) * item_size(p.logits_dtype);
+          const unsigned char zeros[8] = {};
+          require(std::memcmp(again.bytes.get() + at, zeros, item_size(p.logits_dtype)) == 0 &&
+                      (!fused || std::memcmp(gradient.bytes.get() + at, zeros, item_size(p.logits_dtype)) == 0),
+                  "the gradient of an ignored row is zero", number);
+        }
+      }
+      results[round].push_back(std::move(loss)), results[round].push_back(std::move(gradient));
+      results[round].push_back(std::move(again));
+    }
+    for (size_t i = 0; i < results[0].size(); ++i)
+      require(results[0][i] == results[1][i], "the number of threads does not change a bit", number);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int n = argc > 1 ? std::atoi(argv[1]) : 1000;
+  for (int i = 0; i < n; ++i) one_problem(i);
+  std::printf("%d problems, instruction sets up to %d: clean\n", n, int(fusedloss_best_isa()));
+}

@@ -1,0 +1,188 @@
+"""What only the CPU kernel promises: any number of threads, every instruction set, errors before writes, a visible fallback.
+
+Values, gradients and semantics are tested with all other paths in test_values.py and test_semantics_*.py; memory safety by
+`make sanitize` (fuzz_cpu_kernel.cpp).
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from compare import check_against_torch
+from problems import make_logits, make_probabilities, make_target, make_weight
+
+import fusedloss
+from fusedloss.backends import cpu
+from fusedloss.plan import Options
+
+pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"no C++ kernel: {cpu.MISSING}")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def _value_and_gradient(logits: torch.Tensor, target: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = logits.detach().clone().requires_grad_()
+    loss = fusedloss.cross_entropy(leaf, target, **options)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("shape", [(5000, 10), (700, 100), (60, 4999), (6, 21, 50, 31)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"reduction": "topk", "top_k": 0.3}], ids=["mean", "none", "topk"]
+)
+def test_threads_change_no_bit(two_threads: None, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    logits = make_logits(*shape)
+    target = make_target(shape[0], *shape[2:], n_classes=shape[1], ignored=-100)
+    assert fusedloss.plan(logits, target, **options).threads == 2
+    two = _value_and_gradient(logits, target, label_smoothing=0.1, **options)
+    torch.set_num_threads(1)
+    one = _value_and_gradient(logits, target, label_smoothing=0.1, **options)
+    assert torch.equal(two[0], one[0])
+    assert torch.equal(two[1], one[1])
+
+
+def test_small_problems_wake_no_thread(two_threads: None) -> None:
+    assert fusedloss.plan(make_logits(128, 10), make_target(128, n_classes=10)).threads == 1
+
+
+@pytest.fixture(params=[name for name, number in cpu.ISA_NAMES.items() if 0 < number <= cpu.ISA_NAMES.get(cpu.ISA, 0)])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    assert cpu.LIBRARY is not None
+    monkeypatch.setattr(cpu, "LIBRARY", cpu.LIBRARY._replace(requested_isa=cpu.ISA_NAMES[request.param]))
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(9, 10), (7, 100), (3, 5003), (2, 30, 4, 5), (2, 300, 3, 7)], ids=str)
+def test_every_instruction_set(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logits = make_logits(*shape, dtype=dtype)
+    target = make_target(shape[0], *shape[2:], n_classes=shape[1], ignored=-100)
+    check_against_torch(logits, target)
+    check_against_torch(logits, target, make_weight(shape[1], dtype=dtype), label_smoothing=0.1, reduction="none", dloss=0.5)
+    if dtype != torch.float64 or shape[1] < 5000:  # there PyTorch's float64 is 30 times further from long double than ours
+        check_against_torch(logits, make_probabilities(*shape, dtype=dtype), label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("isa_of_specials", ["avx512", "baseline"])
+def test_special_logits(monkeypatch: pytest.MonkeyPatch, isa_of_specials: str) -> None:
+    """Infinities and NaN in any position of a row, in both layouts, end where PyTorch's do."""
+    assert cpu.LIBRARY is not None
+    monkeypatch.setattr(cpu, "LIBRARY", cpu.LIBRARY._replace(requested_isa=cpu.ISA_NAMES[isa_of_specials]))
+    for n_cols in (10, 70, 5000):
+        for value in (float("inf"), float("-inf"), float("nan"), 1e4, -1e4):
+            for column in (0, 3, n_cols - 1):
+                logits = make_logits(4, n_cols, spread=0.5)
+                logits[1, column] = value
+                logits[2] = float("-inf")
+                target = torch.tensor([1, 3, 2, n_cols - 1])
+                check_against_torch(logits, target, reduction="none")
+                check_against_torch(logits[:2], target[:2], reduction="sum")
+
+
+@pytest.mark.parametrize("bad", [10, -1, 2**62, -(2**63)])
+def test_an_index_out_of_range_is_an_error_before_anything_is_written(bad: int) -> None:
+    logits, target = make_logits(300, 10), make_target(300, n_classes=10)
+    target[299] = bad
+    outputs: list[torch.Tensor] = []
+    allocate = cpu.allocate_forward
+
+    def remember(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        results = allocate(*arguments)
+        outputs.extend(result.fill_(7) for result in results)
+        return results
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "allocate_forward", remember)
+        with pytest.raises(IndexError, match=f"Target {bad} is out of bounds."):
+            cpu.forward(logits, target, None, None, Options(), torch.float32, True)
+    assert [output.numel() for output in outputs] == [1, 4 + 3 * 300, 3000]
+    assert all((output == 7).all() for output in outputs)
+
+
+def test_an_index_that_changed_since_the_forward_is_no_address() -> None:
+    logits = make_logits(3, 100).requires_grad_()
+    target = make_target(3, n_classes=100)
+    loss, saved, _ = cpu.forward(logits.detach(), target, None, None, Options("sum"), torch.float32, True)
+    target[1] = 10**12
+    gradient = cpu.backward(torch.ones(1), logits.detach(), target, None, saved, Options("sum"))
+    assert loss.isfinite()
+    assert gradient[1].isnan().all()
+    assert gradient[[0, 2]].isfinite().all()
+
+
+def test_strategies_agree() -> None:
+    """Fused and recomputed gradients of the same problem: the same bits where a row is one block of columns."""
+    logits, target = make_logits(50, 1000), make_target(50, n_classes=1000, ignored=-100)
+    options = Options("mean", label_smoothing=0.1)
+    _, saved, fused = cpu.forward(logits, target, None, None, options, torch.float32, True)
+    assert torch.equal(cpu.backward(torch.ones(1), logits, target, None, saved, options), fused)
+
+
+def test_fused_mode_allocates_one_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, target = make_logits(64, 1000), make_target(64, n_classes=1000)
+    sizes: list[int] = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if "empty" in str(function) or "clone" in str(function) or "copy" in str(function):
+                sizes.append(result.numel() * result.element_size())
+            return result
+
+    with Record():
+        cpu.forward(logits, target, None, None, Options(), torch.float32, True)
+    assert sorted(sizes)[-1] == 64 * 1000 * 4
+    assert sum(sizes) < 1.05 * 64 * 1000 * 4
+
+
+@pytest.mark.parametrize("shape", [(6, 12), (2, 5, 3, 4)], ids=str)
+def test_any_strides(shape: tuple[int, ...]) -> None:
+    """Every other row or class, transposed, expanded, channels last: read where they lie."""
+    big = make_logits(*(2 * size for size in shape))
+    views = [
+        big[tuple(slice(None, None, 2) for _ in shape)],
+        big[tuple(slice(0, size) for size in shape)],
+        make_logits(*reversed(shape)).permute(*reversed(range(len(shape)))),
+        make_logits(1, *shape[1:]).expand(shape),
+        make_logits(*shape).movedim(1, -1).contiguous().movedim(-1, 1),
+    ]
+    target = make_target(shape[0], *shape[2:], n_classes=shape[1])
+    for view in views:
+        check_against_torch(view, target)
+        check_against_torch(view, target, reduction="none", label_smoothing=0.1)
+        check_against_torch(view, make_probabilities(*shape))
+
+
+def test_without_the_library_the_reference_serves_and_says_why() -> None:
+    program = """
+import importlib.util, torch
+from fusedloss.backends import cpu
+cpu.MISSING, cpu.LIBRARY = "the compiled CPU kernel is missing: a test", None
+import fusedloss
+from fusedloss.__main__ import report
+logits, target = torch.randn(4, 10, requires_grad=True), torch.tensor([1, 2, 3, 4])
+assert str(fusedloss.plan(logits, target)).startswith("reference: the compiled CPU kernel is missing")
+fusedloss.cross_entropy(logits, target).backward()
+assert "reference path: the compiled CPU kernel is missing" in report()
+try:
+    with fusedloss.backend("cpu"):
+        fusedloss.cross_entropy(logits, target)
+except RuntimeError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env={**os.environ})
+    assert result.returncode == 0, result.stderr
+    assert "backend 'cpu' was asked for, but the compiled CPU kernel is missing" in result.stdout
