@@ -13,6 +13,9 @@ from fusedloss.plan import Options, Plan, Tile, fuses_gradient, spatial_dims_col
 VECTOR_BYTES = 16
 # Bytes that travel together between L2 and an SM.
 SECTOR_BYTES = 32
+
+# Rows with more columns than this get a program of their own; narrower ones share a two-dimensional tile.
+MAX_SHARED_ROW_COLS = 512
 # Columns of one row that a program holds at a time.
 ROW_BLOCK = 8192
 # A fused row up to this many columns stays in registers, 64 per thread with 16 warps; longer rows are read twice.
@@ -20,32 +23,17 @@ FUSED_ROW_BLOCK = 32768
 # 16-byte loads that each thread has under way for a block of a row. More would spill on sm_80; fewer would need more warps, whose
 # reductions meet at barriers.
 ACCESSES_PER_THREAD = 4
-# Rows with more columns than this get a program of their own; narrower ones share a two-dimensional tile.
-MAX_SHARED_ROW_COLS = 512
-# Elements of a shared tile.
-TILE_ELEMENTS = 2048
+
+# Elements of a shared tile, and of each of its threads: one warp. A row is then shared by few threads, which keep its
+# statistics many times over, and no warp waits for another (10 to 512 classes: half the instructions of tiles of 8 warps).
+TILE_ELEMENTS = 1024
+TILE_ELEMENTS_PER_THREAD = 32
 # Up to this many elements one program does everything, so that no ticket is needed.
 SINGLE_PROGRAM_ELEMENTS = 8192
 # Warps and elements per thread of a tile of contiguous rows (pixels): each thread owns whole rows, so that nothing is reduced
 # across threads, and its accesses are as wide as its rows are many.
 SPATIAL_WARPS = 2
 SPATIAL_ELEMENTS_PER_THREAD = 16
-# A fused row up to this many columns stays in registers, 64 per thread with 16 warps; longer rows are read twice.
-FUSED_ROW_BLOCK = 32768
-# Likewise for a tile of contiguous rows: classes that stay in registers.
-FUSED_SPATIAL_COLS = 256
-FUSED_SPATIAL_ELEMENTS = 4096
-# 16-byte loads that each thread has under way for a block of a row. More would spill on sm_80; fewer would need more warps, whose
-# reductions meet at barriers.
-ACCESSES_PER_THREAD = 4
-# Rows with more columns than this get a program of their own; narrower ones share a two-dimensional tile.
-MAX_SHARED_ROW_COLS = 512
-# Elements of a shared tile.
-TILE_ELEMENTS = 2048
-# Up to this many elements one program does everything, so that no ticket is needed.
-SINGLE_PROGRAM_ELEMENTS = 8192
-# Rows per tile when the rows, not the classes, are contiguous (segmentation).
-SPATIAL_BLOCK_ROWS = 256
 
 
 class DeviceFacts(NamedTuple):
@@ -191,9 +179,9 @@ def _shared_tile(kernel: str, g: Geometry, itemsize: int, max_elements: int, dev
         block_cols = min(cols, TILE_ELEMENTS)
         block_rows = min(TILE_ELEMENTS // block_cols, _next_power_of_2(g.n_inner))
     n_programs = g.n_outer * -(-g.n_inner // block_rows)
-    # Where accesses are narrow, a thread's elements belong to as many rows, and each row costs it registers: fewer then.
-    per_thread = max(4, g.vector(itemsize))
-    num_warps = _warps(min(512, block_rows * block_cols // per_thread), device)
+    # The recompute forward keeps each row's statistics in every thread that shares the row, and would spill.
+    per_thread = TILE_ELEMENTS_PER_THREAD // 2 if kernel == "forward_tile_kernel" else TILE_ELEMENTS_PER_THREAD
+    num_warps = _warps(block_rows * block_cols // per_thread, device)
     return Tile(kernel, block_rows, block_cols, num_warps, max(1, n_programs), rowwise=False)
 
 
