@@ -12,5 +12,14 @@ from fusedloss._version import __version__
 from fusedloss.backends import backend
 from fusedloss.functional import cross_entropy, plan
 from fusedloss.module import CrossEntropyLoss
+from fusedloss.overwriting import cross_entropy_overwriting_logits
 
-__all__ = ["CrossEntropyLoss", "__version__", "backend", "cross_entropy", "distributed", "plan"]
+__all__ = [
+    "CrossEntropyLoss",
+    "__version__",
+    "backend",
+    "cross_entropy",
+    "cross_entropy_overwriting_logits",
+    "distributed",
+    "plan",
+]

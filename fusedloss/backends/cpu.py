@@ -93,10 +93,39 @@ def forward(
     if scale is not None:
         options = options._replace(scale=options.scale * scale.item())
     gradient = dlogits if dlogits.dim() == logits.dim() else None
-    bad_row = _call(_library().forward, loss, saved, gradient, logits, target, weight, None, options, needs_grad)
+    _forward(loss, saved, gradient, logits, target, weight, options, needs_grad)
+    return loss, saved, dlogits
+
+
+def forward_overwriting(
+    logits: Tensor,  # (N, C) or (N, C, S)
+    target: Tensor,  # class indices (n_rows,), or probabilities of the logits' shape
+    weight: Tensor | None,  # (C,)
+    scale: Tensor | None,  # 0-d
+    options: Options,  # reduction "sum" or "mean"
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The loss; the gradient takes the place of the logits."""
+    loss, saved, _ = allocate_forward(logits, options.reduction, out_dtype, False, "cpu")
+    if scale is not None:
+        options = options._replace(scale=options.scale * scale.item())
+    _forward(loss, saved, logits, logits, target, weight, options, False)
+    return loss
+
+
+def _forward(
+    loss: Tensor,
+    saved: Tensor,
+    dlogits: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    save: bool,
+) -> None:
+    bad_row = _call(_library().forward, loss, saved, dlogits, logits, target, weight, None, options, save)
     if bad_row:
         raise IndexError(f"Target {target.reshape(-1)[bad_row - 1].item()} is out of bounds.")
-    return loss, saved, dlogits
 
 
 def backward(
@@ -169,7 +198,7 @@ def _call(
         save,
         _library().requested_isa,
         plan_cpu.threads(n_elements, torch.get_num_threads()),
-        n_elements * logits.element_size() if dlogits is not None else 0,
+        n_elements * logits.element_size() if dlogits is not None and dlogits is not logits else 0,
         rows.n_outer,
         rows.n_inner,
         rows.n_cols,

@@ -12,7 +12,7 @@ namespace {
 #include "rows.h"
 #include "lanes.h"
 
-// From this many classes on, a contiguous row fills whole vectors and needs no tile (measured with AVX-512: README of the bench).
+// From this many classes on, a contiguous row fills whole vectors; with fewer, the lanes of rows side by side do.
 constexpr int64_t MIN_ROW_COLS = 64;
 
 template <class T, Terms terms>

@@ -20,7 +20,7 @@ struct Problem {
   // outputs; "A" is the accumulation type: double for kFloat64, else float
   void* loss;     // (n_rows,) of loss_dtype for kNone, else ()
   void* saved;    // A: 4 + 3 n_rows values, described in kernels/rowwise.py; 4 where neither save nor the reduction needs rows
-  void* dlogits;  // logits_dtype; forward: null unless the strategy is fused
+  void* dlogits;  // logits_dtype; forward: null unless the strategy is fused; may be the logits themselves, with their strides
   // inputs
   const void* logits;
   const void* target;  // int64 or uint8 (n_rows,); A with target_strides for kProbabilities

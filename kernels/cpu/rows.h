@@ -127,6 +127,7 @@ void row_stats(const Problem& problem, GroupState<A>& s, int lane, const T* x, c
   const A* w = static_cast<const A*>(problem.weight);
   const A keep = A(1) - A(problem.smoothing), add = A(problem.smoothing) / A(problem.n_cols);
   const int64_t target = int64_t(s.target[lane]);
+  if (!is_soft(terms)) s.x_t[lane] = load1(x + target);  // before anything is written: kept may lie where x does
   A m = -kInfinity<A>, shift = 0;
   double rest = 0, smooth = 0, soft = 0;
   for (int64_t start = 0; start < problem.n_cols; start += BLOCK) {
@@ -142,7 +143,6 @@ void row_stats(const Problem& problem, GroupState<A>& s, int lane, const T* x, c
     if constexpr (KEEP) block_maxima[start / BLOCK] = m;
   }
   s.max[lane] = m, s.rest[lane] = A(rest), s.shift[lane] = shift, s.smooth[lane] = A(smooth), s.soft[lane] = A(soft);
-  if (!is_soft(terms)) s.x_t[lane] = load1(x + target);
 }
 
 // Gradient of columns [0, n) but the target's. With KEPT, dx holds exp(x - block maximum), else it is made from x.
