@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check sanitize bench
+.PHONY: help setup train test test-all check sanitize bench experiments
 
 help:
 	@echo "make setup     create $(VENV) and install fusedloss with what the other targets need"
@@ -16,6 +16,7 @@ help:
 	@echo "make check     lint, format and type checks"
 	@echo "make sanitize  random problems for the CPU kernel under AddressSanitizer and UBSan (options: ARGS=5000)"
 	@echo "make bench     time the loss on this machine against PyTorch's"
+	@echo "make experiments  mean or sum? measured anew, with plots: benchmarks/EXPERIMENTS.md (options: ARGS='--only scaling')"
 
 # Remade when the metadata change; a virtual environment that is there and up to date costs nothing.
 $(READY): pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
@@ -58,3 +59,6 @@ sanitize: build/sanitize/fuzz
 bench: $(READY)
 	$(PY) benchmarks/bench_loss.py $(ARGS)
 	$(PY) benchmarks/bench_cpu.py
+
+experiments: $(READY)
+	$(PY) benchmarks/experiments.py $(ARGS)
