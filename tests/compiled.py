@@ -3,7 +3,9 @@
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +27,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# What a plan asks of each: A100, H100 and B200 SXM, MI300X.
+FACTS = {
+    "sm_80": DeviceFacts(108, (8, 0), 40 << 20, 32),
+    "sm_90": DeviceFacts(132, (9, 0), 50 << 20, 32),
+    "sm_100": DeviceFacts(148, (10, 0), 126 << 20, 32),
+    "gfx942": DeviceFacts(304, (9, 4), 4 << 20, 64),
+}
 _TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -38,9 +47,15 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    kernel: str
+    """One launch of a triton.jit function, recorded instead of run."""
+
+    function: Any
     n_programs: int
-    arguments: dict[str, Any]
+    arguments: dict[str, Any]  # num_warps and the like among them
+
+    @property
+    def kernel(self) -> str:
+        return self.function.__name__
 
 
 @dataclass(frozen=True)
@@ -49,27 +64,52 @@ class Report:
 
     registers: int
     spills: int  # registers, or instructions that store or load one, spilled to memory
-    load_bytes: int  # width of the widest global load, per thread
-    store_bytes: int
+    shared_bytes: int
+    loads: dict[int, int]  # bytes of a global load, per thread -> instructions with that width
+    stores: dict[int, int]
+
+    @property
+    def load_bytes(self) -> int:
+        """Width of the widest global load."""
+        return max(self.loads, default=0)
+
+    @property
+    def store_bytes(self) -> int:
+        return max(self.stores, default=0)
 
 
 def launches(monkeypatch: pytest.MonkeyPatch, target: str, call: Callable[[], torch.Tensor]) -> list[Launch]:
-    """The launches of `call` and of its backward on a GPU of this kind, recorded instead of run."""
+    """Our launches of `call` and of its backward on a GPU of this kind."""
     recorded: list[Launch] = []
-    facts = DeviceFacts(warp_size=TARGETS[target].warp_size)
+
+    def record(kernel: str, n_programs: int, _: torch.device, arguments: dict[str, Any]) -> None:
+        recorded.append(Launch(launcher._kernels()[kernel], n_programs, arguments))
+
     with monkeypatch.context() as patch, fusedloss.backend("triton"):
-        patch.setattr(launcher, "device_facts", lambda _: facts)
-        patch.setattr(
-            launcher, "_launch", lambda kernel, n_programs, _, arguments: recorded.append(Launch(kernel, n_programs, arguments))
-        )
+        patch.setattr(launcher, "device_facts", lambda _: FACTS[target])
+        patch.setattr(launcher, "_launch", record)
         call().sum().backward()
     return recorded
 
 
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Anybody's launches: kernel[grid](...) of a triton.jit function is recorded instead of run."""
+    recorded: list[Launch] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        recorded.append(Launch(self, grid(arguments)[0] if callable(grid) else grid[0], arguments))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.JITFunction, "run", record)
+        yield recorded
+
+
 def compile_for(launch: Launch, target: str) -> Any:
     """The compiled kernel, specialised as Triton's launcher would: divisibility by 16, ints equal to 1, and None."""
-    function = launcher._kernels()[launch.kernel]
-    options = {name: launch.arguments[name] for name in ("num_warps",)}
+    function = launch.function
+    options = {name: launch.arguments[name] for name in ("num_warps", "num_stages") if name in launch.arguments}
     signature, constexprs, attributes = {}, {}, {}
     for index, parameter in enumerate(function.params):
         value = launch.arguments[parameter.name]
@@ -80,6 +120,8 @@ def compile_for(launch: Launch, target: str) -> Any:
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + _TYPES[value.dtype]
             divisible = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name], divisible = "fp32", False
         else:
             signature[parameter.name] = parameter.annotation_type or ("i32" if -(2**31) <= value < 2**31 else "i64")
             divisible = value % 16 == 0 and not parameter.do_not_specialize
@@ -90,41 +132,42 @@ def compile_for(launch: Launch, target: str) -> Any:
 
 
 def report(kernel: Any, target: str) -> Report:
-    return _amd_report(kernel.asm["amdgcn"]) if target == "gfx942" else _nvidia_report(kernel.asm["cubin"])
+    shared_bytes = kernel.metadata.shared
+    if target == "gfx942":
+        return _amd_report(kernel.asm["amdgcn"], shared_bytes)
+    return _nvidia_report(kernel.asm["cubin"], shared_bytes)
 
 
-def _amd_report(assembly: str) -> Report:
+def _amd_report(assembly: str, shared_bytes: int) -> Report:
     def metadata(key: str) -> int:
         return int(re.search(rf"\.{key}:\s+(\d+)", assembly).group(1))
 
     widths = {"ushort": 2, "short": 2, "ubyte": 1, "byte": 1, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
-    def widest(verb: str) -> int:
+    def count(verb: str) -> dict[int, int]:
         names = re.findall(rf"\b(?:global|buffer)_{verb}_(dwordx?\d?|u?short|u?byte)", assembly)
-        return max((widths[name] for name in names), default=0)
+        return dict(Counter(widths[name] for name in names))
 
     # Scalar registers spill into lanes of vector registers, not to memory.
-    return Report(metadata("vgpr_count"), metadata("vgpr_spill_count"), widest("load"), widest("store"))
+    return Report(metadata("vgpr_count"), metadata("vgpr_spill_count"), shared_bytes, count("load"), count("store"))
 
 
-def _nvidia_report(cubin: bytes) -> Report:
+def _nvidia_report(cubin: bytes, shared_bytes: int) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         resources = _cuobjdump("--dump-resource-usage", file.name)
         sass = _cuobjdump("-sass", file.name)
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass)
+    opcodes = [opcode.split(".") for opcode in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass)]
+    widths = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
-    def widest(name: str) -> int:
-        widths = [0]
-        for opcode in opcodes:
-            parts = opcode.split(".")
-            if parts[0] == name:
-                widths.append(next((bits // 8 for bits in (256, 128, 64) if str(bits) in parts), 4))
-        return max(widths)
+    def count(*names: str) -> dict[int, int]:
+        accesses = [parts for parts in opcodes if parts[0] in names]
+        return dict(Counter(next((n for width, n in widths.items() if width in parts), 4) for parts in accesses))
 
-    spills = sum(opcode.split(".")[0] in ("STL", "LDL") for opcode in opcodes)
-    return Report(int(re.search(r"REG:(\d+)", resources).group(1)), spills, widest("LDG"), widest("STG"))
+    spills = sum(parts[0] in ("STL", "LDL") for parts in opcodes)
+    registers = int(re.search(r"REG:(\d+)", resources).group(1))
+    return Report(registers, spills, shared_bytes, count("LDG", "LDGSTS"), count("STG"))
 
 
 def _cuobjdump(*arguments: str) -> str:
