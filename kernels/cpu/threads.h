@@ -5,6 +5,12 @@
 // OpenMP: it borrows the entry point GOMP_parallel (part of libgomp's stable ABI, also offered by LLVM's and Intel's runtimes)
 // of the runtime that is loaded already. Fork safety and thread counts are then exactly those of PyTorch's own operators.
 // Where no such symbol is found, threads are started for the call, which pays for large problems only.
+//
+// Measured inside training steps (two linear layers, SGD, logits 1024 x 8192, 2 cores, medians of interleaved runs), with PyTorch's
+// own runtime, a second copy of libgomp, threads started per call, and PyTorch's loss:
+//
+//     one run on a shared machine   46.1   48.4   47.5   73.2 ms
+//     another, with more beside it   155    204    203    235 ms
 #pragma once
 #include <atomic>
 #include <cstdint>
