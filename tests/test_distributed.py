@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from conftest import Path as Backend
 from problems import make_logits, make_target, make_weight
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -92,15 +93,19 @@ def test_a_group_is_the_ranks_that_are_averaged_over(results: list[dict[str, Ten
     assert [found["group of one"].item() for found in results] == [1 / 2, 1 / 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_alone_it_is_the_mean(weighted: bool) -> None:
-    logits, target = make_logits(ROWS, CLASSES, dtype=torch.float64), make_target(ROWS, n_classes=CLASSES)
+def test_alone_it_is_the_mean(path: Backend, weighted: bool, dtype: torch.dtype) -> None:
+    logits, target = make_logits(ROWS, CLASSES, dtype=dtype).requires_grad_(), make_target(ROWS, n_classes=CLASSES)
     target[3:9] = -100
-    weight = make_weight(CLASSES, torch.float64) if weighted else None
+    weight = make_weight(CLASSES, dtype) if weighted else None
     scale = global_scale(target, weight=weight)
     loss = fusedloss.cross_entropy(logits, target, weight, reduction="sum", scale=scale)
     expected = torch.nn.functional.cross_entropy(logits, target, weight)
-    torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0)
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
+    torch.testing.assert_close(loss, expected, **tolerance)
+    gradients = (torch.autograd.grad(value, logits)[0] for value in (loss, expected))
+    torch.testing.assert_close(*gradients, **tolerance)
 
 
 @pytest.mark.parametrize("shape", [(CLASSES,), (4, CLASSES), (4, CLASSES, 3)])
