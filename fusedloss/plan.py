@@ -31,6 +31,7 @@ class Tile:
     num_warps: int
     n_programs: int
     rowwise: bool  # one program per row (and per block of columns in the backward), vector accesses at any row start
+    n_blocks: int = 0  # fused: blocks of columns that stay in registers between loss and gradient; 0: rows are read twice
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,13 @@ SECTOR_BYTES = 32
 MAX_SHARED_ROW_COLS = 512
 # Columns of one row that a program holds at a time.
 ROW_BLOCK = 8192
-# A fused row up to this many columns stays in registers, 64 per thread with 16 warps; longer rows are read twice.
-FUSED_ROW_BLOCK = 32768
+# A fused row stays in registers, in blocks of so many columns, 8 values of each per thread with 16 warps; longer rows are read
+# twice. How many blocks fit without a spill was found by compiling (test_compiled.py): ptxas needs more registers of its own for
+# Blackwell, and label smoothing's weights are under way at the same time as the row.
+FUSED_ROW_BLOCK = 4096
+FUSED_ROW_BLOCKS = {2: 13, 4: 8, 8: 2}  # by bytes of a logit; float64 takes two registers, and the code for its exp many more
+FUSED_ROW_BLOCKS_BLACKWELL = {2: 11, 4: 8, 8: 2}
+FUSED_ROW_BLOCKS_SMOOTHING = {2: 2, 4: 2, 8: 0}
 # 16-byte loads that each thread has under way for a block of a row. More would spill on sm_80; fewer would need more warps, whose
 # reductions meet at barriers.
 ACCESSES_PER_THREAD = 4
@@ -115,15 +120,17 @@ def backward_tile(g: Geometry, grad: Geometry, itemsize: int, device: DeviceFact
 
 
 @lru_cache(maxsize=1024)
-def fused_tile(g: Geometry, grad: Geometry, itemsize: int, device: DeviceFacts) -> Tile:
-    """Cuts the forward that also writes the gradient. A tile with block_cols >= n_cols keeps its rows in registers."""
+def fused_tile(g: Geometry, grad: Geometry, itemsize: int, smoothing: bool, device: DeviceFacts) -> Tile:
+    """Cuts the forward that also writes the gradient; with n_blocks > 0 its rows stay in registers in between."""
     if _one_program_per_row(g) and _same_alignment(g, grad, itemsize):
-        block_cols = _next_power_of_2(g.n_cols)
-        if block_cols > (FUSED_ROW_BLOCK if itemsize < 8 else FUSED_ROW_BLOCK // 4):
+        block_cols = min(_next_power_of_2(g.n_cols), FUSED_ROW_BLOCK)
+        n_blocks = -(-g.n_cols // block_cols)
+        if n_blocks > _fused_row_blocks(itemsize, smoothing, device):
             block_cols, num_warps = _row_block(g.n_cols, itemsize, device)
-        else:
-            num_warps = _warps(min(512, block_cols * itemsize // (ACCESSES_PER_THREAD * VECTOR_BYTES)), device)
-        return Tile("fused_row_kernel", 1, block_cols, num_warps, max(1, g.n_rows), rowwise=True)
+            return Tile("fused_row_kernel", 1, block_cols, num_warps, max(1, g.n_rows), rowwise=True)
+        threads = min(512, n_blocks * block_cols * itemsize // (ACCESSES_PER_THREAD * VECTOR_BYTES))
+        num_warps = _warps(_next_power_of_2(threads), device)
+        return Tile("fused_row_kernel", 1, block_cols, num_warps, max(1, g.n_rows), rowwise=True, n_blocks=n_blocks)
     return _shared_tile("fused_tile_kernel", g, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
 
 
@@ -141,6 +148,12 @@ def scale_tile(n_elements: int, device: DeviceFacts) -> Tile:
     block = 4096
     n_programs = max(1, min(8 * device.n_sms, -(-n_elements // block)))
     return Tile("scale_gradient_kernel", 1, block, _warps(256, device), n_programs, rowwise=False)
+
+
+def _fused_row_blocks(itemsize: int, smoothing: bool, device: DeviceFacts) -> int:
+    if smoothing:
+        return FUSED_ROW_BLOCKS_SMOOTHING[itemsize]
+    return (FUSED_ROW_BLOCKS if device.capability < (10, 0) else FUSED_ROW_BLOCKS_BLACKWELL)[itemsize]
 
 
 def _warps(threads: int, device: DeviceFacts) -> int:
@@ -172,7 +185,9 @@ def _shared_tile(kernel: str, g: Geometry, itemsize: int, max_elements: int, dev
         block_rows = min(_next_power_of_2(g.n_inner), SPATIAL_WARPS * device.warp_size * vector)
         block_cols = min(cols, SPATIAL_ELEMENTS_PER_THREAD // vector)
         n_programs = max(1, g.n_outer * -(-g.n_inner // block_rows))
-        return Tile(kernel, block_rows, block_cols, _warps(block_rows // vector, device), n_programs, rowwise=False)
+        num_warps = _warps(block_rows // vector, device)
+        n_blocks = 1 if block_cols >= g.n_cols else 0
+        return Tile(kernel, block_rows, block_cols, num_warps, n_programs, rowwise=False, n_blocks=n_blocks)
     if _next_power_of_2(g.n_rows) * cols <= max_elements:
         block_rows, block_cols = _next_power_of_2(g.n_inner), cols
     else:
@@ -182,7 +197,8 @@ def _shared_tile(kernel: str, g: Geometry, itemsize: int, max_elements: int, dev
     # The recompute forward keeps each row's statistics in every thread that shares the row, and would spill.
     per_thread = TILE_ELEMENTS_PER_THREAD // 2 if kernel == "forward_tile_kernel" else TILE_ELEMENTS_PER_THREAD
     num_warps = _warps(block_rows * block_cols // per_thread, device)
-    return Tile(kernel, block_rows, block_cols, num_warps, max(1, n_programs), rowwise=False)
+    n_blocks = 1 if block_cols >= g.n_cols else 0
+    return Tile(kernel, block_rows, block_cols, num_warps, max(1, n_programs), rowwise=False, n_blocks=n_blocks)
 
 
 def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool, device: DeviceFacts) -> Plan:
@@ -196,7 +212,7 @@ def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool,
         tile = forward_tile(g, itemsize, device)
         return Plan("triton", reason, "forward only", tile, None, copies, read_bytes=one_pass, write_bytes=0, launches=1)
     if fuses_gradient("triton", options.reduction, logits.dtype):
-        tile = fused_tile(g, gradient, itemsize, device)
+        tile = fused_tile(g, gradient, itemsize, options.label_smoothing > 0, device)
         counts = options.reduction == "mean" and tile.n_programs > 1
         return Plan(
             "triton",
@@ -205,7 +221,7 @@ def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool,
             tile,
             scale_tile(logits.numel(), device),
             copies,
-            read_bytes=one_pass if tile.block_cols >= g.n_cols else 2 * one_pass,
+            read_bytes=one_pass if tile.n_blocks else 2 * one_pass,  # the second read comes from L2, or L1
             write_bytes=one_pass,
             launches=3 if counts else 2,
         )

@@ -90,7 +90,7 @@ def fused_tile_kernel(
     VECTOR: tl.constexpr,  # all strides and the contiguous size are multiples of it; at most 16 bytes
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
-    SINGLE_BLOCK: tl.constexpr,  # n_cols <= BLOCK_COLS: the rows stay in registers
+    N_BLOCKS: tl.constexpr,  # 1: BLOCK_COLS >= n_cols, the rows stay in registers; 0: they are read twice
 ):
     """Losses and gradients of BLOCK_ROWS rows of one outer block."""
     dtype = saved_ptr.dtype.element_ty
@@ -118,7 +118,7 @@ def fused_tile_kernel(
     shift = tl.zeros((BLOCK_ROWS,), dtype)
     smooth_sum = tl.zeros((BLOCK_ROWS,), dtype)
     weight_total = tl.zeros((1,), dtype)
-    if SINGLE_BLOCK:
+    if N_BLOCKS == 1:
         cols = tl.arange(0, BLOCK_COLS)
         row_max, rest, shift, smooth_sum, weight_total, e = absorb_tile(
             row_ptr, col_stride, read, cols, n_cols, target, weight_ptr,
@@ -160,7 +160,7 @@ def fused_tile_kernel(
         saved_ptr, weight_ptr, target, valid, counted, g, rest, e_t, smoothing, weight_total, n_cols
     )
     live = valid & (g != 0)
-    if SINGLE_BLOCK:
+    if N_BLOCKS == 1:
         store_tile(
             dlogits_row_ptr, dlogits_col_stride, mask, live, cols, n_cols, target, weight_ptr,
             e, p_factor, at_target, smooth_factor, HAS_SMOOTHING,
@@ -205,7 +205,7 @@ def fused_row_kernel(
     HAS_EDGES: tl.constexpr,  # some row starts or ends inside a 16-byte group
     VECTOR: tl.constexpr,  # elements in 16 bytes; in a sector of 32 with HAS_EDGES; the row strides are equal modulo VECTOR
     BLOCK_COLS: tl.constexpr,
-    SINGLE_BLOCK: tl.constexpr,  # n_cols <= BLOCK_COLS: the row stays in registers
+    N_BLOCKS: tl.constexpr,  # N_BLOCKS * BLOCK_COLS >= n_cols: the row stays in registers; 0: it is read twice
 ):
     """Loss and gradient of one row."""
     dtype = saved_ptr.dtype.element_ty
@@ -239,36 +239,54 @@ def fused_row_kernel(
             edge_x, edge_cols, in_edge, target, 0, n_cols, weight_ptr,
             row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
         )  # fmt: skip
-    if SINGLE_BLOCK:
-        group = tl.arange(0, BLOCK_COLS)
-        in_main = group < n_main
-        x = tl.load(main_ptr + group, mask=in_main & valid, other=float("-inf")).to(dtype)
-        new_max = tl.maximum(row_max, tl.max(x, 0))
+    if N_BLOCKS > 0:
+        lane = tl.arange(0, BLOCK_COLS)
+        lane_max = tl.load(main_ptr + lane, mask=(lane < n_main) & valid, other=float("-inf")).to(dtype)
+        blocks = (lane_max,)
+        for i in tl.static_range(1, N_BLOCKS):
+            group = i * BLOCK_COLS + lane
+            x = tl.load(main_ptr + group, mask=(group < n_main) & valid, other=float("-inf")).to(dtype)
+            blocks = blocks + (x,)
+            lane_max = tl.maximum(lane_max, x)
+        new_max = tl.maximum(row_max, tl.max(lane_max, 0))
         finite = finite_max(new_max)
         if HAS_SMOOTHING:
             shift = tl.where(row_max == float("-inf"), finite, shift)
-            w = in_main.to(dtype)
-            if weight_ptr is not None:
-                w = tl.load(weight_ptr + head + group, mask=in_main, other=0.0).to(dtype)
-            smooth_sum += tl.sum(tl.where(in_main, w * (shift - x), 0.0), 0)
-            weight_total += tl.sum(w, 0)
-        e = tl.exp(x - finite)
+            lane_smooth = tl.zeros((BLOCK_COLS,), dtype)
+            lane_weight = tl.zeros((BLOCK_COLS,), dtype)
+            for i in tl.static_range(N_BLOCKS):
+                group = i * BLOCK_COLS + lane
+                w = (group < n_main).to(dtype)
+                if weight_ptr is not None:
+                    w = tl.load(weight_ptr + head + group, mask=group < n_main, other=0.0).to(dtype)
+                lane_smooth += tl.where(group < n_main, w * (shift - blocks[i]), 0.0)
+                lane_weight += w
+            smooth_sum += tl.sum(lane_smooth, 0)
+            weight_total += tl.sum(lane_weight, 0)
+        lane_sum = tl.exp(blocks[0] - finite)
+        exps = (lane_sum,)
+        for i in tl.static_range(1, N_BLOCKS):
+            e = tl.exp(blocks[i] - finite)
+            exps = exps + (e,)
+            lane_sum += e
         edge_rest = rest * tl.exp(row_max - finite)
         row_max = new_max
         e_t = tl.exp(x_t - row_max)
         in_edges = (target < head) | (target >= head + n_main)
-        total = tl.sum(e, 0)
+        total = tl.sum(lane_sum, 0)
         rest = edge_rest + tl.where(in_edges, total, total - e_t)
         if (e_t > rest) & (not in_edges):  # the subtraction would lose digits: keep the target out of the sum
-            rest = edge_rest + tl.sum(tl.where(group == (target - head).to(tl.int32), 0.0, e), 0)
+            lane_rest = tl.zeros((BLOCK_COLS,), dtype)
+            for i in tl.static_range(N_BLOCKS):
+                lane_rest += tl.where(i * BLOCK_COLS + lane == (target - head).to(tl.int32), 0.0, exps[i])
+            rest = edge_rest + tl.sum(lane_rest, 0)
     else:
         for start in range(0, tl.where(valid, n_main, 0), BLOCK_COLS):
             group = start + tl.arange(0, BLOCK_COLS)
-            in_main = group < n_main
-            x = tl.load(main_ptr + group, mask=in_main, other=float("-inf"), eviction_policy="evict_last").to(dtype)
+            x = tl.load(main_ptr + group, mask=group < n_main, other=float("-inf"), eviction_policy="evict_last").to(dtype)
             first = head + start
             row_max, rest, shift, smooth_sum, weight_total = absorb(
-                x, head + group, in_main, target, first, first + BLOCK_COLS, weight_ptr,
+                x, head + group, group < n_main, target, first, first + BLOCK_COLS, weight_ptr,
                 row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
             )  # fmt: skip
         finite = finite_max(row_max)
@@ -298,11 +316,13 @@ def fused_row_kernel(
         if HAS_SMOOTHING:
             edge_dlogits = _minus_smoothing(edge_dlogits, smooth_factor, weight_ptr, edge_cols, in_edge)
         tl.store(dlogits_row_ptr + edge_cols, edge_dlogits, mask=in_edge)
-    if SINGLE_BLOCK:
-        dlogits = e * p_factor
-        if HAS_SMOOTHING:
-            dlogits = _minus_smoothing(dlogits, smooth_factor, weight_ptr, head + group, in_main)
-        tl.store(dlogits_main_ptr + group, dlogits, mask=in_main)
+    if N_BLOCKS > 0:
+        for i in tl.static_range(N_BLOCKS):
+            group = i * BLOCK_COLS + lane
+            dlogits = exps[i] * p_factor
+            if HAS_SMOOTHING:
+                dlogits = _minus_smoothing(dlogits, smooth_factor, weight_ptr, head + group, group < n_main)
+            tl.store(dlogits_main_ptr + group, dlogits, mask=group < n_main)
     else:
         for start in range(0, n_main, BLOCK_COLS):
             again = start + tl.arange(0, BLOCK_COLS)

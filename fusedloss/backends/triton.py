@@ -95,7 +95,7 @@ def _fused(
     g, out = geometries(logits, dlogits)
     itemsize = logits.element_size()
     facts = device_facts(logits.device)
-    tile = fused_tile(g, out, itemsize, facts)
+    tile = fused_tile(g, out, itemsize, options.label_smoothing > 0, facts)
     counted: dict[str, Any] = {
         "loss_ptr": loss,
         "saved_ptr": saved,
@@ -123,7 +123,7 @@ def _fused(
         "REDUCTION": options.reduction,
         "HAS_SMOOTHING": options.label_smoothing > 0,
         "BLOCK_COLS": tile.block_cols,
-        "SINGLE_BLOCK": tile.block_cols >= g.n_cols,
+        "N_BLOCKS": tile.n_blocks,
         "num_warps": tile.num_warps,
     }
     _launch(tile.kernel, tile.n_programs, logits.device, {**arguments, **_layout_with_gradient(tile, g, out, itemsize)})
