@@ -1,0 +1,183 @@
+"""Host time of a small loss, forward and backward, without a GPU: what Python and the dispatcher cost before a kernel starts.
+
+    python benchmarks/host_overhead.py
+    python benchmarks/host_overhead.py --profile       # and where our time goes, by function
+
+A call on (128, 10) logits is bound by launches: the device needs 3 to 4 microseconds, so the host decides. The Triton path runs
+on CPU tensors with its launch left out:
+
+    eager           F.cross_entropy: its time includes the arithmetic of 1,280 logits on the CPU, a few microseconds
+    launcher off    ours, fusedloss.backends.triton._launch does nothing: checks, plan, operators, autograd
+    launcher on     ours, with Triton's launcher on a stubbed driver: all of it but the driver's own launch
+    empty           an autograd.Function that does nothing: what anything written in Python must pay
+
+Medians of interleaved rounds in one process, in CPU time, which other programs disturb least; only their ratios mean much.
+"""
+
+import argparse
+import cProfile
+import pstats
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fusedloss
+from fusedloss.backends import triton as launcher
+
+SHAPE = (128, 10)
+TARGET = 90
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        return torch.empty_like(logits)
+
+
+class _Utils:
+    """What Triton asks of a CUDA driver to load a kernel."""
+
+    @staticmethod
+    def load_binary(*_: object) -> tuple[object, object, int, int, int]:
+        return object(), object(), 0, 0, 1024
+
+    @staticmethod
+    def get_device_properties(_: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+
+class StubDriver:
+    """A CUDA driver for Triton that compiles for sm_90 and launches nothing."""
+
+    utils = _Utils
+
+    def __init__(self) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", TARGET, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    @staticmethod
+    def launcher_cls(*_: object) -> Callable[..., None]:
+        return lambda *_: None
+
+
+@contextmanager
+def stubbed_driver() -> Iterator[None]:
+    """Inside, Triton's launcher runs as on a GPU up to the driver, on CPU tensors."""
+    from triton.runtime import driver
+
+    with mock.patch.object(driver, "_active", StubDriver()):
+        yield
+
+
+def nothing(*_: object, **__: object) -> None:
+    """Stands for a launch."""
+
+
+def step(loss: Callable[..., Tensor], logits: Tensor, target: Tensor) -> None:
+    logits.grad = None
+    loss(logits, target).backward()
+
+
+def arms(logits: Tensor, target: Tensor) -> dict[str, Callable[[], None]]:
+    """What is timed, each without setting up anything inside the timed call."""
+    real = launcher._launch
+
+    def ours(launch: Callable[..., None]) -> Callable[[], None]:
+        def call() -> None:
+            launcher._launch = launch
+            step(fusedloss.cross_entropy, logits, target)
+
+        return call
+
+    return {
+        "eager": lambda: step(F.cross_entropy, logits, target),
+        "launcher off": ours(nothing),
+        "launcher on": ours(real),
+        "empty": lambda: step(lambda logits, _: _Nothing.apply(logits), logits, target),
+    }
+
+
+def medians(calls: dict[str, Callable[[], None]], rounds: int, repeats: int = 50) -> dict[str, float]:
+    """Median seconds per call, the calls taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():  # compile, fill the caches
+        for _ in range(20):
+            call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.process_time()
+            for _ in range(repeats):
+                call()
+            times[name].append((time.process_time() - start) / repeats)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(rounds: int) -> dict[str, float]:
+    """Host seconds of a forward and backward on SHAPE, per arm."""
+    logits, target = torch.randn(SHAPE, requires_grad=True), torch.randint(SHAPE[1], SHAPE[:1])
+    with stubbed_driver(), fusedloss.backend("triton"), mock.patch.object(launcher, "_launch", launcher._launch):
+        return medians(arms(logits, target), rounds)
+
+
+def profile(calls: int = 5000) -> str:
+    """Where a call with the launcher off spends its time, by function."""
+    import io
+
+    logits, target = torch.randn(SHAPE, requires_grad=True), torch.randint(SHAPE[1], SHAPE[:1])
+    with stubbed_driver(), fusedloss.backend("triton"), mock.patch.object(launcher, "_launch", launcher._launch):
+        call = arms(logits, target)["launcher off"]
+        call()
+        profiler = cProfile.Profile()
+        profiler.enable()
+        for _ in range(calls):
+            call()
+        profiler.disable()
+    text = io.StringIO()
+    pstats.Stats(profiler, stream=text).strip_dirs().sort_stats("tottime").print_stats(25)
+    return text.getvalue()
+
+
+def table(times: dict[str, float]) -> str:
+    launches = times["launcher on"] - times["launcher off"]
+    rows = {**times, "launcher alone": launches}
+    lines = ["| forward + backward, (128, 10) | us | in eager's times |", "|---|---|---|"]
+    lines += [f"| {name} | {1e6 * value:.1f} | {value / times['eager']:.2f} |" for name, value in rows.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=101)
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(table(measure(arguments.rounds)))
+    if arguments.profile:
+        print(profile())
+
+
+if __name__ == "__main__":
+    main()
