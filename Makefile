@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check sanitize bench experiments
+.PHONY: help setup train test test-all check sanitize bench report experiments
 
 help:
 	@echo "make setup     create $(VENV) and install fusedloss with what the other targets need"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-all  the same with the whole sweep"
 	@echo "make check     lint, format and type checks"
 	@echo "make sanitize  random problems for the CPU kernel under AddressSanitizer and UBSan (options: ARGS=5000)"
+	@echo "make report    what the kernels compile to on GPUs that are not here: benchmarks/KERNELS.md"
 	@echo "make bench     time the loss on this machine against PyTorch's"
 	@echo "make experiments  mean or sum? measured anew, with plots: benchmarks/EXPERIMENTS.md (options: ARGS='--only scaling')"
 
@@ -55,6 +56,9 @@ build/sanitize/fuzz: tests/fuzz_cpu_kernel.cpp $(SANITIZED)
 
 sanitize: build/sanitize/fuzz
 	./build/sanitize/fuzz $(or $(ARGS),1000)
+
+report: $(READY)
+	$(PY) benchmarks/kernel_report.py $(ARGS)
 
 bench: $(READY)
 	$(PY) benchmarks/bench_loss.py $(ARGS)
