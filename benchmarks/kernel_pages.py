@@ -266,7 +266,7 @@ def draw(data: Record, folder: Path) -> dict[str, str]:
 
     def save(figure: Any, name: str, title: str) -> None:
         # No Software entry: the file depends on the numbers alone.
-        figure.savefig(folder / f"kernels_{name}.png", bbox_inches="tight", dpi=100, metadata={"Software": None})
+        figure.savefig(folder / f"kernels_{name}.png", bbox_inches="tight", dpi=90, metadata={"Software": None})
         plt.close(figure)
         shown[name] = f"![{title}](results/kernels_{name}.png)"
 
@@ -288,7 +288,7 @@ def draw(data: Record, folder: Path) -> dict[str, str]:
         save(figure, "marks", "Instructions per logit and passes asked, ours, best peer, Liger")
     target = PLOT_TARGET if PLOT_TARGET in data["devices"] else next(iter(data["devices"]))
     bandwidth = data["devices"][target]["bandwidth"]
-    figure, panel = plt.subplots(figsize=(11, 0.3 * len(data["cases"]) + 1.2))
+    figure, panel = plt.subplots(figsize=(9, 0.22 * len(data["cases"]) + 1.2))
     for i, who in enumerate(("ours", "eager", "Liger")):
         points = []
         for row, case in enumerate(data["cases"]):
