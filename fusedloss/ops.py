@@ -18,6 +18,8 @@ _OPTIONS = "str reduction, int ignore_index, float label_smoothing, int top_k, f
 
 _BACKENDS: dict[str, Any] = {"triton": triton_backend, "cpu": cpu_backend}
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 _library = torch.library.Library("fusedloss", "DEF")
 _library.define(
     f"forward(Tensor logits, Tensor target, Tensor? weight, Tensor? scale, {_OPTIONS}, ScalarType out_dtype, "
@@ -27,6 +29,20 @@ _library.define(
     f"backward(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor saved, {_OPTIONS}, str backend) -> Tensor"
 )
 _library.define("scale_gradient(Tensor(a!) dlogits, Tensor dloss, str backend) -> ()")
+
+
+def _nobody_watches(tensor: Tensor) -> bool:
+    """Whether the dispatcher would do no more than call the implementation: plain tensors, no tracing, no dispatch mode.
+
+    Going around it saves about 10 us in a step that takes 70 (128 x 10 logits). Negative views and meta
+    tensors are for it to resolve.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in _PLAIN
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not (tensor.is_neg() or tensor.is_meta)
+    )
 
 
 def forward(
@@ -40,6 +56,8 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the loss, (n_rows,) or 0-d; what `backward` needs; and the gradient for dloss 1, (0,) unless the plan fuses."""
+    if _nobody_watches(logits):
+        return _BACKENDS[backend].forward(logits, target, weight, scale, options, out_dtype, needs_grad)
     return torch.ops.fusedloss.forward.default(logits, target, weight, scale, *options, out_dtype, needs_grad, backend)
 
 
@@ -58,7 +76,10 @@ def backward(
 
 def scale_gradient(dlogits: Tensor, dloss: Tensor, backend: str) -> None:  # dloss: 0-d
     """Multiplies a fused gradient by the upstream gradient, in place; where that is 1 the gradient is not touched."""
-    torch.ops.fusedloss.scale_gradient.default(dlogits, dloss, backend)
+    if _nobody_watches(dlogits):
+        _BACKENDS[backend].scale_gradient(dlogits, dloss)
+    else:
+        torch.ops.fusedloss.scale_gradient.default(dlogits, dloss, backend)
 
 
 def _forward_impl(
