@@ -596,7 +596,8 @@ def test_the_parts_scale(monkeypatch):
     """Gradients of four processes are averaged: the sum must be four times itself before that."""
     labels = torch.zeros(5, dtype=torch.long)
     assert train.part_scale(config("--scale", "3"), labels) == 3  # the kernel's own mean
-    assert train.part_scale(config("--scale", "3", "--batch-size", "64", "--accumulate", "4"), labels) == 3 / 5
+    in_four = config("--scale", "3", "--batch-size", "64", "--accumulate", "4")
+    assert train.part_scale(in_four, labels).item() == pytest.approx(3 / 5)
     monkeypatch.setattr(train, "n_ranks", lambda: 4)
     assert train.part_scale(config("--scale", "3", "--reduction", "sum"), labels) == 3 * 4
     for reduction in ("mean", "sum"):
