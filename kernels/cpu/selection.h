@@ -33,6 +33,13 @@ inline int64_t rows_to_select(const Problem& problem, int64_t n_counted) {
   return k < n_counted ? k : n_counted;
 }
 
+inline bool is_counted(const Problem& problem, int64_t row) {
+  if (problem.target_kind == kProbabilities) return true;
+  const int64_t target = problem.target_kind == kUint8 ? int64_t(static_cast<const uint8_t*>(problem.target)[row])
+                                                       : static_cast<const int64_t*>(problem.target)[row];
+  return target != problem.ignore_index;
+}
+
 template <class A>
 auto kth_largest_key(const A* losses, int64_t n_rows, int64_t k) {
   using Key = decltype(selection_key(A()));
@@ -65,9 +72,12 @@ double select_rows(const Problem& problem, int64_t n_counted) {
     for (int64_t row = 0; row < n_rows; ++row) {
       const auto row_key = selection_key(losses[row]);
       if (row_key > key) above_sum += double(losses[row]), ++n_above;
-      if (row_key == key) threshold = double(losses[row]), ++n_tied;
+      // A negative weight can make -inf of a loss that counts: the rows that do not count must not tie with it.
+      if (row_key == key && is_counted(problem, row)) threshold = double(losses[row]), ++n_tied;
     }
     share = double(k - n_above);
+    // Rows that do not count hold -inf, too: where a negative weight makes that the loss of a row that counts, they are no tie.
+    if (n_tied > n_counted - n_above) n_tied = n_counted - n_above;
   }
   saved[0] = A(problem.scale / double(k));
   saved[1] = A(problem.scale * (share / (double(n_tied) * double(k))));
