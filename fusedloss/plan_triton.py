@@ -18,12 +18,14 @@ SECTOR_BYTES = 32
 MAX_SHARED_ROW_COLS = 512
 # Columns of one row that a program holds at a time.
 ROW_BLOCK = 8192
-# A fused row stays in registers, in blocks of so many columns, 8 values of each per thread with 16 warps; longer rows are read
-# twice. How many blocks fit without a spill was found by compiling (test_compiled.py): ptxas needs more registers of its own for
+# A fused row stays in registers, in blocks of so many columns, 8 values of each per thread with 16 warps; what does not fit is
+# read twice. How many blocks fit without a spill was found by compiling (test_compiled.py): ptxas needs more for itself on
 # Blackwell, and label smoothing's weights are under way at the same time as the row.
 FUSED_ROW_BLOCK = 4096
+FUSED_LOOP_COLS = 16384  # of the columns that do not fit, at a time
+FUSED_LOOP_BLOCKS = 1  # whose registers the loop over them takes
 FUSED_ROW_BLOCKS = {2: 13, 4: 8, 8: 2}  # by bytes of a logit; float64 takes two registers, and the code for its exp many more
-FUSED_ROW_BLOCKS_BLACKWELL = {2: 11, 4: 8, 8: 2}
+FUSED_ROW_BLOCKS_BLACKWELL = {2: 9, 4: 8, 8: 2}
 FUSED_ROW_BLOCKS_SMOOTHING = {2: 2, 4: 2, 8: 0}
 # 16-byte loads that each thread has under way for a block of a row. More would spill on sm_80; fewer would need more warps, whose
 # reductions meet at barriers.
@@ -121,16 +123,19 @@ def backward_tile(g: Geometry, grad: Geometry, itemsize: int, device: DeviceFact
 
 @lru_cache(maxsize=1024)
 def fused_tile(g: Geometry, grad: Geometry, itemsize: int, smoothing: bool, device: DeviceFacts) -> Tile:
-    """Cuts the forward that also writes the gradient; with n_blocks > 0 its rows stay in registers in between."""
+    """Cuts the forward that also writes the gradient."""
     if _one_program_per_row(g) and _same_alignment(g, grad, itemsize):
         block_cols = min(_next_power_of_2(g.n_cols), FUSED_ROW_BLOCK)
         n_blocks = -(-g.n_cols // block_cols)
-        if n_blocks > _fused_row_blocks(itemsize, smoothing, device):
-            block_cols, num_warps = _row_block(g.n_cols, itemsize, device)
-            return Tile("fused_row_kernel", 1, block_cols, num_warps, max(1, g.n_rows), rowwise=True)
-        threads = min(512, n_blocks * block_cols * itemsize // (ACCESSES_PER_THREAD * VECTOR_BYTES))
-        num_warps = _warps(_next_power_of_2(threads), device)
-        return Tile("fused_row_kernel", 1, block_cols, num_warps, max(1, g.n_rows), rowwise=True, n_blocks=n_blocks)
+        fitting = _fused_row_blocks(itemsize, smoothing, device)
+        resident = n_blocks if n_blocks <= fitting else max(0, fitting - FUSED_LOOP_BLOCKS)
+        if resident == 0:
+            loop_cols, num_warps = _row_block(g.n_cols, itemsize, device)
+        else:
+            loop_cols = FUSED_LOOP_COLS if resident < n_blocks else 0
+            threads = min(512, n_blocks * block_cols * itemsize // (ACCESSES_PER_THREAD * VECTOR_BYTES))
+            num_warps = _warps(_next_power_of_2(threads), device)
+        return Tile("fused_row_kernel", 1, block_cols, num_warps, max(1, g.n_rows), True, resident, loop_cols)
     return _shared_tile("fused_tile_kernel", g, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
 
 
@@ -221,7 +226,8 @@ def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool,
             tile,
             scale_tile(logits.numel(), device),
             copies,
-            read_bytes=one_pass if tile.n_blocks else 2 * one_pass,  # the second read comes from L2, or L1
+            # What does not stay in registers is read again, from L2 or L1.
+            read_bytes=one_pass + g.n_rows * max(0, g.n_cols - tile.n_blocks * tile.block_cols) * itemsize,
             write_bytes=one_pass,
             launches=3 if counts else 2,
         )

@@ -205,9 +205,11 @@ def fused_row_kernel(
     HAS_EDGES: tl.constexpr,  # some row starts or ends inside a 16-byte group
     VECTOR: tl.constexpr,  # elements in 16 bytes; in a sector of 32 with HAS_EDGES; the row strides are equal modulo VECTOR
     BLOCK_COLS: tl.constexpr,
-    N_BLOCKS: tl.constexpr,  # N_BLOCKS * BLOCK_COLS >= n_cols: the row stays in registers; 0: it is read twice
+    N_BLOCKS: tl.constexpr,  # blocks of columns that stay in registers between loss and gradient
+    LOOP_COLS: tl.constexpr,  # columns at a time of the rest of the row, which is read twice; 0: there is no rest
 ):
     """Loss and gradient of one row."""
+    RESIDENT: tl.constexpr = N_BLOCKS * BLOCK_COLS
     dtype = saved_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)  # int64: row * row_stride passes 2**31
     target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
@@ -239,15 +241,24 @@ def fused_row_kernel(
             edge_x, edge_cols, in_edge, target, 0, n_cols, weight_ptr,
             row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
         )  # fmt: skip
+    if LOOP_COLS > 0:
+        for start in range(RESIDENT, tl.where(valid, n_main, 0), LOOP_COLS):
+            group = start + tl.arange(0, LOOP_COLS)
+            x = tl.load(main_ptr + group, mask=group < n_main, other=float("-inf"), eviction_policy="evict_last").to(dtype)
+            first = head + start
+            row_max, rest, shift, smooth_sum, weight_total = absorb(
+                x, head + group, group < n_main, target, first, first + LOOP_COLS, weight_ptr,
+                row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
+            )  # fmt: skip
     if N_BLOCKS > 0:
         lane = tl.arange(0, BLOCK_COLS)
         lane_max = tl.load(main_ptr + lane, mask=(lane < n_main) & valid, other=float("-inf")).to(dtype)
         blocks = (lane_max,)
         for i in tl.static_range(1, N_BLOCKS):
             group = i * BLOCK_COLS + lane
-            x = tl.load(main_ptr + group, mask=(group < n_main) & valid, other=float("-inf")).to(dtype)
-            blocks = blocks + (x,)
-            lane_max = tl.maximum(lane_max, x)
+            block = tl.load(main_ptr + group, mask=(group < n_main) & valid, other=float("-inf")).to(dtype)
+            blocks = blocks + (block,)
+            lane_max = tl.maximum(lane_max, block)
         new_max = tl.maximum(row_max, tl.max(lane_max, 0))
         finite = finite_max(new_max)
         if HAS_SMOOTHING:
@@ -269,26 +280,18 @@ def fused_row_kernel(
             e = tl.exp(blocks[i] - finite)
             exps = exps + (e,)
             lane_sum += e
-        edge_rest = rest * tl.exp(row_max - finite)
+        other_rest = rest * tl.exp(row_max - finite)  # of the edges and the loop, the target kept out already
         row_max = new_max
         e_t = tl.exp(x_t - row_max)
-        in_edges = (target < head) | (target >= head + n_main)
+        elsewhere = (target < head) | (target >= head + tl.minimum(n_main, RESIDENT))
         total = tl.sum(lane_sum, 0)
-        rest = edge_rest + tl.where(in_edges, total, total - e_t)
-        if (e_t > rest) & (not in_edges):  # the subtraction would lose digits: keep the target out of the sum
+        rest = other_rest + tl.where(elsewhere, total, total - e_t)
+        if (e_t > rest) & (not elsewhere):  # the subtraction would lose digits: keep the target out of the sum
             lane_rest = tl.zeros((BLOCK_COLS,), dtype)
             for i in tl.static_range(N_BLOCKS):
                 lane_rest += tl.where(i * BLOCK_COLS + lane == (target - head).to(tl.int32), 0.0, exps[i])
-            rest = edge_rest + tl.sum(lane_rest, 0)
+            rest = other_rest + tl.sum(lane_rest, 0)
     else:
-        for start in range(0, tl.where(valid, n_main, 0), BLOCK_COLS):
-            group = start + tl.arange(0, BLOCK_COLS)
-            x = tl.load(main_ptr + group, mask=group < n_main, other=float("-inf"), eviction_policy="evict_last").to(dtype)
-            first = head + start
-            row_max, rest, shift, smooth_sum, weight_total = absorb(
-                x, head + group, group < n_main, target, first, first + BLOCK_COLS, weight_ptr,
-                row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
-            )  # fmt: skip
         finite = finite_max(row_max)
         e_t = tl.exp(x_t - row_max)
 
@@ -323,15 +326,15 @@ def fused_row_kernel(
             if HAS_SMOOTHING:
                 dlogits = _minus_smoothing(dlogits, smooth_factor, weight_ptr, head + group, group < n_main)
             tl.store(dlogits_main_ptr + group, dlogits, mask=group < n_main)
-    else:
-        for start in range(0, n_main, BLOCK_COLS):
-            again = start + tl.arange(0, BLOCK_COLS)
+    if LOOP_COLS > 0:
+        for start in range(RESIDENT, n_main, LOOP_COLS):
+            again = start + tl.arange(0, LOOP_COLS)
             in_row = again < n_main
             x_again = tl.load(main_ptr + again, mask=in_row & valid, other=float("-inf"), eviction_policy="evict_first").to(dtype)
-            dlogits = tl.exp(x_again - finite) * p_factor
+            dlogits_again = tl.exp(x_again - finite) * p_factor
             if HAS_SMOOTHING:
-                dlogits = _minus_smoothing(dlogits, smooth_factor, weight_ptr, head + again, in_row)
-            tl.store(dlogits_main_ptr + again, dlogits, mask=in_row, eviction_policy="evict_first")
+                dlogits_again = _minus_smoothing(dlogits_again, smooth_factor, weight_ptr, head + again, in_row)
+            tl.store(dlogits_main_ptr + again, dlogits_again, mask=in_row, eviction_policy="evict_first")
     # The target's own gradient is stored last: comparing every column with the target would cost two instructions per logit.
     if HAS_SMOOTHING:
         at_target = _minus_smoothing(at_target, smooth_factor, weight_ptr, target, valid)

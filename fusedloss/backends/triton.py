@@ -126,6 +126,8 @@ def _fused(
         "N_BLOCKS": tile.n_blocks,
         "num_warps": tile.num_warps,
     }
+    if tile.rowwise:
+        arguments["LOOP_COLS"] = tile.loop_cols
     _launch(tile.kernel, tile.n_programs, logits.device, {**arguments, **_layout_with_gradient(tile, g, out, itemsize)})
 
 
