@@ -75,7 +75,9 @@ def _reduce(rows: Tensor, counted: Tensor, row_weights: Tensor, options: Options
     if options.reduction == "sum":
         return rows.sum()
     if options.reduction == "mean":
-        return rows.sum() / row_weights.sum()
+        denominator = row_weights.sum()
+        # Without weight PyTorch's mean is nan, also where label smoothing gives the rows a loss: not inf.
+        return rows.sum() / denominator.masked_fill(denominator == 0, torch.nan)
     return average_of_largest(rows.flatten(), counted.flatten(), options)
 
 

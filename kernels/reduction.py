@@ -104,7 +104,9 @@ def _write_loss(
         tl.store(loss_ptr, (scale * loss_sum).to(dtype))
         coefficient = scale
     elif REDUCTION == "mean":
-        tl.store(loss_ptr, (scale * (loss_sum / count)).to(dtype))  # 0 / 0 is nan where no row counts, as in PyTorch
+        # nan, as in PyTorch, where no row counts, or only rows of weight 0, whose loss label smoothing may make positive.
+        count = tl.where(count == 0, float("nan"), count)
+        tl.store(loss_ptr, (scale * (loss_sum / count)).to(dtype))
         coefficient = scale / count
     else:
         row_loss_ptr = saved_ptr + STATE + 2 * n_rows
@@ -117,6 +119,8 @@ def _write_loss(
         above_sum, n_above, n_tied = _sum_above(row_loss_ptr, threshold, n_rows)
         threshold_loss = loss_from_sortable_bits(threshold)
         share = (k - n_above).to(tl.float64)
+        # Rows that do not count hold -inf, too; a row that counts has that loss under a negative weight, and they are no tie.
+        n_tied = tl.minimum(n_tied, n_counted - n_above)
         # With every row selected the threshold may be infinite or 0; 0 * inf must not enter the sum.
         tied_sum = tl.where(share > 0, share * threshold_loss.to(tl.float64), 0.0)
         # Where no row counts, all are "above" a threshold that no row set, and their -inf must not enter the sum either.

@@ -92,6 +92,19 @@ def test_a_nan_is_the_largest(path: Path, options: dict[str, Any]) -> None:
     assert fusedloss.cross_entropy(logits, _zeros(), **options).isnan()
 
 
+@pytest.mark.parametrize("options", [{"reduction": "max"}, {"reduction": "topk", "top_k": 2}], ids=str)
+def test_ignored_rows_do_not_tie_with_minus_infinity(path: Path, options: dict[str, Any]) -> None:
+    """A negative weight makes the infinite loss of an impossible class the least of all, as low as what does not count."""
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]]).repeat(5, 1).requires_grad_()
+    target = torch.tensor([-100, 2, -100, -100, 2])
+    loss = fusedloss.cross_entropy(logits, target, torch.tensor([1.0, 1.0, -1.0]), **options)
+    loss.backward()
+    assert loss.item() == -torch.inf
+    assert logits.grad is not None
+    assert logits.grad[[1, 4], 2].tolist() == [0.5, 0.5]
+    assert (logits.grad[[0, 2, 3]] == 0).all()
+
+
 def test_an_infinite_loss_is_the_largest(path: Path) -> None:
     logits = make_logits(5, 4)
     logits[3, 0] = -torch.inf

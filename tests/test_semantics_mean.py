@@ -48,6 +48,17 @@ def test_07_39_zero_total_weight(cross_entropy: Function) -> None:
     assert gradient.isnan().all()
 
 
+def test_39_zero_total_weight_with_smoothing(cross_entropy: Function) -> None:
+    """Label smoothing gives a row of weight 0 a positive loss; divided by 0 that is nan, not inf."""
+    for target in (torch.tensor([0]), torch.tensor([0, 1, 0])):
+        logits = make_logits(len(target), 5).requires_grad_()
+        loss = cross_entropy(logits, target, torch.tensor([0.0, 0.0, 0.5, 1.0, 0.5]), label_smoothing=0.3)
+        loss.backward()
+        assert loss.isnan()
+        assert logits.grad is not None
+        assert logits.grad.isnan().all()
+
+
 def test_39_zero_total_weight_of_probabilities(any_cross_entropy: Function) -> None:
     assert any_cross_entropy(make_logits(3, 5), make_probabilities(3, 5), torch.zeros(5)).item() == 0
 

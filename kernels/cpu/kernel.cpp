@@ -167,7 +167,9 @@ int64_t forward(const Problem& problem) {
     for (int64_t c = 0; c < problem.n_cols; ++c) weight_total += double(static_cast<const A*>(problem.weight)[c]);
   }
   advise_fresh_gradient(problem);
-  const double denominator = problem.reduction == kMean ? targets.weight : 1;
+  double denominator = problem.reduction == kMean ? targets.weight : 1;
+  // As in PyTorch: no row counts, or only rows of weight 0, whose loss label smoothing may make positive.
+  if (denominator == 0) denominator = std::nan("");
   const double coefficient = problem.scale / denominator;
   A* saved = static_cast<A*>(problem.saved);
   saved[0] = A(coefficient);
@@ -183,7 +185,6 @@ int64_t forward(const Problem& problem) {
   double total = 0;
   for (int64_t chunk = 0; chunk < chunks.n; ++chunk) total += sums[chunk];
   const bool selects = problem.reduction == kMax || problem.reduction == kTopK;
-  // 0 / 0 is nan where no row counts, as in PyTorch.
   store_loss(problem, selects ? select_rows<A>(problem, targets.n_counted) : problem.scale * (total / denominator));
   return 0;
 }
