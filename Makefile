@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check sanitize bench report experiments
+.PHONY: help setup train test test-all test-clients check fuzz sanitize accuracy bench report experiments
 
 help:
 	@echo "make setup     create $(VENV) and install fusedloss with what the other targets need"
@@ -14,6 +14,7 @@ help:
 	@echo "make test      the test suite: the part under Triton's interpreter, then the rest"
 	@echo "make test-all  the same with the whole sweep"
 	@echo "make check     lint, format and type checks"
+	@echo "make fuzz      100,000 random problems against float64, and 1,000 under the interpreter (options: N=5000 SEED=1)"
 	@echo "make sanitize  random problems for the CPU kernel under AddressSanitizer and UBSan (options: ARGS=5000)"
 	@echo "make report    what the kernels compile to on GPUs that are not here: benchmarks/KERNELS.md"
 	@echo "make bench     time the loss on this machine against PyTorch's"
@@ -42,6 +43,14 @@ check: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+SEED := $(or $(SEED),$(shell date +%s))
+N    ?= 100000
+
+fuzz: $(READY)
+	@echo "make fuzz N=$(N) SEED=$(SEED)"
+	FUSEDLOSS_FUZZ=$(N) $(PY) -m pytest tests/test_fuzz.py -m "not interpreter" --hypothesis-seed=$(SEED) $(ARGS)
+	TRITON_INTERPRET=1 FUSEDLOSS_FUZZ=$(N) $(PY) -m pytest tests/test_fuzz.py -m interpreter --hypothesis-seed=$(SEED) $(ARGS)
 
 # -O0: with optimisation GCC takes minutes to instrument the templates.
 SANITIZE := -std=c++17 -O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-psabi

@@ -1,0 +1,142 @@
+"""The loss and its gradient by their formulas, in float64, without cancellation: what random problems are measured against.
+
+For a row x with target coefficients a_c, of an index t (1 - eps) w_t [c = t] + eps/C w_c, of probabilities q
+w_c ((1 - eps) q_c + eps/C):
+
+    nll_c = (m - x_c) + log1p(sum_{j != argmax} exp(x_j - m))        loss = sum_c a_c nll_c
+    dloss/dx_c = (A - a_c) p_c - a_c (1 - p_c)                        A = sum_c a_c
+
+autograd of float64's log_softmax would lose what lies below 1e-16: the loss of logits [40, 0], the gradient of a sure row.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Exact(NamedTuple):
+    loss: Tensor
+    gradient: Tensor  # of the logits' shape
+    unknown: Tensor  # elements of the gradient that are 0 times NaN
+    terms: float  # the largest a_c of the gradient, where A p_c - a_c is a difference: not for an index without smoothing
+    ambiguous: bool  # rounding decides which rows "max" or "topk" selects
+
+
+def exact_loss_and_gradient(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    top_k: int | float | None,
+    scale: float,
+    dloss: Tensor,  # 0-d, or one per row
+    resolution: float,  # losses of rows that lie closer, relative to the largest, may be sorted otherwise
+) -> Exact:
+    """`fusedloss.cross_entropy` and its gradient for the upstream gradient `dloss`."""
+    n_classes = logits.shape[min(1, logits.dim() - 1)]
+    x = _rows(logits, n_classes)
+    w = weight.double() if weight is not None else torch.ones(n_classes, dtype=torch.float64)
+    nll, p, not_p = _statistics(x)
+    if target.shape == logits.shape:
+        counted = torch.ones(len(x), dtype=torch.bool)
+        q = _rows(target, n_classes) * (1 - label_smoothing) + label_smoothing / n_classes
+        a = w * q
+        rows = (a * nll).sum(1)
+        row_weights = torch.ones(len(x), dtype=torch.float64)
+    else:
+        flat = target.reshape(-1).long()
+        counted = flat != ignore_index
+        t = flat.masked_fill(~counted, 0)[:, None]
+        a = torch.zeros_like(x).scatter_(1, t, (1 - label_smoothing) * w[t])
+        rows = (1 - label_smoothing) * (w[t] * nll.gather(1, t))[:, 0]
+        if label_smoothing > 0:
+            a = a + label_smoothing / n_classes * w
+            rows = rows + label_smoothing / n_classes * (w * nll).sum(1)
+        row_weights = w[t[:, 0]]
+    rows = rows.where(counted, 0)
+    row_weights = row_weights.where(counted, 0)
+    gradient = (a.sum(1, keepdim=True) - a) * p - a * not_p
+    loss, factors, ambiguous = _reduce(rows, counted, row_weights, torch.cat([x, a], 1), reduction, top_k, resolution)
+    factors = factors * scale * (dloss.double().reshape(-1))
+    terms = a * factors[:, None] if label_smoothing > 0 or target.shape == logits.shape else torch.zeros(())
+    terms = terms[terms.isfinite()].abs()
+    unknown = gradient.isnan() & (counted & (factors == 0))[:, None]
+    gradient = (factors[:, None] * gradient).where((counted & (factors != 0))[:, None], 0)
+    loss = loss * scale
+    if reduction == "none":
+        loss = loss.reshape((*logits.shape[:1], *logits.shape[2:]) if logits.dim() > 1 else ())
+    return Exact(loss, _like(gradient, logits), _like(unknown, logits), float(terms.max()) if terms.numel() else 0.0, ambiguous)
+
+
+def _rows(tensor: Tensor, n_classes: int) -> Tensor:
+    tensor = tensor.detach().double()
+    return (tensor.movedim(1, -1) if tensor.dim() > 1 else tensor).reshape(-1, n_classes)
+
+
+def _like(rows: Tensor, logits: Tensor) -> Tensor:
+    """(n_rows, n_cols) as the logits have it."""
+    if logits.dim() == 1:
+        return rows.reshape(logits.shape)
+    return rows.reshape(logits.shape[0], *logits.shape[2:], logits.shape[1]).movedim(-1, 1)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-log p, p and 1 - p of every class, (n_rows, n_cols)."""
+    m, at = x.max(1, keepdim=True)
+    e = (x - m).exp()
+    e = e.where(m < torch.inf, torch.nan)  # +inf: NaN, as PyTorch has it
+    others = e.scatter(1, at, 0)
+    rest = others.sum(1, keepdim=True)
+    nll = (m - x) + rest.log1p()
+    not_p = ((1 + rest) - e).scatter(1, at, rest) / (1 + rest)
+    return nll, e / (1 + rest), not_p
+
+
+def _reduce(
+    rows: Tensor,
+    counted: Tensor,
+    row_weights: Tensor,
+    identity: Tensor,  # (n_rows, ...): rows that agree in it are copies of each other
+    reduction: str,
+    top_k: int | float | None,
+    resolution: float,
+) -> tuple[Tensor, Tensor, bool]:
+    """The loss before scale, the factor of every row's gradient, and whether rounding decides which rows are selected."""
+    if reduction == "none":
+        return rows, torch.ones_like(rows), False
+    if reduction == "sum":
+        return rows.sum(), torch.ones_like(rows), False
+    if reduction == "mean":
+        denominator = row_weights.sum()
+        denominator = denominator.where(denominator != 0, torch.nan)
+        return rows.sum() / denominator, (1 / denominator).expand(len(rows)), False
+    n_counted = int(counted.sum())
+    if n_counted == 0:
+        return torch.tensor(torch.nan, dtype=torch.float64), torch.zeros_like(rows), False
+    k = _selected(n_counted, reduction, top_k)
+    order = counted.nonzero()[:, 0]
+    last = int(order[rows[order].argsort(descending=True)[k - 1]])  # NaN is the largest, beyond infinity
+    if rows[last].isnan():
+        tied, above = rows.isnan() & counted, torch.zeros_like(counted)
+    else:
+        tied, above = counted & (rows == rows[last]), counted & ((rows > rows[last]) | rows.isnan())
+    margin = resolution * rows.where(rows.isfinite(), 0).abs().max() + torch.finfo(torch.float32).smallest_normal
+    near = tied | (counted & ((rows - rows[last]).abs() <= margin))
+    if rows[last].isfinite() and (identity[near] == identity[last]).all():  # copies of one row tie, whatever float64 rounded
+        tied, above, ambiguous = near, above & ~near, False
+    else:
+        ambiguous = bool(rows[last].isfinite()) and int((above | near).sum()) != k
+    share = (k - int(above.sum())) / int(tied.sum())  # tensors of integers would divide in float32
+    loss = (rows.where(above, 0).sum() + share * rows.where(tied, 0).sum()) / k
+    return loss, (above.double() + tied * share) / k, ambiguous
+
+
+def _selected(n_counted: int, reduction: str, top_k: int | float | None) -> int:
+    if reduction == "max":
+        return 1
+    assert top_k is not None
+    return max(1, int(top_k * n_counted + 0.5)) if isinstance(top_k, float) else min(top_k, n_counted)

@@ -1,0 +1,104 @@
+"""Random problems on every path against float64: 2,000 in CI, 100,000 by `make fuzz`."""
+
+import os
+
+import pytest
+import torch
+from budget import assert_within_budget
+from conftest import AUTO, GPU, INTERPRETER, REFERENCE, Path, entered
+from exact import exact_loss_and_gradient
+from hypothesis import HealthCheck, given, settings
+from oracle import torch_loss
+from random_problems import Problem, problems
+
+import fusedloss
+
+ASKED = int(os.environ.get("FUSEDLOSS_FUZZ", "0"))  # problems in the main process; `make fuzz` sets it
+
+# In units of the result's last place. float32 and float64 results are as coarse as the arithmetic behind them: sums of a row,
+# exp of a difference.
+ROUNDINGS = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 4, torch.float64: 4}
+
+
+def _settings(examples: int) -> settings:
+    """The same problems on every run in CI; others for every --hypothesis-seed in `make fuzz`."""
+    return settings(
+        max_examples=examples,
+        derandomize=not ASKED,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+
+
+def _check(problem: Problem, path: Path) -> None:
+    __tracebackhide__ = True
+    logits, target, weight, options = problem.logits, problem.target, problem.weight, problem.options
+    dtype = torch.promote_types(logits.dtype, target.dtype) if target.is_floating_point() else logits.dtype
+    exact = exact_loss_and_gradient(
+        logits,
+        target,
+        weight,
+        **{**options, "scale": float(options["scale"])},
+        dloss=problem.dloss,
+        resolution=1e-12 if dtype == torch.float64 else 1e-4,
+    )
+    if not (_settled(exact.loss, dtype) and _settled(exact.gradient, logits.dtype)):
+        return
+    before = logits.clone()
+    ours = _on(path.device, logits).requires_grad_()
+    theirs = logits.detach().clone().requires_grad_()
+    weight_there = weight.to(path.device) if weight is not None else None
+    backend = fusedloss.plan(ours, _on(path.device, target), weight_there, **options).backend
+    loss = fusedloss.cross_entropy(ours, _on(path.device, target), weight_there, **options)
+    # PyTorch takes uint8, but not with weight and label smoothing together.
+    torchs = torch_loss(theirs, target if target.is_floating_point() else target.long(), weight, **options).to(dtype)
+    assert_within_budget(loss, torchs, exact.loss, "loss", ROUNDINGS[dtype])
+    assert torch.equal(ours.detach().cpu().nan_to_num(), before.nan_to_num()), "the logits were changed"
+    if exact.ambiguous:
+        return
+    (gradient,) = torch.autograd.grad(loss, ours, problem.dloss.to(loss))
+    (torch_gradient,) = torch.autograd.grad(torchs, theirs, problem.dloss.to(torchs))
+    gradient = gradient.cpu()
+    if options["reduction"] in ("sum", "mean") or backend == "reference":  # 0 times NaN, where the kernels do not look
+        gradient = gradient.where(~(exact.unknown & gradient.isnan()), 0)
+    assert_within_budget(gradient, torch_gradient, exact.gradient, "gradient", ROUNDINGS[logits.dtype], exact.terms)
+
+
+def _on(device: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with the same strides."""
+    if device == "cpu":
+        return tensor.detach()
+    memory = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    return memory.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _settled(exact: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Nothing so near the largest number of the dtype that rounding decides between it and infinity."""
+    nearness = exact.abs() / torch.finfo(dtype).max
+    return not ((nearness > 0.99) & (nearness < 1.01)).any()
+
+
+@pytest.mark.parametrize("path", [AUTO, REFERENCE, GPU])
+def test_random_problems(path: Path) -> None:
+    total = ASKED or 2000
+
+    @_settings(total - total // 4 if path.backend == "auto" else total // 4)
+    @given(problem=problems(probabilities=True, max_elements=4096))
+    def run(problem: Problem) -> None:
+        with entered(path):
+            _check(problem, path)
+
+    run()
+
+
+@pytest.mark.parametrize("path", [INTERPRETER])
+def test_random_problems_under_the_interpreter(path: Path) -> None:
+    @_settings(ASKED // 100 or 150)
+    @given(problem=problems(probabilities=False, max_elements=1100))
+    def run(problem: Problem) -> None:
+        with entered(path):
+            _check(problem, path)
+
+    run()
