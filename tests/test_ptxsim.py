@@ -41,11 +41,21 @@ def emulated(**options: Any) -> Iterator[Any]:
         assert (launch.shared_races, launch.global_races, launch.uninit_shared_reads) == (0, 0, 0), launch
 
 
-# n_cols 10: tiles; 1000: one row a program, whole 16-byte groups; 1001, 50257: ragged rows, the latter longer than a block.
+# n_cols 10: tiles; 1000: one row a program, whole 16-byte groups; 1001, 50257: ragged rows, the latter in 13 blocks; 70001: more
+# than the registers hold.
 # n_rows 37 leaves the last tile ragged, 700 x 10 needs the ticket.
 @pytest.mark.parametrize(
     ("n_rows", "n_cols", "dtype"),
-    [(37, 10, FP32), (700, 10, FP32), (700, 10, BF16), (9, 1000, BF16), (9, 1001, BF16), (5, 1003, FP64), (5, 50257, BF16)],
+    [
+        (37, 10, FP32),
+        (700, 10, FP32),
+        (700, 10, BF16),
+        (9, 1000, BF16),
+        (9, 1001, BF16),
+        (5, 1003, FP64),
+        (5, 50257, BF16),
+        (3, 70001, BF16),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("order", ["in-order", 1, 2], ids=lambda order: f"order {order}")
