@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all test-clients check fuzz sanitize accuracy bench report experiments
+.PHONY: help setup train test test-all test-clients check fuzz sanitize accuracy bench report gpu experiments
 
 help:
 	@echo "make setup     create $(VENV) and install fusedloss with what the other targets need"
@@ -17,7 +17,8 @@ help:
 	@echo "make fuzz      100,000 random problems against float64, and 1,000 under the interpreter (options: N=5000 SEED=1)"
 	@echo "make sanitize  random problems for the CPU kernel under AddressSanitizer and UBSan (options: ARGS=5000)"
 	@echo "make report    what the kernels compile to on GPUs that are not here: benchmarks/KERNELS.md"
-	@echo "make bench     time the loss on this machine against PyTorch's"
+	@echo "make bench     time the loss on this machine against PyTorch's, on the GPU where there is one"
+	@echo "make gpu       all that needs a GPU, in under 8 minutes: tests, benchmarks, compute-sanitizer: benchmarks/RESULTS.md"
 	@echo "make experiments  mean or sum? measured anew, with plots: benchmarks/EXPERIMENTS.md (options: ARGS='--only scaling')"
 
 # Remade when the metadata change; a virtual environment that is there and up to date costs nothing.
@@ -69,9 +70,16 @@ sanitize: build/sanitize/fuzz
 report: $(READY)
 	$(PY) benchmarks/kernel_report.py $(ARGS)
 
+HAS_GPU = $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
+
 bench: $(READY)
 	$(PY) benchmarks/bench_loss.py $(ARGS)
 	$(PY) benchmarks/bench_cpu.py
+	$(PY) benchmarks/host_overhead.py
+	if $(HAS_GPU); then $(PY) benchmarks/gpu.py --only benchmarks; fi
+
+gpu: $(READY)
+	$(PY) benchmarks/gpu.py
 
 experiments: $(READY)
 	$(PY) benchmarks/experiments.py $(ARGS)
