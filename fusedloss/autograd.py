@@ -30,7 +30,9 @@ def _rows(logits: Tensor) -> Tensor:
 
 def _targets(target: Tensor, logits: Tensor) -> Tensor:
     """Class indices as (n_rows,); probabilities like the logits."""
-    return _rows(target) if target.dim() == logits.dim() else target.reshape(-1)
+    if target.dim() == logits.dim():
+        return _rows(target)
+    return target if target.dim() == 1 else target.reshape(-1)
 
 
 def _loss_shape(logits: Tensor) -> tuple[int, ...]:
@@ -70,7 +72,10 @@ class CrossEntropyFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(logits, target, weight, scale, saved)
         ctx.options, ctx.out_dtype, ctx.backend = options, out_dtype, backend
-        ctx.dlogits = dlogits.view(logits.shape) if fuses_gradient(backend, options.reduction, logits.dtype) else None
+        if not fuses_gradient(backend, options.reduction, logits.dtype):
+            ctx.dlogits = None
+        else:
+            ctx.dlogits = dlogits if logits.dim() <= 3 else dlogits.view(logits.shape)
         return loss.view(_loss_shape(logits)) if options.reduction == "none" else loss
 
     @staticmethod
