@@ -55,7 +55,7 @@ class _Utils:
         return object(), object(), 0, 0, 1024
 
     @staticmethod
-    def get_device_properties(_: int) -> dict[str, int]:
+    def get_device_properties(_: str) -> dict[str, int]:
         return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
 
 
@@ -69,10 +69,10 @@ class StubDriver:
 
         self.target = GPUTarget("cuda", TARGET, 32)
 
-    def get_current_device(self) -> int:
-        return 0
+    def get_current_device(self) -> str:
+        return "stub"  # the key of Triton's caches: never that of a GPU, whose compiled kernels would really be launched
 
-    def get_current_stream(self, device: int = 0) -> int:
+    def get_current_stream(self, device: str = "stub") -> int:
         return 0
 
     def get_current_target(self) -> Any:
