@@ -160,7 +160,7 @@ def losses(data: Record) -> str:
             if narrow:
                 found.append(f"no store wider than {max(widest(launch['stores']) for launch in narrow)} bytes")
             if record["memory_passes"] > 2:
-                found.append(f"{record['memory_passes']:g} passes over the memory where 2 would do")
+                found.append(f"{record['memory_passes']:.3g} passes over the memory where 2 would do")
             for who in ("eager", "Liger"):
                 theirs, ours = seconds(data, case, target, who), seconds(data, case, target, "ours")
                 if theirs is not None and ours is not None and theirs < ours:
