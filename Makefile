@@ -13,6 +13,7 @@ help:
 	@echo "make train     train the CIFAR-10 classifier with the fused loss (options: ARGS='--epochs 3 --loss torch')"
 	@echo "make test      the test suite: the part under Triton's interpreter, then the rest"
 	@echo "make test-all  the same with the whole sweep"
+	@echo "make test-clients  transformers, timm, Lightning and torchvision with the fused loss; installs them into $(VENV)"
 	@echo "make check     lint, format and type checks"
 	@echo "make fuzz      100,000 random problems against float64, and 1,000 under the interpreter (options: N=5000 SEED=1)"
 	@echo "make sanitize  random problems for the CPU kernel under AddressSanitizer and UBSan (options: ARGS=5000)"
@@ -39,6 +40,10 @@ test: $(READY)
 
 test-all: ARGS += --sweep
 test-all: test
+
+test-clients: $(READY)
+	$(PY) -m pip install --disable-pip-version-check --quiet -e '.[clients]'
+	$(PY) -m pytest tests/test_clients.py $(ARGS)
 
 check: $(READY)
 	$(VENV)/bin/ruff check .

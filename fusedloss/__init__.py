@@ -13,6 +13,7 @@ from fusedloss.backends import backend
 from fusedloss.functional import cross_entropy, plan
 from fusedloss.module import CrossEntropyLoss
 from fusedloss.overwriting import cross_entropy_overwriting_logits
+from fusedloss.patch import patch_torch
 
 __all__ = [
     "CrossEntropyLoss",
@@ -21,5 +22,6 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_overwriting_logits",
     "distributed",
+    "patch_torch",
     "plan",
 ]

@@ -37,9 +37,9 @@ def cross_entropy(
     r"""Softmax cross-entropy of logits, reduced over the batch: scale * reduce_n( -w[y_n] log softmax(x_n)[y_n] ).
 
     The positional parameters are those of `torch.nn.functional.cross_entropy`, with its semantics. Differences, all on
-    purpose: sums are accumulated in float32 or better; an ignored row has gradient 0 even where its logits are NaN; a row
-    whose upstream gradient is 0 likewise; on a GPU a class index out of range makes the loss and that row's gradient NaN
-    instead of stopping the device (set FUSEDLOSS_CHECK_TARGETS=1 for an IndexError, at the price of a synchronisation).
+    purpose: sums are accumulated in float32 or better; an ignored row has gradient 0 even where its logits are NaN; on a
+    GPU a class index out of range makes the loss and that row's gradient NaN instead of stopping the device (set
+    FUSEDLOSS_CHECK_TARGETS=1 for an IndexError, at the price of a synchronisation).
 
     Args:
         input: logits (C,), (N, C) or (N, C, d1, ...); float16, bfloat16, float32 or float64, any strides.

@@ -76,8 +76,6 @@ double select_rows(const Problem& problem, int64_t n_counted) {
       if (row_key == key && is_counted(problem, row)) threshold = double(losses[row]), ++n_tied;
     }
     share = double(k - n_above);
-    // Rows that do not count hold -inf, too: where a negative weight makes that the loss of a row that counts, they are no tie.
-    if (n_tied > n_counted - n_above) n_tied = n_counted - n_above;
   }
   saved[0] = A(problem.scale / double(k));
   saved[1] = A(problem.scale * (share / (double(n_tied) * double(k))));
