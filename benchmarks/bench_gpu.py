@@ -215,9 +215,15 @@ def test_loss(benchmark: Any, case: Case, copy_bandwidth: float) -> None:
         torch.compiler.reset()
         _compiled_for[0] = case[:2]
     problem = Problem(case)
-    for _ in range(2):  # compilers, allocator
-        problem.prepare()
-        problem.call()
+    try:
+        for _ in range(2):  # compilers, allocator
+            problem.prepare()
+            problem.call()
+        TIMER.clock.wait()
+    except Exception as error:
+        if case.implementation not in peers.installed():
+            raise
+        pytest.skip(f"{case.implementation} does not serve it: {type(error).__name__}")
     problem.prepare()
     estimate = TIMER.clock.run(problem.call)
     rounds = min(max(int(SECONDS_PER_CALL / max(estimate, 1e-9)), ROUNDS[0]), ROUNDS[1])

@@ -64,7 +64,7 @@ def tests() -> dict[str, Any]:
 def sanitizer(tool: str) -> dict[str, Any]:
     path = shutil.which("compute-sanitizer")
     if path is None:
-        return {"outcome": "left out: compute-sanitizer is not installed", "seconds": 0.0, "failed": False}
+        return {"outcome": "left out: compute-sanitizer is not installed", "seconds": 0.0, "failed": False, "left_out": []}
     # PyTorch's caching allocator hides accesses past the end of a tensor: without it each tensor is an allocation.
     command = [path, "--tool", tool, "--error-exitcode", "1", *pytest_command("-m", "gpu", "-x", SANITIZED)]
     return stage(tool, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -78,7 +78,9 @@ def stage(name: str, command: list[str], **environment: str) -> dict[str, Any]:
         outcome = f"stopped after {seconds:.0f} s"
     if status != 0:
         print(output[-4000:])
-    return {"outcome": outcome, "seconds": seconds, "failed": status != 0}
+    skipped = re.findall(r"^SKIPPED \[(\d+)\] [^\s:]+(?::\d+)?: (.+)$", output, re.MULTILINE)
+    left_out = [f"{count} x {reason}" for count, reason in skipped if "TRITON_INTERPRET" not in reason]
+    return {"outcome": outcome, "seconds": seconds, "failed": status != 0, "left_out": left_out}
 
 
 def benchmarks(numbers: Path) -> dict[str, Any]:

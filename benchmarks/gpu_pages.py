@@ -31,7 +31,12 @@ def replace(path: Path, content: bytes) -> None:
 def page(data: Record, has_plot: bool) -> str:
     machine = data["machine"]
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
-    stages = "\n".join(f"- {name}: {found['outcome']} ({found['seconds']:.0f} s)" for name, found in data["stages"].items())
+    stages = "\n".join(
+        "\n  - ".join(
+            [f"- {name}: {found['outcome']} ({found['seconds']:.0f} s)", *(f"left out: {x}" for x in found["left_out"])]
+        )
+        for name, found in data["stages"].items()
+    )
     parts = [
         "# Results on a GPU",
         f"Written by `make gpu` on {machine['date']}: {machine['gpu']}, {machine['memory_bytes'] / 2**30:.0f} GiB, "

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import gpu
 import gpu_pages
 
 ROOT = Path(__file__).parent.parent
@@ -115,22 +116,23 @@ def test_the_pages_show_where_others_are_faster(records: list[dict[str, Any]], t
         if record["case"] == ["matrix", "float32", "fusedloss", "both"]:
             record["device_us"] *= 4
         record["host_us"] = 10.0
-    stages = {"tests": {"outcome": "3 passed", "seconds": 1.0, "failed": False}}
+    stages = {"tests": {"outcome": "3 passed", "seconds": 1.0, "failed": False, "left_out": ["2 x one GPU"]}}
     gpu_pages.write({"machine": MACHINE, "stages": stages, "benchmarks": slower}, tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
     ahead = "eager 0.25, torch.compile 0.25, Liger 0.25"
     assert f"- Forward + backward, matrix, 70 x 3, float32: device time in ours: {ahead}." in text
     assert text.count("device time in ours") == 1
     assert "a stub" in text
-    assert "tests: 3 passed (1 s)" in text
+    assert "- tests: 3 passed (1 s)\n  - left out: 2 x one GPU" in text
     assert "| matrix, 70 x 3, float32 | 8,000.0 (10), 82 %" in text
     assert (tmp_path / "results" / "gpu.png").stat().st_size < 100_000
     assert json.loads((tmp_path / "results" / "gpu.json").read_text())["benchmarks"] == slower
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["RESULTS.md", "gpu.json", "gpu.png", "results"]
 
 
-def test_a_run_without_benchmarks_says_what_was_left_out(tmp_path: Path) -> None:
-    stages = {"memcheck": {"outcome": "left out: compute-sanitizer is not installed", "seconds": 0.0, "failed": False}}
+def test_a_run_without_benchmarks_says_what_was_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.shutil, "which", lambda _: None)
+    stages = {"memcheck": gpu.sanitizer("memcheck")}
     gpu_pages.write({"machine": MACHINE, "stages": stages, "benchmarks": []}, tmp_path)
     assert "memcheck: left out: compute-sanitizer is not installed" in (tmp_path / "RESULTS.md").read_text()
 
@@ -145,13 +147,40 @@ def test_without_a_gpu_one_line_and_status_2(tmp_path: Path) -> None:
 
 
 def test_stages_fit_eight_minutes_and_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu
-
     assert sum(gpu.SECONDS.values()) < 8 * 60
     monkeypatch.setitem(gpu.SECONDS, "tests", 0.2)
     found = gpu.stage("tests", [sys.executable, "-c", "import time; print('1 passed', flush=True); time.sleep(60)"])
     assert found["failed"]
     assert found["outcome"].startswith("stopped after")
     monkeypatch.setitem(gpu.SECONDS, "tests", 30)
-    found = gpu.stage("tests", [sys.executable, "-c", "print('2 passed, 1 skipped in 3.0s')"])
-    assert (found["outcome"], found["failed"]) == ("2 passed, 1 skipped in 3.0s", False)
+    output = "SKIPPED [4] tests/test_gpu.py:195: fewer than two GPUs\n2 passed, 4 skipped in 3.0s"
+    found = gpu.stage("tests", [sys.executable, "-c", f"print({output!r})"])
+    assert (found["outcome"], found["failed"]) == ("2 passed, 4 skipped in 3.0s", False)
+    assert found["left_out"] == ["4 x fewer than two GPUs"]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_all_stages_in_turn(records: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: bool) -> None:
+    """gpu.py itself, with stages that only pretend to run."""
+    ran = []
+
+    def stage(name: str, command: list[str], **environment: str) -> dict[str, Any]:
+        ran.append(name)
+        for option in command:
+            if option.startswith("--benchmark-json="):  # as pytest-benchmark does, a case that was skipped among them
+                entries = [{"extra_info": record} for record in records] + [{"extra_info": {}}]
+                Path(option.partition("=")[2]).write_text(json.dumps({"benchmarks": entries, "machine_info": "secret"}))
+        return {"outcome": "1 passed", "seconds": 1.0, "failed": failed and name == "tests", "left_out": []}
+
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "machine", lambda: MACHINE)
+    monkeypatch.setattr(gpu, "stage", stage)
+    monkeypatch.setattr(gpu.shutil, "which", lambda _: "a sanitizer")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    assert stopped.value.code == int(failed)
+    assert ran == ["tests", "benchmarks", "memcheck", "racecheck"]
+    assert "a stub" in (tmp_path / "RESULTS.md").read_text()
+    assert json.loads((tmp_path / "results" / "gpu.json").read_text())["benchmarks"] == records
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["gpu.json", "gpu.png"]
