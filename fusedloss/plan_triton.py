@@ -23,7 +23,7 @@ ROW_BLOCK = 8192
 # Blackwell, and label smoothing's weights are under way at the same time as the row.
 FUSED_ROW_BLOCK = 4096
 FUSED_LOOP_COLS = 16384  # of the columns that do not fit, at a time
-FUSED_LOOP_BLOCKS = 1  # whose registers the loop over them takes
+FUSED_LOOP_BYTES = 32768  # of a row of which nothing fits, at a time
 FUSED_ROW_BLOCKS = {2: 13, 4: 8, 8: 2}  # by bytes of a logit; float64 takes two registers, and the code for its exp many more
 FUSED_ROW_BLOCKS_BLACKWELL = {2: 9, 4: 8, 8: 2}
 FUSED_ROW_BLOCKS_SMOOTHING = {2: 2, 4: 2, 8: 0}
@@ -128,13 +128,13 @@ def fused_tile(g: Geometry, grad: Geometry, itemsize: int, smoothing: bool, devi
         block_cols = min(_next_power_of_2(g.n_cols), FUSED_ROW_BLOCK)
         n_blocks = -(-g.n_cols // block_cols)
         fitting = _fused_row_blocks(itemsize, smoothing, device)
-        resident = n_blocks if n_blocks <= fitting else max(0, fitting - FUSED_LOOP_BLOCKS)
-        if resident == 0:
-            loop_cols, num_warps = _row_block(g.n_cols, itemsize, device)
-        else:
-            loop_cols = FUSED_LOOP_COLS if resident < n_blocks else 0
+        if n_blocks <= fitting:
             threads = min(512, n_blocks * block_cols * itemsize // (ACCESSES_PER_THREAD * VECTOR_BYTES))
-            num_warps = _warps(_next_power_of_2(threads), device)
+            resident, loop_cols, num_warps = n_blocks, 0, _warps(_next_power_of_2(threads), device)
+        elif smoothing or itemsize == 8:
+            resident, loop_cols, num_warps = 0, min(ROW_BLOCK, FUSED_LOOP_BYTES // itemsize), _warps(512, device)
+        else:
+            resident, loop_cols, num_warps = fitting - _loop_blocks(device), FUSED_LOOP_COLS, _warps(512, device)
         return Tile("fused_row_kernel", 1, block_cols, num_warps, max(1, g.n_rows), True, resident, loop_cols)
     return _shared_tile("fused_tile_kernel", g, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
 
@@ -159,6 +159,11 @@ def _fused_row_blocks(itemsize: int, smoothing: bool, device: DeviceFacts) -> in
     if smoothing:
         return FUSED_ROW_BLOCKS_SMOOTHING[itemsize]
     return (FUSED_ROW_BLOCKS if device.capability < (10, 0) else FUSED_ROW_BLOCKS_BLACKWELL)[itemsize]
+
+
+def _loop_blocks(device: DeviceFacts) -> int:
+    """Blocks whose registers the loop over the rest of a row takes."""
+    return 2 if device.capability < (9, 0) else 1
 
 
 def _warps(threads: int, device: DeviceFacts) -> int:
