@@ -18,6 +18,7 @@ help:
 	@echo "make fuzz      100,000 random problems against float64, and 1,000 under the interpreter (options: N=5000 SEED=1)"
 	@echo "make sanitize  random problems for the CPU kernel under AddressSanitizer and UBSan (options: ARGS=5000)"
 	@echo "make report    what the kernels compile to on GPUs that are not here: benchmarks/KERNELS.md"
+	@echo "make accuracy  hard cases against 50 digits, ours and PyTorch's: benchmarks/ACCURACY.md"
 	@echo "make bench     time the loss on this machine against PyTorch's, on the GPU where there is one"
 	@echo "make gpu       all that needs a GPU, in under 8 minutes: tests, benchmarks, compute-sanitizer: benchmarks/RESULTS.md"
 	@echo "make experiments  mean or sum? measured anew, with plots: benchmarks/EXPERIMENTS.md (options: ARGS='--only scaling')"
@@ -76,6 +77,9 @@ report: $(READY)
 	$(PY) benchmarks/kernel_report.py $(ARGS)
 
 HAS_GPU = $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
+
+accuracy: $(READY)
+	$(PY) benchmarks/accuracy.py $(ARGS)
 
 bench: $(READY)
 	$(PY) benchmarks/bench_loss.py $(ARGS)

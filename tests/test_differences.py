@@ -36,6 +36,15 @@ def test_half_precision_mean_of_many_rows(any_path: Path) -> None:
     assert F.cross_entropy(logits.cpu(), target.cpu()).isinf()
 
 
+def test_bytes_with_weight_and_smoothing(path: Path) -> None:
+    """PyTorch takes each of the two with uint8 class indices, but not both."""
+    logits, target, weight = make_logits(3, 5), torch.tensor([1, 4, 2]), torch.tensor([0.5, 1.0, 2.0, 1.0, 0.25])
+    expected = fusedloss.cross_entropy(logits, target, weight, label_smoothing=0.1)
+    assert fusedloss.cross_entropy(logits, target.to(torch.uint8), weight, label_smoothing=0.1).item() == expected.item()
+    with pytest.raises(RuntimeError, match="gather"):
+        F.cross_entropy(logits.cpu(), target.to(torch.uint8).cpu(), weight.cpu(), label_smoothing=0.1)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("n_cols", [5, 600])
 @pytest.mark.parametrize("bad", [-1, 10**6, 2**62, -(2**63)])
