@@ -98,7 +98,7 @@ def _forward_impl(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(reduction, ignore_index, label_smoothing, top_k, top_k_fraction, scale_factor)
-    return _BACKENDS[backend].forward(logits, target, weight, scale, options, out_dtype, needs_grad)
+    return _BACKENDS[backend].forward(logits, target, weight, scale, options, out_dtype, needs_grad, keeps_workspace=False)
 
 
 def _backward_impl(

@@ -87,6 +87,7 @@ def forward(
     options: Options,
     out_dtype: torch.dtype,
     needs_grad: bool,
+    keeps_workspace: bool = True,  # there is none here
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every row's loss, their reduction and, where the plan fuses, the gradient for an upstream gradient of 1."""
     loss, saved, dlogits = allocate_forward(logits, options.reduction, out_dtype, needs_grad, "cpu")

@@ -31,11 +31,12 @@ def forward(
     options: Options,
     out_dtype: torch.dtype,
     needs_grad: bool,
+    keeps_workspace: bool = True,  # between calls; not where a compiled graph owns the memory
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch: every row's loss, and their reduction. The fused strategy writes the gradient in the same launch."""
     loss, saved, dlogits = allocate_forward(logits, options.reduction, out_dtype, needs_grad, "triton")
     if needs_grad and fuses_gradient("triton", options.reduction, logits.dtype):
-        _fused(loss, saved, dlogits, logits, target, weight, scale, options)
+        _fused(loss, saved, dlogits, logits, target, weight, scale, options, keeps_workspace)
         return loss, saved, dlogits
     (g,) = geometries(logits)
     itemsize = logits.element_size()
@@ -44,7 +45,7 @@ def forward(
     arguments: dict[str, Any] = {
         "loss_ptr": loss,
         "saved_ptr": saved,
-        **_workspace(n_partials, saved),
+        **_workspace(n_partials, saved, keeps_workspace),
         "logits_ptr": logits,
         "target_ptr": target.contiguous(),
         "weight_ptr": weight.contiguous() if weight is not None else None,
@@ -90,6 +91,7 @@ def _fused(
     weight: Tensor | None,
     scale: Tensor | None,
     options: Options,
+    keeps_workspace: bool,
 ) -> None:
     """One launch, or two for a mean over several programs: the first counts, as no gradient can be written before."""
     g, out = geometries(logits, dlogits)
@@ -109,12 +111,12 @@ def _fused(
     }
     if options.reduction == "mean" and tile.n_programs > 1:
         first = denominator_tile(g.n_rows, facts)
-        workspace = _workspace(first.n_programs, saved)
+        workspace = _workspace(first.n_programs, saved, keeps_workspace)
         counting = {**counted, **workspace, "BLOCK_ROWS": first.block_rows, "num_warps": first.num_warps}
         _launch(first.kernel, first.n_programs, logits.device, counting)
     arguments: dict[str, Any] = {
         **counted,
-        **_workspace(tile.n_programs, saved),
+        **_workspace(tile.n_programs, saved, keeps_workspace),
         "dlogits_ptr": dlogits,
         "logits_ptr": logits,
         "smoothing_bits": _bits(options.label_smoothing),
@@ -183,11 +185,11 @@ def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
     _launch(tile.kernel, tile.n_programs, dlogits.device, arguments)
 
 
-def _workspace(n_programs: int, saved: Tensor) -> dict[str, Tensor | None]:
+def _workspace(n_programs: int, saved: Tensor, keeps_workspace: bool) -> dict[str, Tensor | None]:
     """What a reduction over several programs needs besides its outputs."""
     if n_programs == 1:
         return {"partial_ptr": None, "ticket_ptr": None}
-    return {"partial_ptr": saved.new_empty((2, n_programs)), "ticket_ptr": _ticket(saved.device)}
+    return {"partial_ptr": saved.new_empty((2, n_programs)), "ticket_ptr": _ticket(saved.device, keeps_workspace)}
 
 
 def _layout_with_gradient(tile: Tile, g: Geometry, out: Geometry, itemsize: int) -> dict[str, Any]:
@@ -259,15 +261,19 @@ def _bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
-def _ticket(device: torch.device) -> Tensor:
+def _ticket(device: torch.device, keeps_workspace: bool) -> Tensor:
     """The counter by which the last program of a launch knows itself: int32 zero, and zero again after every launch.
 
-    It belongs to one stream, on which launches follow each other. A CUDA graph gets one of its own, zeroed by a node of
-    the graph: its replays may run beside anything else.
+    It belongs to one stream, on which launches follow each other. A CUDA graph gets one of its own, zeroed by a node of the
+    graph: its replays may run beside anything else. So does a compiled graph, which may own the pool of all memory that is
+    allocated while it runs (CUDA graph trees), and would find ours still alive.
     """
     if device.type != "cuda":
         return torch.zeros((), dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
+    if device.index != torch.cuda.current_device():  # whose stream the next question is about
+        with torch.cuda.device(device):
+            return _ticket(device, keeps_workspace)
+    if not keeps_workspace or torch.cuda.is_current_stream_capturing():
         return torch.zeros((), dtype=torch.int32, device=device)
     return _stream_ticket(device, torch.cuda.current_stream(device).cuda_stream)
 
