@@ -1,0 +1,165 @@
+"""Threads, worker processes, and offsets beyond 2**31 elements."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from compiled import TARGETS, compile_for, launches, report
+from conftest import CPU, GPU, REFERENCE, Path, entered
+from problems import make_logits, make_target, make_weight
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import fusedloss
+
+FAR = 2**31  # elements; a signed 32-bit offset ends one before
+
+
+@pytest.mark.parametrize("path", [REFERENCE, CPU, GPU])  # Triton's interpreter itself keeps one grid per process
+@pytest.mark.parametrize("reduction", ["none", "mean", "topk"])
+def test_eight_threads_at_once(path: Path, reduction: str) -> None:
+    """Each with its own tensors, to the last bit what one thread computes."""
+    options = {"reduction": reduction, "top_k": 0.3 if reduction == "topk" else None, "label_smoothing": 0.1}
+    with entered(path):
+        problems = [(make_logits(33, 100 + n, seed=n), make_target(33, n_classes=100, ignored=-100, seed=n)) for n in range(8)]
+    gradients: list[list[Tensor]] = [[] for _ in problems]
+    barrier = threading.Barrier(8)
+
+    def step(logits: Tensor, target: Tensor) -> Tensor:
+        leaf = logits.detach().requires_grad_()
+        fusedloss.cross_entropy(leaf, target, **options).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    def work(n: int) -> None:
+        barrier.wait()
+        gradients[n].extend(step(*problems[n]) for _ in range(25))
+
+    chosen = fusedloss.backend(path.backend) if path.device == "cpu" else fusedloss.backend("auto")
+    with chosen:
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for problem, found in zip(problems, gradients, strict=True):
+            alone = step(*problem)
+            assert len(found) == 25
+            assert all(torch.equal(gradient, alone) for gradient in found)
+            assert alone.abs().max() > 0
+
+
+class Losses(Dataset[float]):
+    """What a worker computes for a sample: loss and gradient of a batch, as for hard example mining."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, n: int) -> float:
+        logits = make_logits(64, 1000, seed=n).requires_grad_()
+        loss = fusedloss.cross_entropy(logits, make_target(64, n_classes=1000, seed=n))
+        loss.backward()
+        assert logits.grad is not None
+        return loss.item() + logits.grad.abs().sum().item()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12 on, at every fork
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader(two_threads: None, method: str) -> None:
+    """After the parent has used its OpenMP threads, which a fork does not copy."""
+    here = [Losses()[n] for n in range(4)]
+    loader = DataLoader(Losses(), batch_size=1, num_workers=1, multiprocessing_context=method, timeout=60)
+    assert [batch.item() for batch in loader] == pytest.approx(here, rel=1e-6)
+
+
+def _memory(n_elements: int) -> Tensor:
+    """bf16 that is never touched but at the places in question: pages that nobody writes cost nothing."""
+    try:
+        return torch.empty(n_elements, dtype=torch.bfloat16)
+    except RuntimeError as error:
+        pytest.skip(f"no address space: {error}")
+
+
+def _strided(values: Tensor, strides: tuple[int, ...]) -> Tensor:
+    span = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True))
+    far = _memory(span).as_strided(values.shape, strides)
+    far.copy_(values)
+    return far
+
+
+# Logits and, where the kernel says so, their gradient lie so far apart that the last offset passes 2**31.
+LAYOUTS = {
+    "shared tile": ((3, 10), (FAR // 2 + 16, 1)),
+    "a program per row": ((3, 600), (FAR // 2 + 16, 1)),
+    "ragged rows": ((3, 601), (FAR // 2 + 3, 1)),
+    "pixels": ((2, 5, 7), (FAR + 8, 8, 1)),
+    "classes far apart": ((7, 3), (1, FAR // 2 + 8)),
+}
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_offsets_beyond_int32(path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, reduction: str) -> None:
+    shape, strides = LAYOUTS[layout]
+    if path.device != "cpu":
+        pytest.skip("memory that is not touched is free on the CPU only")
+    near = make_logits(*shape, dtype=torch.bfloat16)
+    target = make_target(shape[0], *shape[2:], n_classes=shape[1], ignored=-100)
+    expected = near.clone().requires_grad_()
+    loss = fusedloss.cross_entropy(expected, target, reduction=reduction)
+    loss.sum().backward()
+
+    for module in ("outputs", "triton", "cpu"):
+        monkeypatch.setattr(
+            f"fusedloss.backends.{module}.allocate_gradient", lambda logits: _strided(torch.zeros(shape), strides)
+        )
+    far = _strided(near, strides).requires_grad_()
+    found = fusedloss.cross_entropy(far, target, reduction=reduction)
+    (gradient,) = torch.autograd.grad(found.sum(), far)
+    torch.testing.assert_close(found, loss, rtol=0, atol=0)
+    assert expected.grad is not None
+    assert path.backend == "reference" or gradient.stride() == strides
+    torch.testing.assert_close(gradient, expected.grad, rtol=2**-7, atol=0)  # another tile may sum in another order
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_wide_strides_compile(monkeypatch: pytest.MonkeyPatch, target: str, layout: str) -> None:
+    """Triton specialises on arguments of 64 bits; nothing spills because of them."""
+    assert target in TARGETS
+    shape, strides = LAYOUTS[layout]
+
+    def call() -> Tensor:
+        classes = torch.zeros(shape[:1] + shape[2:], dtype=torch.long)
+        return fusedloss.cross_entropy(
+            _strided(torch.zeros(shape), strides).requires_grad_(), classes, make_weight(shape[1]).bfloat16()
+        )
+
+    for launch in launches(monkeypatch, target, call):
+        assert report(compile_for(launch, target), target).spills == 0
+
+
+def test_plan_of_more_than_two_to_the_31_logits() -> None:
+    n_rows, n_cols = 70_000, 50_257
+    logits: Any = torch.empty(n_rows, n_cols, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    assert logits.numel() > FAR
+    with fusedloss.backend("triton"):
+        plan = fusedloss.plan(logits, torch.empty(n_rows, dtype=torch.long, device="meta"))
+        one_pixel_each = torch.empty(n_rows, 4, 100, 100, dtype=torch.bfloat16, device="meta")
+        pixels = fusedloss.plan(one_pixel_each, torch.empty(n_rows, 100, 100, dtype=torch.long, device="meta"))
+    assert plan.write_bytes == 2 * n_rows * n_cols
+    assert plan.forward is not None
+    assert plan.forward.n_programs == n_rows
+    assert pixels.forward is not None
+    assert pixels.forward.n_programs * pixels.forward.block_rows >= n_rows * 100 * 100
+    assert pixels.forward.n_programs < FAR  # the grid of a launch
