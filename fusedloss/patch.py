@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import _reduction as _Reduction  # noqa: F401  TorchScript compiles the wrapped function with this file's names
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusedloss import functional, reference
@@ -26,9 +27,9 @@ def patch_torch() -> ExitStack:
 
     Reached is whatever looks the function up when it is called: `F.cross_entropy(...)`, and `torch.nn.CrossEntropyLoss`, whose
     forward does that, in modules built before, during and after. They stay what they are: a module pickled while patched is a
-    plain `torch.nn.CrossEntropyLoss`. Not reached are a name bound before (`from torch.nn.functional import cross_entropy`),
-    losses written with `log_softmax` or `nll_loss`, tensors whose class overrides the function by `__torch_function__`, and
-    what torch.compile or torch.jit made of a call while the patch was not in force. TorchScript cannot compile the patched one.
+    plain `torch.nn.CrossEntropyLoss`. What torch.compile made of a call it makes anew when the patch comes or goes. Not reached
+    are a name bound before (`from torch.nn.functional import cross_entropy`), losses written with `log_softmax` or `nll_loss`,
+    tensors whose class has a `__torch_function__`, and torch.jit.script, which compiles PyTorch's.
 
     The patch is in force in all threads of this process and in forked ones; a spawned process calls `patch_torch` itself. Blocks
     may nest and overlap: the last to end brings PyTorch's function back. What fusedloss hands to PyTorch goes to the original.

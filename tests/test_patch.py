@@ -223,6 +223,29 @@ def test_under_compile(calls: list[str]) -> None:
     torch.testing.assert_close(leaf.grad, expected.grad)
 
 
+def test_compiled_before(calls: list[str]) -> None:
+    """torch.compile guards the function that it traced."""
+    logits, target = _problem()
+    compiled = torch.compile(lambda x: F.cross_entropy(x, target), backend="aot_eager")
+    compiled(logits)
+    assert calls == []
+    with fusedloss.patch_torch():
+        torch.testing.assert_close(compiled(logits), TORCHS(logits, target))
+        assert calls
+    n_calls = len(calls)
+    torch.testing.assert_close(compiled(logits), TORCHS(logits, target))
+    assert len(calls) == n_calls
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torchscript_compiles_torchs(calls: list[str]) -> None:
+    logits, target = _problem()
+    with fusedloss.patch_torch():
+        scripted = torch.jit.script(nn.CrossEntropyLoss(label_smoothing=0.1))
+        torch.testing.assert_close(scripted(logits, target), TORCHS(logits, target, label_smoothing=0.1))
+    assert calls == []
+
+
 def test_a_patch_for_good_lives_until_the_process_ends() -> None:
     code = (
         "import fusedloss, gc, torch, torch.nn.functional as F; fusedloss.patch_torch(); gc.collect(); "
