@@ -489,7 +489,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.data == "cifar10":
             train_cifar10.choose_data("cifar10", args.data_dir)
         torch.set_num_threads(1)  # the tensors are small: threads would wait for each other, and sums depend on their number
-        torch.backends.cudnn.deterministic = True
+        if device.type == "cuda":  # the flag is global to the process
+            torch.backends.cudnn.deterministic = True
         results = args.out / "results"
         results.mkdir(parents=True, exist_ok=True)
         for name in [] if args.report else [args.only] if args.only else EXPERIMENTS:
