@@ -124,7 +124,8 @@ def backward_tile(g: Geometry, grad: Geometry, itemsize: int, device: DeviceFact
 @lru_cache(maxsize=1024)
 def fused_tile(g: Geometry, grad: Geometry, itemsize: int, smoothing: bool, device: DeviceFacts) -> Tile:
     """Cuts the forward that also writes the gradient."""
-    if _one_program_per_row(g) and _same_alignment(g, grad, itemsize):
+    # The kernel of one program per row masks no row: an empty batch, which still needs a loss, is the tile kernel's.
+    if g.n_rows > 0 and _one_program_per_row(g) and _same_alignment(g, grad, itemsize):
         block_cols = min(_next_power_of_2(g.n_cols), FUSED_ROW_BLOCK)
         n_blocks = -(-g.n_cols // block_cols)
         fitting = _fused_row_blocks(itemsize, smoothing, device)

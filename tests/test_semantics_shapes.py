@@ -65,7 +65,7 @@ def test_04_probabilities_of_the_logits_shape(any_cross_entropy: Function) -> No
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0), (2, 5, 3, 0)])
+@pytest.mark.parametrize("shape", [(0, 5), (0, 1000), (0, 1001), (0, 5, 3), (0, 1000, 3), (2, 5, 0), (2, 1000, 0), (2, 5, 3, 0)])
 def test_05_empty_batch(cross_entropy: Function, shape: tuple[int, ...], smoothing: float) -> None:
     target = torch.zeros(shape[0], *shape[2:], dtype=torch.long)
     for reduction, expected in (("mean", torch.nan), ("sum", 0.0)):
