@@ -82,8 +82,7 @@ accuracy: $(READY)
 	$(PY) benchmarks/accuracy.py $(ARGS)
 
 bench: $(READY)
-	$(PY) benchmarks/bench_loss.py $(ARGS)
-	$(PY) benchmarks/bench_cpu.py
+	$(PY) benchmarks/bench_cpu.py $(ARGS)
 	$(PY) benchmarks/host_overhead.py
 	if $(HAS_GPU); then $(PY) benchmarks/gpu.py --only benchmarks; fi
 
