@@ -322,6 +322,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         yield
+        dist.barrier()  # all leave together: to one that is still busy, a peer that has gone looks like one that died
     except RuntimeError as error:
         if not re.search("gloo|nccl|connection|socket", str(error), re.IGNORECASE):
             raise
@@ -331,7 +332,6 @@ def process_group(device: torch.device) -> Iterator[None]:
             "--resume --out FOLDER goes on from it with any number of processes",
             1,
         ) from None
-    dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -1219,4 +1219,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if "RANK" in os.environ:
+        # All files are closed. The threads of gloo and of torchrun's store are not: torn down with the interpreter, they now and
+        # then abort the process ("terminate called without an active exception"), and torchrun calls a finished run a failure.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
