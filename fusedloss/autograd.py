@@ -72,7 +72,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(logits, target, weight, scale, saved)
         ctx.options, ctx.out_dtype, ctx.backend = options, out_dtype, backend
-        if not fuses_gradient(backend, options.reduction, logits.dtype):
+        if not fuses_gradient(options.reduction, logits.dtype):
             ctx.dlogits = None
         else:
             ctx.dlogits = dlogits if logits.dim() <= 3 else dlogits.view(logits.shape)
@@ -92,7 +92,7 @@ class CrossEntropyFunction(torch.autograd.Function):
                 (dlogits,) = torch.autograd.grad(loss, logits, dloss, create_graph=True)
         else:
             # A fused gradient was rounded before dloss came. So must this one be: two backwards add up to exactly twice one.
-            fused = fuses_gradient(ctx.backend, ctx.options.reduction, logits.dtype)
+            fused = fuses_gradient(ctx.options.reduction, logits.dtype)
             upstream = torch.ones_like(dloss) if fused else dloss
             dlogits = ops.backward(
                 upstream.reshape(-1), _rows(logits), _targets(target, logits), weight, saved, ctx.options, ctx.backend

@@ -146,7 +146,7 @@ def _forward_fake(
     needs_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return allocate_forward(logits, reduction, out_dtype, needs_grad, backend)
+    return allocate_forward(logits, reduction, out_dtype, needs_grad)
 
 
 @torch.library.register_fake("fusedloss::backward")

@@ -48,13 +48,13 @@ def cross_entropy_overwriting_logits(
     if not (isinstance(input, Tensor) and input.requires_grad and torch.is_grad_enabled()):
         return functional.cross_entropy(input, target, weight, **arguments)  # type: ignore[arg-type]
     options = check_options(reduction, ignore_index, label_smoothing, None, scale)
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = functional._autocast(input.device.type)
     check_tensors(input, target, weight, options, autocast)
     out_dtype = functional._out_dtype(input, target, weight, autocast)
     name, reason = functional._choose(input, target, weight, out_dtype)
     if name != "cpu":
         raise RuntimeError(f"only the CPU kernel can overwrite the logits, and here: {reason}")
-    if not fuses_gradient(name, options.reduction, input.dtype):
+    if not fuses_gradient(options.reduction, input.dtype):
         raise RuntimeError(f"reduction {reduction!r} on {input.dtype} has no gradient yet when the forward has read the logits")
     if torch.compiler.is_compiling():
         raise RuntimeError("torch.compile cannot trace a forward that overwrites its input")

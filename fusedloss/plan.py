@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 ROW_REDUCTIONS = ("max", "topk")  # reductions that select rows by their loss
-FUSED_BACKENDS = ("cpu", "triton")  # backends whose forward can write the gradient as well
 
 
 class Options(NamedTuple):
@@ -79,13 +78,13 @@ class Plan:
         return "\n".join(lines)
 
 
-def fuses_gradient(backend: str, reduction: str, dtype: torch.dtype) -> bool:
+def fuses_gradient(reduction: str, dtype: torch.dtype) -> bool:
     """Whether the forward writes the gradient while it has the row at hand: the fused strategy, else recompute.
 
     "none", "max" and "topk" know a row's coefficient only after the forward. A gradient rounded to float16 before GradScaler's
     factor arrives underflows: p / N below 6e-8 would be 0.
     """
-    return backend in FUSED_BACKENDS and reduction in ("sum", "mean") and dtype != torch.float16
+    return reduction in ("sum", "mean") and dtype != torch.float16
 
 
 def spatial_dims_collapse(logits: torch.Tensor) -> bool:

@@ -61,6 +61,6 @@ def cpu_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool) ->
     )
     if not needs_grad:
         return plan
-    if fuses_gradient("cpu", options.reduction, logits.dtype):
+    if fuses_gradient(options.reduction, logits.dtype):
         return replace(plan, strategy="fused", write_bytes=one_pass)
     return replace(plan, strategy="recompute", read_bytes=2 * one_pass, write_bytes=one_pass, launches=2)

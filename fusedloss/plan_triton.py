@@ -136,7 +136,7 @@ def fused_tile(g: Geometry, grad: Geometry, itemsize: int, smoothing: bool, devi
             resident, loop_cols, num_warps = 0, min(ROW_BLOCK, FUSED_LOOP_BYTES // itemsize), _warps(512, device)
         else:
             resident, loop_cols, num_warps = fitting - _loop_blocks(device), FUSED_LOOP_COLS, _warps(512, device)
-        return Tile("fused_row_kernel", 1, block_cols, num_warps, max(1, g.n_rows), True, resident, loop_cols)
+        return Tile("fused_row_kernel", 1, block_cols, num_warps, g.n_rows, True, resident, loop_cols)
     return _shared_tile("fused_tile_kernel", g, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
 
 
@@ -191,25 +191,23 @@ def _row_block(n_cols: int, itemsize: int, device: DeviceFacts) -> tuple[int, in
 
 def _shared_tile(kernel: str, g: Geometry, itemsize: int, max_elements: int, device: DeviceFacts) -> Tile:
     cols = _next_power_of_2(g.n_cols)
+    # The recompute forward keeps each row's statistics in every thread that shares the row, and would spill.
+    per_thread = TILE_ELEMENTS_PER_THREAD // 2 if kernel == "forward_tile_kernel" else TILE_ELEMENTS_PER_THREAD
     if g.rows_contiguous:
         vector = g.vector(itemsize)
         block_rows = min(_next_power_of_2(g.n_inner), SPATIAL_WARPS * device.warp_size * vector)
         block_cols = min(cols, SPATIAL_ELEMENTS_PER_THREAD // vector)
-        n_programs = max(1, g.n_outer * -(-g.n_inner // block_rows))
-        num_warps = _warps(block_rows // vector, device)
-        n_blocks = 1 if block_cols >= g.n_cols else 0
-        return Tile(kernel, block_rows, block_cols, num_warps, n_programs, rowwise=False, n_blocks=n_blocks)
-    if _next_power_of_2(g.n_rows) * cols <= max_elements:
+        threads = block_rows // vector
+    elif _next_power_of_2(g.n_rows) * cols <= max_elements:
         block_rows, block_cols = _next_power_of_2(g.n_inner), cols
+        threads = block_rows * block_cols // per_thread
     else:
         block_cols = min(cols, TILE_ELEMENTS)
         block_rows = min(TILE_ELEMENTS // block_cols, _next_power_of_2(g.n_inner))
-    n_programs = g.n_outer * -(-g.n_inner // block_rows)
-    # The recompute forward keeps each row's statistics in every thread that shares the row, and would spill.
-    per_thread = TILE_ELEMENTS_PER_THREAD // 2 if kernel == "forward_tile_kernel" else TILE_ELEMENTS_PER_THREAD
-    num_warps = _warps(block_rows * block_cols // per_thread, device)
+        threads = block_rows * block_cols // per_thread
+    n_programs = max(1, g.n_outer * -(-g.n_inner // block_rows))
     n_blocks = 1 if block_cols >= g.n_cols else 0
-    return Tile(kernel, block_rows, block_cols, num_warps, max(1, n_programs), rowwise=False, n_blocks=n_blocks)
+    return Tile(kernel, block_rows, block_cols, _warps(threads, device), n_programs, rowwise=False, n_blocks=n_blocks)
 
 
 def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool, device: DeviceFacts) -> Plan:
@@ -222,7 +220,7 @@ def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool,
     if not needs_grad:
         tile = forward_tile(g, itemsize, device)
         return Plan("triton", reason, "forward only", tile, None, copies, read_bytes=one_pass, write_bytes=0, launches=1)
-    if fuses_gradient("triton", options.reduction, logits.dtype):
+    if fuses_gradient(options.reduction, logits.dtype):
         tile = fused_tile(g, gradient, itemsize, options.label_smoothing > 0, device)
         counts = options.reduction == "mean" and tile.n_programs > 1
         return Plan(

@@ -90,7 +90,7 @@ def forward(
     keeps_workspace: bool = True,  # there is none here
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every row's loss, their reduction and, where the plan fuses, the gradient for an upstream gradient of 1."""
-    loss, saved, dlogits = allocate_forward(logits, options.reduction, out_dtype, needs_grad, "cpu")
+    loss, saved, dlogits = allocate_forward(logits, options.reduction, out_dtype, needs_grad)
     if scale is not None:
         options = options._replace(scale=options.scale * scale.item())
     gradient = dlogits if dlogits.dim() == logits.dim() else None
@@ -107,7 +107,7 @@ def forward_overwriting(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The loss; the gradient takes the place of the logits."""
-    loss, saved, _ = allocate_forward(logits, options.reduction, out_dtype, False, "cpu")
+    loss, saved, _ = allocate_forward(logits, options.reduction, out_dtype, False)
     if scale is not None:
         options = options._replace(scale=options.scale * scale.item())
     _forward(loss, saved, logits, logits, target, weight, options, False)

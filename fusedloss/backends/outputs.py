@@ -13,7 +13,6 @@ def allocate_forward(
     reduction: str,
     out_dtype: torch.dtype,
     needs_grad: bool,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward's outputs: loss; `saved` in the dtype of accumulation; dlogits, (0,) where the strategy is not fused."""
     n_rows = logits.shape[0] * logits.shape[2:].numel()
@@ -21,7 +20,7 @@ def allocate_forward(
     keeps_rows = needs_grad or reduction in ROW_REDUCTIONS
     loss = logits.new_empty((n_rows,) if reduction == "none" else (), dtype=out_dtype)
     saved = logits.new_empty((STATE + 3 * n_rows if keeps_rows else STATE,), dtype=accumulate)
-    if needs_grad and fuses_gradient(backend, reduction, logits.dtype):
+    if needs_grad and fuses_gradient(reduction, logits.dtype):
         return loss, saved, allocate_gradient(logits)
     return loss, saved, logits.new_empty((0,))
 

@@ -34,8 +34,8 @@ def forward(
     keeps_workspace: bool = True,  # between calls; not where a compiled graph owns the memory
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch: every row's loss, and their reduction. The fused strategy writes the gradient in the same launch."""
-    loss, saved, dlogits = allocate_forward(logits, options.reduction, out_dtype, needs_grad, "triton")
-    if needs_grad and fuses_gradient("triton", options.reduction, logits.dtype):
+    loss, saved, dlogits = allocate_forward(logits, options.reduction, out_dtype, needs_grad)
+    if needs_grad and fuses_gradient(options.reduction, logits.dtype):
         _fused(loss, saved, dlogits, logits, target, weight, scale, options, keeps_workspace)
         return loss, saved, dlogits
     (g,) = geometries(logits)
