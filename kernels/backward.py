@@ -113,6 +113,14 @@ def backward_tile_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def minus_smoothing(dlogits, smooth_factor, weight_ptr, cols, mask):
+    """dlogits_c - s_c."""
+    if weight_ptr is not None:
+        return dlogits - smooth_factor * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(dlogits.dtype)
+    return dlogits - smooth_factor
+
+
 @triton.jit(do_not_specialize=["smoothing_bits", "ignore_index"])
 def backward_row_kernel(
     dlogits_ptr,  # (n_rows, n_cols), classes contiguous
@@ -167,20 +175,14 @@ def backward_row_kernel(
     x = tl.load(main_ptr + cols, mask=in_main & read, other=0.0).to(dtype)
     dlogits = tl.exp(x - row_max) * p_factor
     if HAS_SMOOTHING:
-        if weight_ptr is not None:
-            dlogits -= smooth_factor * tl.load(weight_ptr + head + cols, mask=in_main, other=0.0).to(dtype)
-        else:
-            dlogits -= smooth_factor
+        dlogits = minus_smoothing(dlogits, smooth_factor, weight_ptr, head + cols, in_main)
     tl.store(dlogits_main_ptr + cols, dlogits, mask=in_main)
     if HAS_EDGES and block == 0:
         edge_cols, in_edge = edge_columns(head, n_main, n_cols, VECTOR)
         edge_x = tl.load(logits_ptr + row_start + edge_cols, mask=in_edge & read, other=0.0).to(dtype)
         edge_dlogits = tl.exp(edge_x - row_max) * p_factor
         if HAS_SMOOTHING:
-            if weight_ptr is not None:
-                edge_dlogits -= smooth_factor * tl.load(weight_ptr + edge_cols, mask=in_edge, other=0.0).to(dtype)
-            else:
-                edge_dlogits -= smooth_factor
+            edge_dlogits = minus_smoothing(edge_dlogits, smooth_factor, weight_ptr, edge_cols, in_edge)
         tl.store(dlogits_ptr + dlogits_row_start + edge_cols, edge_dlogits, mask=in_edge)
 
     # The target's own gradient is stored last, by the program that has stored its neighbours: comparing every column with the
@@ -189,9 +191,6 @@ def backward_row_kernel(
     in_block = (col >= block * BLOCK_COLS) & (col < tl.minimum((block + 1) * BLOCK_COLS, n_main))
     in_edges = (block == 0) & ((col < 0) | (col >= n_main))
     if HAS_SMOOTHING:
-        if weight_ptr is not None:
-            at_target -= smooth_factor * tl.load(weight_ptr + target, mask=read, other=0.0).to(dtype)
-        else:
-            at_target -= smooth_factor
+        at_target = minus_smoothing(at_target, smooth_factor, weight_ptr, target, read)
     tl.debug_barrier()  # another thread stored this element with the others of its group
     tl.store(dlogits_ptr + dlogits_row_start + target, at_target, mask=read & (in_block | in_edges))

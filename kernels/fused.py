@@ -15,7 +15,7 @@ denominator_kernel, a launch of its own over the targets alone, leaves the coeff
 
 import triton
 import triton.language as tl
-from fusedloss.kernels.backward import store_tile
+from fusedloss.kernels.backward import minus_smoothing, store_tile
 from fusedloss.kernels.forward import absorb, absorb_tile, aligned_columns, edge_columns
 from fusedloss.kernels.reduction import reduce_batch
 from fusedloss.kernels.rowwise import (
@@ -317,14 +317,14 @@ def fused_row_kernel(
     if HAS_EDGES:
         edge_dlogits = tl.exp(edge_x - finite) * p_factor
         if HAS_SMOOTHING:
-            edge_dlogits = _minus_smoothing(edge_dlogits, smooth_factor, weight_ptr, edge_cols, in_edge)
+            edge_dlogits = minus_smoothing(edge_dlogits, smooth_factor, weight_ptr, edge_cols, in_edge)
         tl.store(dlogits_row_ptr + edge_cols, edge_dlogits, mask=in_edge)
     if N_BLOCKS > 0:
         for i in tl.static_range(N_BLOCKS):
             group = i * BLOCK_COLS + lane
             dlogits = exps[i] * p_factor
             if HAS_SMOOTHING:
-                dlogits = _minus_smoothing(dlogits, smooth_factor, weight_ptr, head + group, group < n_main)
+                dlogits = minus_smoothing(dlogits, smooth_factor, weight_ptr, head + group, group < n_main)
             tl.store(dlogits_main_ptr + group, dlogits, mask=group < n_main)
     if LOOP_COLS > 0:
         for start in range(RESIDENT, n_main, LOOP_COLS):
@@ -333,11 +333,11 @@ def fused_row_kernel(
             x_again = tl.load(main_ptr + again, mask=in_row & valid, other=float("-inf"), eviction_policy="evict_first").to(dtype)
             dlogits_again = tl.exp(x_again - finite) * p_factor
             if HAS_SMOOTHING:
-                dlogits_again = _minus_smoothing(dlogits_again, smooth_factor, weight_ptr, head + again, in_row)
+                dlogits_again = minus_smoothing(dlogits_again, smooth_factor, weight_ptr, head + again, in_row)
             tl.store(dlogits_main_ptr + again, dlogits_again, mask=in_row, eviction_policy="evict_first")
     # The target's own gradient is stored last: comparing every column with the target would cost two instructions per logit.
     if HAS_SMOOTHING:
-        at_target = _minus_smoothing(at_target, smooth_factor, weight_ptr, target, valid)
+        at_target = minus_smoothing(at_target, smooth_factor, weight_ptr, target, valid)
     tl.debug_barrier()  # another thread stored this element with the others of its group
     tl.store(dlogits_row_ptr + target, at_target, mask=valid)
 
@@ -345,14 +345,6 @@ def fused_row_kernel(
         loss_ptr, saved_ptr, partial_ptr, ticket_ptr, loss, target_weight, scale, 0, n_rows,
         REDUCTION, False, ticket_ptr is None, ticket_ptr is None or REDUCTION == "sum",
     )  # fmt: skip
-
-
-@triton.jit
-def _minus_smoothing(dlogits, smooth_factor, weight_ptr, cols, mask):
-    """dlogits_c - s_c."""
-    if weight_ptr is not None:
-        return dlogits - smooth_factor * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(dlogits.dtype)
-    return dlogits - smooth_factor
 
 
 @triton.jit
