@@ -394,6 +394,14 @@ def _what_warm_up_changes(records: list[Record]) -> str:
 # -------------------------------------------------------------------------------------------------------------- remarks
 
 
+def axes_of_k(axes: Any, ks: list[Any], label: str) -> None:
+    axes.set_xscale("log", base=2)
+    powers_of_two(axes.xaxis, ks)
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
 def draw_remark1(figure: Any, records: list[Record]) -> None:
     figure.set_size_inches(9, 3.4)
     left, right = figure.subplots(1, 2)
@@ -408,11 +416,7 @@ def draw_remark1(figure: Any, records: list[Record]) -> None:
     right.set(ylabel="|weights - those of rate x k| / |those|", title="Distance to rate x k")
     right.set_yscale("symlog", linthresh=1e-8)
     for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        powers_of_two(axes.xaxis, ks)
-        axes.set_xlabel("k")
-        axes.grid(alpha=0.3)
-        axes.legend()
+        axes_of_k(axes, ks, "k")
 
 
 def tell_remark1(records: list[Record]) -> list[str]:
@@ -446,11 +450,7 @@ def draw_remark3(figure: Any, records: list[Record]) -> None:
     left.set_yscale("symlog", linthresh=1e-8)
     right.set(ylabel="test accuracy (%)", title="Trained with equal counts, rate times k")
     for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        powers_of_two(axes.xaxis, ks)
-        axes.set_xlabel("workers k")
-        axes.grid(alpha=0.3)
-        axes.legend()
+        axes_of_k(axes, ks, "workers k")
 
 
 def tell_remark3(records: list[Record]) -> list[str]:
