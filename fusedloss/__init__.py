@@ -14,9 +14,11 @@ from fusedloss.functional import cross_entropy, plan
 from fusedloss.module import CrossEntropyLoss
 from fusedloss.overwriting import cross_entropy_overwriting_logits
 from fusedloss.patch import patch_torch
+from fusedloss.stats import LossStats
 
 __all__ = [
     "CrossEntropyLoss",
+    "LossStats",
     "__version__",
     "backend",
     "cross_entropy",

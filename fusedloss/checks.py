@@ -2,7 +2,8 @@
 
 import math
 import operator
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,19 +38,50 @@ def autocast_dtype(dtype: torch.dtype, autocast: bool) -> torch.dtype:
 
 
 def check_options(
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    top_k: int | float | None = None,
+    scale: float | Tensor = 1.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    lam: float | Tensor = 1.0,
+    return_stats: bool = False,
+) -> Options:
+    """Raises on options that no tensor could make right. Tensors for scale and lam stay with the caller, and are 1.0 here."""
+    if reduction == "elementwise_mean":
+        _reduction.get_enum(reduction)  # warns
+        reduction = "mean"
+    if isinstance(scale, Tensor):
+        if scale.dim() != 0 or not scale.is_floating_point():
+            raise ValueError(
+                f"scale must be a number or a 0-d floating point tensor, but got shape {list(scale.shape)}, {scale.dtype}"
+            )
+        scale = 1.0
+    if isinstance(label_smoothing, Tensor):
+        label_smoothing = _float("label_smoothing", label_smoothing)
+    if isinstance(lam, Tensor):
+        lam = 1.0
+    options = _options.__wrapped__ if torch.compiler.is_compiling() else _options  # Dynamo traces no cache
+    return options(reduction, ignore_index, label_smoothing, top_k, scale, z_loss, logit_scale, softcap, lam, return_stats)
+
+
+@lru_cache(maxsize=256, typed=True)  # typed: True is no ignore_index, but equal to 1
+def _options(
     reduction: str,
     ignore_index: int,
     label_smoothing: float,
     top_k: int | float | None,
-    scale: float | Tensor,
+    scale: float,
+    z_loss: float,
+    logit_scale: float,
+    softcap: float | None,
+    lam: float,
+    return_stats: bool,
 ) -> Options:
-    """Raises on options that no tensor could make right; a scale tensor is left to the caller and stands as 1.0 here."""
     if reduction not in ("mean", "sum", "none", *ROW_REDUCTIONS):
-        if reduction == "elementwise_mean":
-            _reduction.get_enum(reduction)  # warns
-            reduction = "mean"
-        else:
-            raise ValueError(f"{reduction} is not a valid value for reduction")
+        raise ValueError(f"{reduction} is not a valid value for reduction")
     if type(ignore_index) is not int:
         ignore_index = _index("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
@@ -57,16 +89,22 @@ def check_options(
     if type(label_smoothing) is not float:
         label_smoothing = _float("label_smoothing", label_smoothing)
     k, fraction = _check_top_k(reduction, top_k)
-    if isinstance(scale, Tensor):
-        if scale.dim() != 0 or not scale.is_floating_point():
-            raise ValueError(
-                f"scale must be a number or a 0-d floating point tensor, but got shape {list(scale.shape)}, {scale.dtype}"
-            )
-        scale = 1.0
-    elif type(scale) is not float:
+    if type(scale) is not float:
         scale = _float("scale", scale)
+    z_loss, logit_scale = _finite("z_loss", z_loss), _finite("logit_scale", logit_scale)
+    if softcap is None:
+        softcap = 0.0
+    elif not _finite("softcap", softcap) > 0:
+        raise ValueError(f"softcap must be positive, but got {softcap}")
+    if type(lam) is not float:
+        lam = _float("lam", lam)
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam, the share of the first of two labels, must be in [0, 1], but got {lam}")
     # nan and negative smoothing act as 0, as in PyTorch; more than 1 is an error once the shapes are known.
-    return Options(reduction, ignore_index, label_smoothing if label_smoothing > 0 else 0.0, k, fraction, scale)
+    smoothing = label_smoothing if label_smoothing > 0 else 0.0
+    return Options(
+        reduction, ignore_index, smoothing, k, fraction, scale, z_loss, logit_scale, float(softcap), lam, bool(return_stats)
+    )
 
 
 def _index(name: str, value: Any) -> int:
@@ -81,6 +119,15 @@ def _float(name: str, value: Any) -> float:
     if isinstance(value, (str, bytes, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"cross_entropy(): argument '{name}' must be float, not {type(value).__name__}")
     return float(value)
+
+
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):  # whose gradient would be lost, and which would have to be waited for
+        raise TypeError(f"cross_entropy(): argument '{name}' must be float, not Tensor")
+    number = value if type(value) is float else _float(name, value)
+    if not -math.inf < number < math.inf:  # not math.isfinite: numbers are symbols to a compiler
+        raise ValueError(f"{name} must be finite, but got {number}")
+    return number
 
 
 def _check_top_k(reduction: str, top_k: int | float | None) -> tuple[int, float]:
@@ -100,36 +147,92 @@ def _check_top_k(reduction: str, top_k: int | float | None) -> tuple[int, float]
     return min(k, 2**62), 0.0
 
 
-def check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, options: Options, autocast: bool) -> None:
-    """Raises what PyTorch raises for these shapes and dtypes."""
-    for name, value in (("input", input), ("target", target), ("weight", weight)):
-        if not isinstance(value, Tensor) and not (name == "weight" and value is None):
-            raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(value).__name__}")
-    device = input.device
-    if target.device != device or (weight is not None and weight.device != device):  # a kernel would take any address for its own
-        found = f"target on {target.device}" + (f", weight on {weight.device}" if weight is not None else "")
-        raise RuntimeError(f"Expected all tensors to be on the same device, but got input on {device}, {found}")
-    has_probabilities = input.shape == target.shape
-    if has_probabilities and not target.is_floating_point():
+class Facts(NamedTuple):
+    """What the checks and the choice of path ask of a tensor: all but its values and strides."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    needs_grad: bool
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> "Facts":
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(tensor).__name__}")
+        return cls(tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad and torch.is_grad_enabled())
+
+
+class InputFacts(NamedTuple):
+    """Facts of `plan.Inputs`, but the scale."""
+
+    logits: Facts
+    target: Facts
+    target_b: Facts | None
+    lam: Facts | None
+    weight: Facts | None
+    sample_weight: Facts | None
+
+    @property
+    def has_probabilities(self) -> bool:
+        return self.logits.shape == self.target.shape and self.target_b is None
+
+    @property
+    def n_classes(self) -> int:
+        shape = self.logits.shape
+        return shape[0 if len(shape) == 1 else 1]
+
+
+def check_tensors(facts: InputFacts, options: Options, autocast: bool) -> None:
+    """Raises what PyTorch raises for these shapes and dtypes; then what the extras ask for."""
+    input, target = facts.logits, facts.target
+    if any(other is not None and other.device != input.device for other in facts[1:]):  # a kernel takes any address for its own
+        found = ", ".join(f"{name} on {fact.device}" for name, fact in zip(facts._fields, facts, strict=True) if fact is not None)
+        raise RuntimeError(f"Expected all tensors to be on the same device, but got {found.replace('logits', 'input', 1)}")
+    if facts.has_probabilities and not target.dtype.is_floating_point:
         raise RuntimeError(f"Expected floating point type for target with class probabilities, got {_name(target.dtype)}")
-    if input.dim() == 0:
+    if len(input.shape) == 0:
         raise IndexError(
             "Dimension specified as 1 but tensor has no dimensions: the logits must be (C), (N, C) or (N, C, d1, ...)"
         )
-    n_classes = input.shape[0 if input.dim() == 1 else 1]
-    if has_probabilities:
-        _check_probabilities(input, weight, n_classes, options)
+    if facts.has_probabilities:
+        _check_probabilities(input, facts.weight, facts.n_classes, options)
     else:
-        _check_indices(input, target, weight, n_classes, options, autocast)
+        _check_indices(input, target, facts.weight, facts.n_classes, options, autocast)
+    if facts.target_b is not None:
+        _check_second_label(target, facts.target_b)
+    rows = input.shape[:1] + input.shape[2:] if len(input.shape) > 1 else torch.Size()
+    for name, value in (("lam", facts.lam), ("sample_weight", facts.sample_weight)):
+        if value is not None:
+            _check_row_values(name, value, rows)
 
 
-def _check_input_dtype(input: Tensor) -> None:
+def _check_second_label(target: Facts, target_b: Facts) -> None:
+    if target_b.shape != target.shape or target_b.dtype != target.dtype:
+        raise RuntimeError(
+            f"two labels must agree in shape and dtype, but got {list(target.shape)}, {_name(target.dtype)} and "
+            f"{list(target_b.shape)}, {_name(target_b.dtype)}"
+        )
+
+
+def _check_row_values(name: str, value: Facts, rows: torch.Size) -> None:
+    if not value.dtype.is_floating_point:
+        raise RuntimeError(f"expected floating point type for {name}, got {_name(value.dtype)}")
+    one_row = len(rows) == 0 and value.shape == (1,)
+    broadcasts = name == "lam" and len(value.shape) == 0
+    if not (value.shape == rows or value.shape == rows[:1] or one_row or broadcasts):
+        per_example = f" or one per example, {list(rows[:1])}" if len(rows) > 1 else ""
+        raise ValueError(
+            f"{name} must have one value per row, shape {list(rows)}{per_example}, but got shape {list(value.shape)}"
+        )
+
+
+def _check_input_dtype(input: Facts) -> None:
     if input.dtype not in _FLOATING:
         raise NotImplementedError(f"\"cross_entropy\" not implemented for '{_name(input.dtype)}'")
 
 
-def _check_weight(weight: Tensor | None, n_classes: int) -> None:
-    if weight is not None and (weight.dim() != 1 or weight.shape[0] != n_classes):
+def _check_weight(weight: Facts | None, n_classes: int) -> None:
+    if weight is not None and (len(weight.shape) != 1 or weight.shape[0] != n_classes):
         raise RuntimeError(
             f"weight tensor should be defined either for all {n_classes} classes or no classes but got weight tensor of "
             f"shape: {list(weight.shape)}"
@@ -141,7 +244,7 @@ def _check_smoothing(options: Options) -> None:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
 
 
-def _check_probabilities(input: Tensor, weight: Tensor | None, n_classes: int, options: Options) -> None:
+def _check_probabilities(input: Facts, weight: Facts | None, n_classes: int, options: Options) -> None:
     if options.ignore_index >= 0:
         raise RuntimeError(f"ignore_index is not supported for floating point target, but got {options.ignore_index}")
     _check_weight(weight, n_classes)
@@ -149,28 +252,26 @@ def _check_probabilities(input: Tensor, weight: Tensor | None, n_classes: int, o
     _check_input_dtype(input)
 
 
-def _check_indices(
-    input: Tensor, target: Tensor, weight: Tensor | None, n_classes: int, options: Options, autocast: bool
-) -> None:
+def _check_indices(input: Facts, target: Facts, weight: Facts | None, n_classes: int, options: Options, autocast: bool) -> None:
     _check_smoothing(options)
     _check_input_dtype(input)
-    if input.dim() == 1:
-        if target.dim() > 1:
+    if len(input.shape) == 1:
+        if len(target.shape) > 1:
             raise RuntimeError("0D or 1D target tensor expected, multi-target not supported")
-        if target.dim() == 1 and target.shape[0] != 1:
+        if len(target.shape) == 1 and target.shape[0] != 1:
             raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.shape[0]}")
-    elif target.dim() == 0 or input.shape[0] != target.shape[0]:
-        found = target.shape[0] if target.dim() else "none, a 0-d target"
+    elif len(target.shape) == 0 or input.shape[0] != target.shape[0]:
+        found = target.shape[0] if target.shape else "none, a 0-d target"
         raise ValueError(f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({found}).")
-    elif input.dim() == 2 and target.dim() != 1:
+    elif len(input.shape) == 2 and len(target.shape) != 1:
         raise RuntimeError(f"0D or 1D target tensor expected, multi-target not supported: got target size {list(target.shape)}")
-    elif input.dim() > 2 and input.shape[2:] != target.shape[1:]:
+    elif len(input.shape) > 2 and input.shape[2:] != target.shape[1:]:
         expected = [input.shape[0], *input.shape[2:]]
         raise RuntimeError(f"Expected target size {expected}, got {list(target.shape)}")
     if target.dtype != torch.int64:
         if target.dtype != torch.uint8:
             raise RuntimeError(f"expected target dtype to be Long or Byte, but got {_name(target.dtype)}")
-        if input.dim() > 2:
+        if len(input.shape) > 2:
             raise RuntimeError("expected scalar type Long but found Byte")
     _check_weight(weight, n_classes)
     if weight is None:
@@ -179,7 +280,7 @@ def _check_indices(
         dtype, weight_dtype = autocast_dtype(input.dtype, autocast), autocast_dtype(weight.dtype, autocast)
         if weight_dtype != dtype:
             raise RuntimeError(f"expected scalar type {_name(dtype)} but found {_name(weight_dtype)}")
-    if weight.requires_grad and torch.is_grad_enabled():
+    if weight.needs_grad:
         raise RuntimeError(
             "The function 'cross_entropy' is not differentiable with respect to argument 'weight' for class index "
             "targets. This input cannot have requires_grad True."

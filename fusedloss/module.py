@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from fusedloss.functional import cross_entropy
 
+_EXTRAS = {"top_k": None, "scale": 1.0, "z_loss": 0.0, "logit_scale": 1.0, "softcap": None, "return_stats": False}
+
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """Softmax cross-entropy between logits and targets, reduced over the batch in the same kernel.
@@ -22,6 +24,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         label_smoothing: in [0, 1].
         top_k: only for "topk": an int, or a fraction of the counted rows as a float.
         scale: factor of the loss and its gradient: a number or a 0-d tensor, which may live on the GPU.
+        z_loss, logit_scale, softcap, return_stats: as for `fusedloss.cross_entropy`.
     """
 
     def __init__(
@@ -35,12 +38,27 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         *,
         top_k: int | float | None = None,
         scale: float | Tensor = 1.0,
+        z_loss: float = 0.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        return_stats: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.top_k = top_k
         self.scale = scale
+        self.z_loss = z_loss
+        self.logit_scale = logit_scale
+        self.softcap = softcap
+        self.return_stats = return_stats
 
-    def forward(self, input: Tensor, target: Tensor, *, scale: float | Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor | tuple[Tensor, Tensor, float | Tensor],
+        *,
+        scale: float | Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Any:
         """Returns the loss of `input` against `target`; `scale` here takes the place of the constructor's."""
         return cross_entropy(
             input,
@@ -51,10 +69,15 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             label_smoothing=self.label_smoothing,
             top_k=self.top_k,
             scale=self.scale if scale is None else scale,
+            sample_weight=sample_weight,
+            z_loss=self.z_loss,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            return_stats=self.return_stats,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A module pickled or copied from nn.CrossEntropyLoss lacks the extras."""
         super().__setstate__(state)
-        self.__dict__.setdefault("top_k", None)
-        self.__dict__.setdefault("scale", 1.0)
+        for name, default in _EXTRAS.items():
+            self.__dict__.setdefault(name, default)

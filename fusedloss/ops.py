@@ -11,10 +11,15 @@ from torch import Tensor
 
 from fusedloss.backends import cpu as cpu_backend
 from fusedloss.backends import triton as triton_backend
-from fusedloss.backends.outputs import allocate_forward, allocate_gradient
-from fusedloss.plan import Options
+from fusedloss.backends.outputs import Outputs, allocate_forward, allocate_gradient
+from fusedloss.plan import Inputs, Options
 
-_OPTIONS = "str reduction, int ignore_index, float label_smoothing, int top_k, float top_k_fraction, float scale_factor"
+_INPUTS = "Tensor logits, Tensor target, Tensor? target_b, Tensor? lam, Tensor? weight, Tensor? sample_weight, Tensor? scale"
+_OPTIONS = (
+    "str reduction, int ignore_index, float label_smoothing, int top_k, float top_k_fraction, float scale_factor, float z_loss, "
+    "float logit_scale, float softcap, float lam_factor, bool return_stats"
+)
+_N_INPUTS, _N_OPTIONS = len(Inputs._fields), len(Options._fields)
 
 _BACKENDS: dict[str, Any] = {"triton": triton_backend, "cpu": cpu_backend}
 
@@ -22,16 +27,14 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("fusedloss", "DEF")
 _library.define(
-    f"forward(Tensor logits, Tensor target, Tensor? weight, Tensor? scale, {_OPTIONS}, ScalarType out_dtype, "
-    "bool needs_grad, str backend) -> (Tensor loss, Tensor saved, Tensor dlogits)"
+    f"forward({_INPUTS}, {_OPTIONS}, ScalarType out_dtype, bool needs_grad, str backend) "
+    "-> (Tensor loss, Tensor saved, Tensor dlogits, Tensor row_stats, Tensor counts)"
 )
-_library.define(
-    f"backward(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor saved, {_OPTIONS}, str backend) -> Tensor"
-)
+_library.define(f"backward(Tensor dloss, {_INPUTS}, Tensor saved, {_OPTIONS}, str backend) -> Tensor")
 _library.define("scale_gradient(Tensor(a!) dlogits, Tensor dloss, str backend) -> ()")
 
 
-def _nobody_watches(tensor: Tensor) -> bool:
+def nobody_watches(tensor: Tensor) -> bool:
     """Whether the dispatcher would do no more than call the implementation: plain tensors, no tracing, no dispatch mode.
 
     Going around it saves about 10 us in a step that takes 70 (128 x 10 logits). Negative views and meta
@@ -45,78 +48,45 @@ def _nobody_watches(tensor: Tensor) -> bool:
     )
 
 
-def forward(
-    logits: Tensor,  # (N, C) or (N, C, S)
-    target: Tensor,  # (n_rows,)
-    weight: Tensor | None,  # (C,)
-    scale: Tensor | None,  # 0-d
-    options: Options,
-    out_dtype: torch.dtype,
-    needs_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the loss, (n_rows,) or 0-d; what `backward` needs; and the gradient for dloss 1, (0,) unless the plan fuses."""
-    if _nobody_watches(logits):
-        return _BACKENDS[backend].forward(logits, target, weight, scale, options, out_dtype, needs_grad)
-    return torch.ops.fusedloss.forward.default(logits, target, weight, scale, *options, out_dtype, needs_grad, backend)
+def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, backend: str) -> Outputs:
+    """The kernels' forward. What the call does not ask for is None, or a tensor of no elements where the dispatcher was asked."""
+    if nobody_watches(inputs.logits):
+        return _BACKENDS[backend].forward(inputs, options, out_dtype, needs_grad)
+    return Outputs(*torch.ops.fusedloss.forward.default(*inputs, *options, out_dtype, needs_grad, backend))
 
 
 def backward(
     dloss: Tensor,  # (n_rows,) or (1,)
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    inputs: Inputs,
     saved: Tensor,
     options: Options,
     backend: str,
 ) -> Tensor:
     """Returns the gradient of the logits, in their dtype, with their strides where they are dense."""
-    return torch.ops.fusedloss.backward.default(dloss, logits, target, weight, saved, *options, backend)
+    return torch.ops.fusedloss.backward.default(dloss, *inputs, saved, *options, backend)
 
 
 def scale_gradient(dlogits: Tensor, dloss: Tensor, backend: str) -> None:  # dloss: 0-d
     """Multiplies a fused gradient by the upstream gradient, in place; where that is 1 the gradient is not touched."""
-    if _nobody_watches(dlogits):
+    if nobody_watches(dlogits):
         _BACKENDS[backend].scale_gradient(dlogits, dloss)
     else:
         torch.ops.fusedloss.scale_gradient.default(dlogits, dloss, backend)
 
 
-def _forward_impl(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    top_k: int,
-    top_k_fraction: float,
-    scale_factor: float,
-    out_dtype: torch.dtype,
-    needs_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = Options(reduction, ignore_index, label_smoothing, top_k, top_k_fraction, scale_factor)
-    return _BACKENDS[backend].forward(logits, target, weight, scale, options, out_dtype, needs_grad, keeps_workspace=False)
+def _forward_impl(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, rest = Inputs(*arguments[:_N_INPUTS]), arguments[_N_INPUTS:]
+    options, (out_dtype, needs_grad, backend) = Options(*rest[:_N_OPTIONS]), rest[_N_OPTIONS:]
+    return _all_tensors(_BACKENDS[backend].forward(inputs, options, out_dtype, needs_grad, keeps_workspace=False))
 
 
-def _backward_impl(
-    dloss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    saved: Tensor,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    top_k: int,
-    top_k_fraction: float,
-    scale_factor: float,
-    backend: str,
-) -> Tensor:
-    options = Options(reduction, ignore_index, label_smoothing, top_k, top_k_fraction, scale_factor)
-    return _BACKENDS[backend].backward(dloss, logits, target, weight, saved, options)
+def _all_tensors(outputs: Outputs) -> tuple[Tensor, ...]:
+    return tuple(outputs.loss.new_empty((0,)) if tensor is None else tensor for tensor in outputs)
+
+
+def _backward_impl(dloss: Tensor, *arguments: Any) -> Tensor:
+    inputs, (saved, *options, backend) = Inputs(*arguments[:_N_INPUTS]), arguments[_N_INPUTS:]
+    return _BACKENDS[backend].backward(dloss, inputs, saved, Options(*options))
 
 
 def _scale_gradient_impl(dlogits: Tensor, dloss: Tensor, backend: str) -> None:
@@ -131,22 +101,10 @@ for _key in ("CUDA", "CPU"):
 
 
 @torch.library.register_fake("fusedloss::forward")
-def _forward_fake(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    top_k: int,
-    top_k_fraction: float,
-    scale_factor: float,
-    out_dtype: torch.dtype,
-    needs_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return allocate_forward(logits, reduction, out_dtype, needs_grad)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, rest = Inputs(*arguments[:_N_INPUTS]), arguments[_N_INPUTS:]
+    options, (out_dtype, needs_grad, _) = Options(*rest[:_N_OPTIONS]), rest[_N_OPTIONS:]
+    return _all_tensors(allocate_forward(inputs, options, out_dtype, needs_grad))
 
 
 @torch.library.register_fake("fusedloss::backward")

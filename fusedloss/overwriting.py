@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fusedloss import functional
-from fusedloss.autograd import _rows, _targets
+from fusedloss.autograd import kernel_inputs
 from fusedloss.backends import cpu
-from fusedloss.checks import check_options, check_tensors
-from fusedloss.plan import fuses_gradient, spatial_dims_collapse
+from fusedloss.checks import check_options
+from fusedloss.plan import Inputs, Options, fuses_gradient, spatial_dims_collapse
 
 
 def cross_entropy_overwriting_logits(
@@ -48,12 +48,11 @@ def cross_entropy_overwriting_logits(
     if not (isinstance(input, Tensor) and input.requires_grad and torch.is_grad_enabled()):
         return functional.cross_entropy(input, target, weight, **arguments)  # type: ignore[arg-type]
     options = check_options(reduction, ignore_index, label_smoothing, None, scale)
-    autocast = functional._autocast(input.device.type)
-    check_tensors(input, target, weight, options, autocast)
-    out_dtype = functional._out_dtype(input, target, weight, autocast)
-    name, reason = functional._choose(input, target, weight, out_dtype)
-    if name != "cpu":
-        raise RuntimeError(f"only the CPU kernel can overwrite the logits, and here: {reason}")
+    scale_tensor = scale.detach().to("cpu") if isinstance(scale, Tensor) else None
+    inputs = Inputs(input, target, weight=weight, scale=scale_tensor)
+    route = functional._route(inputs, options)
+    if route.backend != "cpu":
+        raise RuntimeError(f"only the CPU kernel can overwrite the logits, and here: {route.reason}")
     if not fuses_gradient(options.reduction, input.dtype):
         raise RuntimeError(f"reduction {reduction!r} on {input.dtype} has no gradient yet when the forward has read the logits")
     if torch.compiler.is_compiling():
@@ -64,14 +63,13 @@ def cross_entropy_overwriting_logits(
         raise RuntimeError(
             f"logits of shape {list(input.shape)} and strides {list(input.stride())} cannot be overwritten in place"
         )
-    scale_tensor = scale.detach().to("cpu") if isinstance(scale, Tensor) else None
-    return _Overwriting.apply(input, target, weight, scale_tensor, options, out_dtype)
+    return _Overwriting.apply(input, inputs, options, route.out_dtype)
 
 
 class _Overwriting(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, scale: Any, options: Any, dtype: Any) -> Tensor:
-        loss = cpu.forward_overwriting(_rows(logits), _targets(target, logits), weight, scale, options, dtype)
+    def forward(ctx: Any, logits: Tensor, inputs: Inputs, options: Options, out_dtype: torch.dtype) -> Tensor:
+        loss = cpu.forward_overwriting(kernel_inputs(inputs), options, out_dtype)
         torch.autograd.graph.increment_version(logits)
         ctx.dlogits = logits.detach()
         return loss
@@ -84,4 +82,4 @@ class _Overwriting(torch.autograd.Function):
                 "the logits were overwritten by their gradient: cross_entropy_overwriting_logits has one backward, of first order"
             )
         cpu.scale_gradient(dlogits, dlosses[0])
-        return dlogits, None, None, None, None, None
+        return dlogits, None, None, None

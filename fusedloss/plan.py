@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 ROW_REDUCTIONS = ("max", "topk")  # reductions that select rows by their loss
 
@@ -18,6 +19,33 @@ class Options(NamedTuple):
     top_k: int = 0  # rows averaged by "topk"; 0: top_k_fraction tells
     top_k_fraction: float = 0.0  # of the counted rows, in (0, 1]
     scale: float = 1.0  # factor of the loss and its gradient
+    z_loss: float = 0.0  # factor of the squared log-sum-exp, added to every row's loss
+    logit_scale: float = 1.0  # factor of the logits
+    softcap: float = 0.0  # bound of the logits, softcap * tanh(logits / softcap); 0: none
+    lam: float = 1.0  # share of the first of two labels; Inputs.lam takes its place
+    return_stats: bool = False
+
+    @property
+    def has_extras(self) -> bool:  # until the kernels serve them
+        return self.z_loss != 0 or self.logit_scale != 1 or self.softcap > 0 or self.return_stats
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call: as the caller has them, or as the kernels do (autograd.kernel_inputs)."""
+
+    logits: Tensor  # (N, C, d1, ...); for the kernels (N, C) or (N, C, S)
+    target: (
+        Tensor  # class indices (N, d1, ...), or probabilities of the logits' shape; for the kernels (n_rows,), or as the logits
+    )
+    target_b: Tensor | None = None  # the second of two labels, like target
+    lam: Tensor | None = None  # share of the first of two labels: (N, d1, ...); for the kernels (n_rows,)
+    weight: Tensor | None = None  # (C,), a factor per class
+    sample_weight: Tensor | None = None  # (N, d1, ...), a factor per row; for the kernels (n_rows,)
+    scale: Tensor | None = None  # 0-d, on top of Options.scale
+
+    @property
+    def has_probabilities(self) -> bool:
+        return self.target.dim() == self.logits.dim()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedloss.plan import Options
+from fusedloss.plan import Inputs, Options
+from fusedloss.stats import LossStats
 
 TORCHS = F.cross_entropy  # PyTorch's own, whatever `patch_torch` puts in its place
 
@@ -17,37 +18,52 @@ TORCHS = F.cross_entropy  # PyTorch's own, whatever `patch_torch` puts in its pl
 FRACTION_BITS = 32
 
 
-def cross_entropy(
-    logits: Tensor,  # (N, C) or (N, C, d1, ...)
-    target: Tensor,  # class indices (N,) or (N, d1, ...), or probabilities of the logits' shape
-    weight: Tensor | None,  # (C,)
-    options: Options,
-    scale: Tensor | None,  # 0-d, on top of options.scale
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Returns the loss in out_dtype: 0-d, or the target's (N, d1, ...) for reduction "none"."""
+def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> tuple[Tensor, LossStats | None]:
+    """Returns the loss in out_dtype, 0-d, or (N, d1, ...) for reduction "none"; and its statistics where they are asked for."""
     compute_dtype = torch.promote_types(out_dtype, torch.float32)
-    logits = logits.to(compute_dtype)
-    weight = weight.to(compute_dtype) if weight is not None else None
-    if target.shape == logits.shape:
-        rows = _row_losses(logits, target.to(compute_dtype), weight, options)
+    logits = inputs.logits.to(compute_dtype)
+    weight = inputs.weight.to(compute_dtype) if inputs.weight is not None else None
+    if inputs.has_probabilities:
+        logits = _transformed(logits, options)
+        rows = _row_losses(logits, inputs.target.to(compute_dtype), weight, options)
         counted = torch.ones_like(rows, dtype=torch.bool)
         # Class weights are not in the denominator of the mean. Without a class PyTorch divides by no row.
         row_weights = torch.full_like(rows, min(1, logits.shape[1]))
     else:
-        target = target.to(torch.long)
-        counted = target != options.ignore_index
+        labels = [label.to(torch.long) for label in (inputs.target, inputs.target_b) if label is not None]
+        counted = torch.stack([label != options.ignore_index for label in labels]).all(0)
         # An ignored row has no gradient even where its logits are NaN: 0 * NaN would be NaN.
-        logits = logits.masked_fill(~counted.unsqueeze(1), 0.0)
-        outside = ((target < 0) | (target >= logits.shape[1])) & counted
+        logits = _transformed(logits.masked_fill(~counted.unsqueeze(1), 0.0), options)
+        outside = torch.stack([((label < 0) | (label >= logits.shape[1])) & counted for label in labels]).any(0)
+        labels = [label.masked_fill(~counted, options.ignore_index) for label in labels]  # of two, the other may be the ignored
         if not _raises_index_error(logits.device):  # PyTorch would stop the device: these rows are read as another class
-            target = target.masked_fill(outside, 0 if logits.shape[1] else options.ignore_index)
-        rows = _row_losses(logits, target, weight, options)
+            readable = logits.shape[1] - 1 if options.ignore_index == 0 else 0
+            labels = [label.masked_fill(outside, readable if logits.shape[1] else options.ignore_index) for label in labels]
+        if inputs.target_b is None:
+            rows = _row_losses(logits, labels[0], weight, options)
+            row_weights = _row_weights(logits, labels[0], weight, counted)
+        else:
+            lam = inputs.lam.to(compute_dtype) if inputs.lam is not None else options.lam
+            rows = _two_label_losses(logits, labels[0], labels[1], lam, weight, options)
+            row_weights = counted.to(logits.dtype)  # as for probabilities
         if not _raises_index_error(logits.device):  # and NaN, their gradients too: 1 leaves the others as they are
             rows = rows * torch.where(outside, torch.nan, 1.0)
-        row_weights = _row_weights(logits, target, weight, counted)
-    factor = options.scale if scale is None else options.scale * scale.to(compute_dtype)
-    return (factor * _reduce(rows, counted, row_weights, options)).to(out_dtype)
+    if options.z_loss != 0:
+        rows = rows + torch.where(counted, options.z_loss * logits.logsumexp(1).square(), 0)
+    if inputs.sample_weight is not None:
+        rows = inputs.sample_weight.to(compute_dtype).masked_fill(~counted, 0.0) * rows
+    factor = options.scale if inputs.scale is None else options.scale * inputs.scale.to(compute_dtype)
+    loss = (factor * _reduce(rows, counted, row_weights, options)).to(out_dtype)
+    return loss, _stats(logits.detach(), rows.detach(), counted, inputs, options) if options.return_stats else None
+
+
+def _transformed(logits: Tensor, options: Options) -> Tensor:
+    """The logits scaled, then capped (Gemma 2, arXiv:2408.00118)."""
+    if options.logit_scale != 1:
+        logits = logits * options.logit_scale
+    if options.softcap > 0:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    return logits
 
 
 def _raises_index_error(device: torch.device) -> bool:
@@ -65,10 +81,24 @@ def _row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, options: 
     )
 
 
+def _two_label_losses(
+    logits: Tensor, a: Tensor, b: Tensor, lam: Tensor | float, weight: Tensor | None, options: Options
+) -> Tensor:
+    log_p = logits.log_softmax(1)
+    nll_a, nll_b = (F.nll_loss(log_p, t, weight, reduction="none", ignore_index=options.ignore_index) for t in (a, b))
+    rows = lam * nll_a + (1 - lam) * nll_b
+    if options.label_smoothing > 0:
+        every = log_p if weight is None else log_p * weight.view(-1, *[1] * (log_p.dim() - 2))
+        rows = (1 - options.label_smoothing) * rows - options.label_smoothing / logits.shape[1] * every.sum(1)
+        rows = rows.masked_fill(a == options.ignore_index, 0)
+    return rows
+
+
 def _row_weights(logits: Tensor, target: Tensor, weight: Tensor | None, counted: Tensor) -> Tensor:
     if weight is None:
         return counted.to(logits.dtype)
-    return torch.where(counted, weight.detach()[target.masked_fill(~counted, 0)], 0)
+    inside = counted & (target >= 0) & (target < logits.shape[1])  # elsewhere the loss is NaN, or an IndexError already
+    return torch.where(inside, weight.detach()[target.masked_fill(~inside, 0)], 0)
 
 
 def _reduce(rows: Tensor, counted: Tensor, row_weights: Tensor, options: Options) -> Tensor:
@@ -111,3 +141,44 @@ def rows_to_select(n_counted: Tensor, options: Options) -> Tensor:
     fixed = round(options.top_k_fraction * 2**FRACTION_BITS)
     k = (n_counted * fixed + 2 ** (FRACTION_BITS - 1)) >> FRACTION_BITS
     return torch.minimum(k.clamp(min=1), n_counted)
+
+
+def _stats(logits: Tensor, rows: Tensor, counted: Tensor, inputs: Inputs, options: Options) -> LossStats:
+    if logits.shape[1] == 0:
+        correct = torch.zeros_like(counted)
+    elif inputs.has_probabilities:
+        probabilities = inputs.target.to(logits.dtype)
+        at_largest = probabilities.masked_fill(logits != logits.amax(1, keepdim=True), -torch.inf)
+        correct = (at_largest == probabilities.amax(1, keepdim=True)).any(1)
+    elif inputs.target_b is None:
+        correct = _has_largest(logits, inputs.target, counted)
+    else:
+        lam = inputs.lam if inputs.lam is not None else torch.tensor(options.lam)
+        correct_a = _has_largest(logits, inputs.target, counted)
+        correct_b = _has_largest(logits, inputs.target_b, counted)
+        correct = (correct_a & (lam >= 0.5)) | (correct_b & (lam <= 0.5))
+    return LossStats(
+        lse=torch.where(counted, logits.logsumexp(1), 0),
+        row_loss=rows,
+        n_counted=counted.sum(),
+        n_correct=(counted & correct).sum(),
+        worst=_worst(rows.flatten(), counted.flatten()),
+    )
+
+
+def _has_largest(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    """Whether the row's target has the largest logit; False where the index is out of range."""
+    inside = counted & (target >= 0) & (target < logits.shape[1])
+    x_t = logits.gather(1, target.long().masked_fill(~inside, 0).unsqueeze(1))
+    return inside & (x_t == logits.amax(1, keepdim=True)).squeeze(1)
+
+
+def _worst(rows: Tensor, counted: Tensor) -> Tensor:
+    if rows.numel() == 0:
+        return torch.full((), -1, device=rows.device)
+    order = rows.masked_fill(~counted, -torch.inf)
+    largest = order.max()  # NaN if there is one
+    first = torch.where(
+        counted & ((order == largest) | order.isnan()), torch.arange(len(rows), device=rows.device), len(rows)
+    ).min()
+    return torch.where(first < len(rows), first, -1)

@@ -17,7 +17,8 @@ from problems import make_logits, make_probabilities, make_target, make_weight
 
 import fusedloss
 from fusedloss.backends import cpu
-from fusedloss.plan import Options
+from fusedloss.backends.outputs import Outputs
+from fusedloss.plan import Inputs, Options
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"no C++ kernel: {cpu.MISSING}")
 
@@ -99,15 +100,15 @@ def test_an_index_out_of_range_is_an_error_before_anything_is_written(bad: int) 
     outputs: list[torch.Tensor] = []
     allocate = cpu.allocate_forward
 
-    def remember(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def remember(*arguments: Any) -> Outputs:
         results = allocate(*arguments)
-        outputs.extend(result.fill_(7) for result in results)
+        outputs.extend(result.fill_(7) for result in results if result is not None)
         return results
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "allocate_forward", remember)
         with pytest.raises(IndexError, match=f"Target {bad} is out of bounds."):
-            cpu.forward(logits, target, None, None, Options(), torch.float32, True)
+            cpu.forward(Inputs(logits, target), Options(), torch.float32, True)
     assert [output.numel() for output in outputs] == [1, 4 + 3 * 300, 3000]
     assert all((output == 7).all() for output in outputs)
 
@@ -115,10 +116,11 @@ def test_an_index_out_of_range_is_an_error_before_anything_is_written(bad: int) 
 def test_an_index_that_changed_since_the_forward_is_no_address() -> None:
     logits = make_logits(3, 100).requires_grad_()
     target = make_target(3, n_classes=100)
-    loss, saved, _ = cpu.forward(logits.detach(), target, None, None, Options("sum"), torch.float32, True)
+    inputs = Inputs(logits.detach(), target)
+    outputs = cpu.forward(inputs, Options("sum"), torch.float32, True)
     target[1] = 10**12
-    gradient = cpu.backward(torch.ones(1), logits.detach(), target, None, saved, Options("sum"))
-    assert loss.isfinite()
+    gradient = cpu.backward(torch.ones(1), inputs, outputs.saved, Options("sum"))
+    assert outputs.loss.isfinite()
     assert gradient[1].isnan().all()
     assert gradient[[0, 2]].isfinite().all()
 
@@ -127,8 +129,9 @@ def test_strategies_agree() -> None:
     """Fused and recomputed gradients of the same problem: the same bits where a row is one block of columns."""
     logits, target = make_logits(50, 1000), make_target(50, n_classes=1000, ignored=-100)
     options = Options("mean", label_smoothing=0.1)
-    _, saved, fused = cpu.forward(logits, target, None, None, options, torch.float32, True)
-    assert torch.equal(cpu.backward(torch.ones(1), logits, target, None, saved, options), fused)
+    inputs = Inputs(logits, target)
+    outputs = cpu.forward(inputs, options, torch.float32, True)
+    assert torch.equal(cpu.backward(torch.ones(1), inputs, outputs.saved, options), outputs.dlogits)
 
 
 def test_fused_mode_allocates_one_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +146,7 @@ def test_fused_mode_allocates_one_gradient(monkeypatch: pytest.MonkeyPatch) -> N
             return result
 
     with Record():
-        cpu.forward(logits, target, None, None, Options(), torch.float32, True)
+        cpu.forward(Inputs(logits, target), Options(), torch.float32, True)
     assert sorted(sizes)[-1] == 64 * 1000 * 4
     assert sum(sizes) < 1.05 * 64 * 1000 * 4
 

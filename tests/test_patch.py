@@ -24,13 +24,13 @@ TORCHS = F.cross_entropy
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What reached fusedloss: the reduction of every call."""
     seen: list[str] = []
-    dispatch = functional._dispatch
+    dispatch = functional._call
 
-    def recording(name: str, input: Any, target: Any, weight: Any, options: Any, *rest: Any) -> torch.Tensor:
+    def recording(inputs: Any, options: Any, route: Any) -> Any:
         seen.append(options.reduction)
-        return dispatch(name, input, target, weight, options, *rest)
+        return dispatch(inputs, options, route)
 
-    monkeypatch.setattr(functional, "_dispatch", recording)
+    monkeypatch.setattr(functional, "_call", recording)
     return seen
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fusedloss import plan_cpu
-from fusedloss.backends.outputs import allocate_forward, allocate_gradient
-from fusedloss.plan import Options
+from fusedloss.backends.outputs import Outputs, allocate_forward, allocate_gradient
+from fusedloss.plan import Inputs, Options
 from fusedloss.reference import FRACTION_BITS
 
 LIBRARY_NAME = "fusedloss_cpu.so"
@@ -80,68 +80,44 @@ ISA = LIBRARY.isa if LIBRARY is not None else "none"  # instruction set in use
 
 
 def forward(
-    logits: Tensor,  # (N, C) or (N, C, S)
-    target: Tensor,  # class indices (n_rows,), or probabilities of the logits' shape
-    weight: Tensor | None,  # (C,)
-    scale: Tensor | None,  # 0-d
+    inputs: Inputs,
     options: Options,
     out_dtype: torch.dtype,
     needs_grad: bool,
     keeps_workspace: bool = True,  # there is none here
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Outputs:
     """Every row's loss, their reduction and, where the plan fuses, the gradient for an upstream gradient of 1."""
-    loss, saved, dlogits = allocate_forward(logits, options.reduction, out_dtype, needs_grad)
-    if scale is not None:
-        options = options._replace(scale=options.scale * scale.item())
-    gradient = dlogits if dlogits.dim() == logits.dim() else None
-    _forward(loss, saved, gradient, logits, target, weight, options, needs_grad)
-    return loss, saved, dlogits
+    outputs = allocate_forward(inputs, options, out_dtype, needs_grad)
+    _forward(outputs.loss, outputs.saved, outputs.dlogits, inputs, options, needs_grad)
+    return outputs
 
 
-def forward_overwriting(
-    logits: Tensor,  # (N, C) or (N, C, S)
-    target: Tensor,  # class indices (n_rows,), or probabilities of the logits' shape
-    weight: Tensor | None,  # (C,)
-    scale: Tensor | None,  # 0-d
-    options: Options,  # reduction "sum" or "mean"
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """The loss; the gradient takes the place of the logits."""
-    loss, saved, _ = allocate_forward(logits, options.reduction, out_dtype, False)
-    if scale is not None:
-        options = options._replace(scale=options.scale * scale.item())
-    _forward(loss, saved, logits, logits, target, weight, options, False)
-    return loss
+def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> Tensor:
+    """The loss, for reduction "sum" or "mean"; the gradient takes the place of the logits."""
+    outputs = allocate_forward(inputs, options, out_dtype, False)
+    _forward(outputs.loss, outputs.saved, inputs.logits, inputs, options, False)
+    return outputs.loss
 
 
-def _forward(
-    loss: Tensor,
-    saved: Tensor,
-    dlogits: Tensor | None,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: Options,
-    save: bool,
-) -> None:
-    bad_row = _call(_library().forward, loss, saved, dlogits, logits, target, weight, None, options, save)
+def _forward(loss: Tensor, saved: Tensor, dlogits: Tensor | None, inputs: Inputs, options: Options, save: bool) -> None:
+    if inputs.scale is not None:
+        options = options._replace(scale=options.scale * inputs.scale.item())
+    bad_row = _call(_library().forward, loss, saved, dlogits, inputs, None, options, save)
     if bad_row:
-        raise IndexError(f"Target {target.reshape(-1)[bad_row - 1].item()} is out of bounds.")
+        raise IndexError(f"Target {inputs.target.reshape(-1)[bad_row - 1].item()} is out of bounds.")
 
 
 def backward(
     dloss: Tensor,  # (n_rows,) or (1,)
-    logits: Tensor,  # (N, C) or (N, C, S)
-    target: Tensor,  # class indices (n_rows,), or probabilities of the logits' shape
-    weight: Tensor | None,  # (C,)
+    inputs: Inputs,
     saved: Tensor,
     options: Options,
 ) -> Tensor:
     """The gradient of the logits."""
-    dlogits = allocate_gradient(logits)
-    if logits.numel() > 0:
+    dlogits = allocate_gradient(inputs.logits)
+    if dlogits.numel() > 0:
         dloss = dloss.to(saved.dtype).contiguous()
-        _call(_library().backward, None, saved, dlogits, logits, target, weight, dloss, options, True)
+        _call(_library().backward, None, saved, dlogits, inputs, dloss, options, True)
     return dlogits
 
 
@@ -162,13 +138,12 @@ def _call(
     loss: Tensor | None,
     saved: Tensor,
     dlogits: Tensor | None,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    inputs: Inputs,
     dloss: Tensor | None,
     options: Options,
     save: bool,
 ) -> int:
+    logits, target, _, _, weight, _, _ = inputs
     if target.dim() == logits.dim():
         target_kind, probabilities = _PROBABILITIES, target.to(saved.dtype)
         target = probabilities

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedloss.backends.outputs import allocate_forward, allocate_gradient
-from fusedloss.plan import Options, Tile, fuses_gradient
+from fusedloss.backends.outputs import Outputs, allocate_forward, allocate_gradient
+from fusedloss.plan import Inputs, Options, Tile
 from fusedloss.plan_triton import (
     DeviceFacts,
     Geometry,
@@ -24,20 +24,19 @@ from fusedloss.reference import FRACTION_BITS
 
 
 def forward(
-    logits: Tensor,  # (N, C) or (N, C, S)
-    target: Tensor,  # (n_rows,)
-    weight: Tensor | None,  # (C,)
-    scale: Tensor | None,  # 0-d
+    inputs: Inputs,
     options: Options,
     out_dtype: torch.dtype,
     needs_grad: bool,
     keeps_workspace: bool = True,  # between calls; not where a compiled graph owns the memory
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Outputs:
     """One launch: every row's loss, and their reduction. The fused strategy writes the gradient in the same launch."""
-    loss, saved, dlogits = allocate_forward(logits, options.reduction, out_dtype, needs_grad)
-    if needs_grad and fuses_gradient(options.reduction, logits.dtype):
+    logits, target, _, _, weight, _, scale = inputs
+    outputs = allocate_forward(inputs, options, out_dtype, needs_grad)
+    loss, saved, dlogits, _, _ = outputs
+    if dlogits is not None:
         _fused(loss, saved, dlogits, logits, target, weight, scale, options, keeps_workspace)
-        return loss, saved, dlogits
+        return outputs
     (g,) = geometries(logits)
     itemsize = logits.element_size()
     tile = forward_tile(g, itemsize, device_facts(logits.device))
@@ -79,7 +78,7 @@ def forward(
         num_warps=tile.num_warps,
     )
     _launch(tile.kernel, tile.n_programs, logits.device, arguments)
-    return loss, saved, dlogits
+    return outputs
 
 
 def _fused(
@@ -135,13 +134,12 @@ def _fused(
 
 def backward(
     dloss: Tensor,  # (n_rows,) or (1,)
-    logits: Tensor,  # (N, C) or (N, C, S)
-    target: Tensor,  # (n_rows,)
-    weight: Tensor | None,  # (C,)
+    inputs: Inputs,
     saved: Tensor,
     options: Options,
 ) -> Tensor:
     """One launch: the gradient of the logits."""
+    logits, target, _, _, weight, _, _ = inputs
     dlogits = allocate_gradient(logits)
     if logits.numel() == 0:
         return dlogits
