@@ -62,31 +62,19 @@ class CrossEntropyFunction(torch.autograd.Function):
     """What `forward_only` returns, and the loss's gradient with respect to the logits."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        target_b: Tensor | None,
-        lam: Tensor | None,
-        weight: Tensor | None,
-        sample_weight: Tensor | None,
-        scale: Tensor | None,
-        options: Options,
-        out_dtype: torch.dtype,
-        backend: str,
-    ) -> Any:
-        inputs = Inputs(logits, target, target_b, lam, weight, sample_weight, scale)
+    def forward(ctx: Any, logits: Tensor, inputs: Inputs, options: Options, out_dtype: torch.dtype, backend: str) -> Any:
+        # `logits` once more: autograd sees the tensors among the arguments, and the others have no gradient here. Each argument
+        # costs a microsecond.
         outputs = ops.forward(kernel_inputs(inputs), options, out_dtype, True, backend)
         loss, dlogits = outputs.loss, outputs.dlogits
+        fused = fuses_gradient(options.reduction, logits.dtype)
         ctx.save_for_backward(*inputs, outputs.saved)
-        ctx.options, ctx.out_dtype, ctx.backend = options, out_dtype, backend
         if logits.dim() > 2:
             if options.reduction == "none":
                 loss = loss.view(_rows_shape(logits))
-            elif logits.dim() > 3 and fuses_gradient(options.reduction, logits.dtype):
+            elif fused:
                 dlogits = dlogits.view(logits.shape)
-        ctx.fused = fuses_gradient(options.reduction, logits.dtype)
-        ctx.dlogits = dlogits if ctx.fused else None
+        ctx.call, ctx.dlogits = (options, out_dtype, backend), dlogits if fused else None
         if not options.return_stats:
             return loss
         ctx.mark_non_differentiable(outputs.row_stats, outputs.counts)
@@ -96,16 +84,23 @@ class CrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, *dlosses: Tensor) -> tuple[Tensor | None, ...]:
         dloss = dlosses[0]  # the others are of statistics
         # create_graph=True: the gradient itself must be differentiable. Under vmap (is_grads_batched) no kernel serves dloss.
-        if torch.is_grad_enabled() or _is_batched(dloss):
-            dlogits = _differentiable_gradient(ctx, dloss)
-        elif ctx.fused:
-            dlogits = _fused_gradient(ctx, dloss)
+        differentiable = torch.is_grad_enabled() or _is_batched(dloss)
+        if ctx.dlogits is not None and not differentiable:
+            return _scaled_fused_gradient(ctx, dloss), None, None, None, None
+        *tensors, saved = ctx.saved_tensors
+        inputs, (options, out_dtype, backend) = Inputs(*tensors), ctx.call
+        if differentiable:
+            with torch.enable_grad():
+                loss, _ = reference.cross_entropy(inputs, options, out_dtype)
+                (dlogits,) = torch.autograd.grad(loss, inputs.logits, dloss, create_graph=True)
+        elif fuses_gradient(options.reduction, inputs.logits.dtype):
+            # Handed out already: the same bits once more, so that two backwards add up to exactly twice one.
+            outputs = ops.forward(kernel_inputs(inputs), options, out_dtype, True, backend)
+            dlogits = outputs.dlogits.view(inputs.logits.shape)
+            ops.scale_gradient(dlogits, dloss, backend)
         else:
-            *inputs, saved = ctx.saved_tensors
-            inputs = Inputs(*inputs)
-            dlogits = ops.backward(dloss.reshape(-1), kernel_inputs(inputs), saved, ctx.options, ctx.backend)
-            dlogits = dlogits.view(inputs.logits.shape)
-        return dlogits, None, None, None, None, None, None, None, None, None
+            dlogits = ops.backward(dloss.reshape(-1), kernel_inputs(inputs), saved, options, backend).view(inputs.logits.shape)
+        return dlogits, None, None, None, None
 
 
 def _is_batched(dloss: Tensor) -> bool:
@@ -114,23 +109,9 @@ def _is_batched(dloss: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (functorch.is_batchedtensor(dloss) or functorch.is_legacy_batchedtensor(dloss))
 
 
-def _differentiable_gradient(ctx: Any, dloss: Tensor) -> Tensor:
-    *inputs, _ = ctx.saved_tensors
-    inputs = Inputs(*inputs)
-    with torch.enable_grad():
-        loss, _ = reference.cross_entropy(inputs, ctx.options, ctx.out_dtype)
-        (dlogits,) = torch.autograd.grad(loss, inputs.logits, dloss, create_graph=True)
-    return dlogits
-
-
-def _fused_gradient(ctx: Any, dloss: Tensor) -> Tensor:
+def _scaled_fused_gradient(ctx: Any, dloss: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return ctx.dlogits * dloss  # the compiler owns the buffers of its graphs, and may have to run the backward again
     dlogits, ctx.dlogits = ctx.dlogits, None
-    if dlogits is None:  # handed out already: the same bits once more, so that two backwards add up to exactly twice one
-        *inputs, _ = ctx.saved_tensors
-        inputs = Inputs(*inputs)
-        outputs = ops.forward(kernel_inputs(inputs), ctx.options, ctx.out_dtype, True, ctx.backend)
-        dlogits = outputs.dlogits.view(inputs.logits.shape)
-    ops.scale_gradient(dlogits, dloss, ctx.backend)
+    ops.scale_gradient(dlogits, dloss, ctx.call[2])
     return dlogits
