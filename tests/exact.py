@@ -1,15 +1,18 @@
 """The loss and its gradient by their formulas, in float64, without cancellation: what random problems are measured against.
 
-For a row x with target coefficients a_c, of an index t (1 - eps) w_t [c = t] + eps/C w_c, of probabilities q
+For a row x = softcap tanh(logit_scale y / softcap) of logits y, with target coefficients a_c, of an index t
+(1 - eps) w_t [c = t] + eps/C w_c, of probabilities q (of two labels q_c = lam [c = t] + (1 - lam) [c = u])
 w_c ((1 - eps) q_c + eps/C):
 
     nll_c = (m - x_c) + log1p(sum_{j != argmax} exp(x_j - m))        loss = sum_c a_c nll_c
     dloss/dx_c = (A - a_c) p_c - a_c (1 - p_c)                        A = sum_c a_c
 
+with z_loss z lse^2 and 2 z lse p_c on top; dx_c/dy_c = logit_scale / cosh^2(logit_scale y_c / softcap).
+
 autograd of float64's log_softmax would lose what lies below 1e-16: the loss of logits [40, 0], the gradient of a sure row.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +28,7 @@ class Exact(NamedTuple):
 
 def exact_loss_and_gradient(
     logits: Tensor,
-    target: Tensor,
+    target: Any,  # a tensor, or (target_a, target_b, lam)
     weight: Tensor | None,
     *,
     ignore_index: int,
@@ -33,19 +36,36 @@ def exact_loss_and_gradient(
     label_smoothing: float,
     top_k: int | float | None,
     scale: float,
+    sample_weight: Tensor | None,  # one per row
+    z_loss: float,
+    logit_scale: float,
+    softcap: float | None,
     dloss: Tensor,  # 0-d, or one per row
     resolution: float,  # losses of rows that lie closer, relative to the largest, may be sorted otherwise
 ) -> Exact:
     """`fusedloss.cross_entropy` and its gradient for the upstream gradient `dloss`."""
     n_classes = logits.shape[min(1, logits.dim() - 1)]
-    x = _rows(logits, n_classes)
+    x = _rows(logits, n_classes) * logit_scale
+    slope = torch.full_like(x, logit_scale)
+    if softcap is not None:
+        slope = logit_scale / (x / softcap).cosh().square()
+        x = softcap * (x / softcap).tanh()
     w = weight.double() if weight is not None else torch.ones(n_classes, dtype=torch.float64)
-    nll, p, not_p = _statistics(x)
-    if target.shape == logits.shape:
+    nll, p, not_p, lse = _statistics(x)
+    if isinstance(target, tuple):
+        (first, second), lam = (
+            (labels.reshape(-1).long() for labels in target[:2]),
+            torch.as_tensor(target[2]).double().reshape(-1),
+        )
+        counted = (first != ignore_index) & (second != ignore_index)
+        q = torch.zeros_like(x)
+        for labels, share in ((first, lam), (second, 1 - lam)):
+            q.scatter_add_(1, labels.where(counted, 0)[:, None], share.expand(len(x))[:, None])
+        a, rows = _of_probabilities(q, w, nll, label_smoothing)
+        row_weights = torch.ones(len(x), dtype=torch.float64)
+    elif target.shape == logits.shape:
         counted = torch.ones(len(x), dtype=torch.bool)
-        q = _rows(target, n_classes) * (1 - label_smoothing) + label_smoothing / n_classes
-        a = w * q
-        rows = (a * nll).sum(1)
+        a, rows = _of_probabilities(_rows(target, n_classes), w, nll, label_smoothing)
         row_weights = torch.ones(len(x), dtype=torch.float64)
     else:
         flat = target.reshape(-1).long()
@@ -57,15 +77,24 @@ def exact_loss_and_gradient(
             a = a + label_smoothing / n_classes * w
             rows = rows + label_smoothing / n_classes * (w * nll).sum(1)
         row_weights = w[t[:, 0]]
+    gradient = (a.sum(1, keepdim=True) - a) * p - a * not_p
+    if z_loss != 0:
+        rows = rows + z_loss * lse.square()
+        gradient = gradient + (2 * z_loss * lse)[:, None] * p
+    row_factors = torch.ones(len(x), dtype=torch.float64)
+    if sample_weight is not None:
+        row_factors = sample_weight.double().reshape(-1)
+        rows = rows * row_factors
     rows = rows.where(counted, 0)
     row_weights = row_weights.where(counted, 0)
-    gradient = (a.sum(1, keepdim=True) - a) * p - a * not_p
-    loss, factors, ambiguous = _reduce(rows, counted, row_weights, torch.cat([x, a], 1), reduction, top_k, resolution)
-    factors = factors * scale * (dloss.double().reshape(-1))
-    terms = a * factors[:, None] if label_smoothing > 0 or target.shape == logits.shape else torch.zeros(())
+    identity = torch.cat([x, a, row_factors[:, None]], 1)
+    loss, factors, ambiguous = _reduce(rows, counted, row_weights, identity, reduction, top_k, resolution)
+    factors = factors * row_factors * scale * (dloss.double().reshape(-1))
+    is_difference = label_smoothing > 0 or isinstance(target, tuple) or target.shape == logits.shape
+    terms = a * factors[:, None] * slope if is_difference else torch.zeros(())
     terms = terms[terms.isfinite()].abs()
     unknown = gradient.isnan() & (counted & (factors == 0))[:, None]
-    gradient = (factors[:, None] * gradient).where((counted & (factors != 0))[:, None], 0)
+    gradient = (factors[:, None] * gradient * slope).where((counted & (factors != 0))[:, None], 0)
     loss = loss * scale
     if reduction == "none":
         loss = loss.reshape((*logits.shape[:1], *logits.shape[2:]) if logits.dim() > 1 else ())
@@ -84,8 +113,14 @@ def _like(rows: Tensor, logits: Tensor) -> Tensor:
     return rows.reshape(logits.shape[0], *logits.shape[2:], logits.shape[1]).movedim(-1, 1)
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-log p, p and 1 - p of every class, (n_rows, n_cols)."""
+def _of_probabilities(q: Tensor, w: Tensor, nll: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Coefficients a_c and losses."""
+    a = w * (q * (1 - label_smoothing) + label_smoothing / q.shape[1])
+    return a, (a * nll).sum(1)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-log p, p and 1 - p of every class, (n_rows, n_cols); log-sum-exp, (n_rows,)."""
     m, at = x.max(1, keepdim=True)
     e = (x - m).exp()
     e = e.where(m < torch.inf, torch.nan)  # +inf: NaN, as PyTorch has it
@@ -93,7 +128,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rest = others.sum(1, keepdim=True)
     nll = (m - x) + rest.log1p()
     not_p = ((1 + rest) - e).scatter(1, at, rest) / (1 + rest)
-    return nll, e / (1 + rest), not_p
+    return nll, e / (1 + rest), not_p, (m + rest.log1p())[:, 0]
 
 
 def _reduce(

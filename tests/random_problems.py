@@ -21,9 +21,9 @@ class Problem:
     """One call, ready to be made."""
 
     logits: Tensor
-    target: Tensor
+    target: Any  # a tensor, or (target_a, target_b, lam)
     weight: Tensor | None
-    options: dict[str, Any]  # with top_k and scale
+    options: dict[str, Any]  # with top_k, scale and the extras
     dloss: Tensor  # 0-d, or of the loss's shape
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # hypothesis asks for this one
@@ -31,18 +31,22 @@ class Problem:
 
     def __str__(self) -> str:
         parts = {"logits": self.logits, "target": self.target, "weight": self.weight, "dloss": self.dloss}
+        if isinstance(self.target, tuple):
+            parts.update(zip(("target", "target_b", "lam"), self.target, strict=True))
         lines = [f"{name}: {_described(part)}" for name, part in parts.items() if part is not None]
         return "\n".join([*lines, f"options: {self.options}"])
 
 
-def _described(tensor: Tensor) -> str:
+def _described(tensor: Any) -> str:
+    if not isinstance(tensor, Tensor):
+        return str(tensor)
     values = f" = {tensor.tolist()}" if tensor.numel() <= 64 else ""
     return f"{tensor.dtype}, shape {list(tensor.shape)}, strides {list(tensor.stride())}{values}"
 
 
 @st.composite
-def problems(draw: st.DrawFn, probabilities: bool, max_elements: int) -> Problem:
-    """A problem; with `probabilities`, about one in four has class probabilities as its target."""
+def problems(draw: st.DrawFn, max_elements: int) -> Problem:
+    """A problem; about one in four has class probabilities as its target, one in six two labels, and a third the extras."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     dtype = draw(st.sampled_from([FP32, BF16, FP16, FP64]))
     n_cols = draw(st.sampled_from(N_COLS))
@@ -57,7 +61,7 @@ def problems(draw: st.DrawFn, probabilities: bool, max_elements: int) -> Problem
     weight = draw(_weights(n_cols, generator))
     weight = weight.to(dtype) if weight is not None else None
     ignore_index = -100
-    if probabilities and draw(st.integers(0, 3)) == 0:
+    if draw(st.integers(0, 3)) == 0:
         target = draw(_probabilities(shape, generator)).to(draw(st.sampled_from([dtype, dtype, FP32, FP64])))
     else:
         ignore_index = draw(st.sampled_from([-100, -100, -1, 0, n_cols - 1, n_cols, 255]))
@@ -83,11 +87,42 @@ def problems(draw: st.DrawFn, probabilities: bool, max_elements: int) -> Problem
     }
     if draw(st.integers(0, 3)) == 0:
         options["scale"] = torch.tensor(options["scale"], dtype=draw(st.sampled_from([FP32, FP64])))
+    options.update(draw(_extras(batch, generator)))
+    if not target.is_floating_point() and draw(st.integers(0, 4)) == 0:
+        target = (draw(_laid_out(target, generator)), *draw(_second_label(target, n_cols, ignore_index, generator)))
+    else:
+        target = draw(_laid_out(target, generator))
     dloss = torch.tensor(draw(st.sampled_from([1.0, 1.0, 0.5, -3.0, 0.0])))
     if reduction == "none":
         eighths = torch.randint(-8, 9, batch, generator=generator) / 8
         dloss = draw(st.sampled_from([eighths, dloss.expand(batch), torch.ones(batch)]))
-    return Problem(draw(_laid_out(logits, generator)), draw(_laid_out(target, generator)), weight, options, dloss)
+    return Problem(draw(_laid_out(logits, generator)), target, weight, options, dloss)
+
+
+@st.composite
+def _extras(draw: st.DrawFn, batch: tuple[int, ...], generator: torch.Generator) -> dict[str, Any]:
+    extras: dict[str, Any] = {"sample_weight": None, "z_loss": 0.0, "logit_scale": 1.0, "softcap": None}
+    if draw(st.integers(0, 2)):
+        return extras
+    extras["z_loss"] = draw(st.sampled_from([0.0, 1e-4, 0.5]))
+    extras["logit_scale"] = draw(st.sampled_from([1.0, 1.0, 0.125, -2.0]))
+    extras["softcap"] = draw(st.sampled_from([None, 30.0, 2.5]))
+    if draw(st.booleans()):
+        extras["sample_weight"] = torch.randint(0, 17, batch, generator=generator) / 8
+    return extras
+
+
+@st.composite
+def _second_label(
+    draw: st.DrawFn, target: Tensor, n_cols: int, ignore_index: int, generator: torch.Generator
+) -> tuple[Tensor, float | Tensor]:
+    """target_b, a quarter of it like target, an eighth ignored; and lam."""
+    other = torch.randint(n_cols, target.shape, generator=generator)
+    chance = torch.rand(target.shape, generator=generator)
+    other = torch.where(chance < 0.25, target.long(), other.masked_fill(chance > 0.875, ignore_index)).to(target.dtype)
+    share = draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+    lam = draw(st.sampled_from([share, torch.tensor(share), torch.randint(0, 9, target.shape, generator=generator) / 8]))
+    return draw(_laid_out(other, generator)), lam
 
 
 @st.composite

@@ -1,7 +1,7 @@
 """The extras on every path: z_loss, logit_scale, softcap, sample_weight, two labels, return_stats.
 
-Their oracle is a composition of PyTorch's own operators in float64, written here once more and apart from fusedloss/reference.py,
-whose errors it would share.
+Their oracle is a composition of PyTorch's own operators in float64 (oracle.py), apart from fusedloss/reference.py, whose errors
+it would share.
 """
 
 import pickle
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from budget import assert_within_budget
 from conftest import AUTO, GPU, REFERENCE, Path, entered
+from oracle import torch_loss
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor
 
@@ -40,75 +41,19 @@ REDUCTIONS: list[dict[str, Any]] = [
 SHAPES = [(7, 10), (5, 1000), (3, 5001), (2, 5, 6, 7)]
 
 
-def _composition(
-    logits: Tensor,
-    target: Any,
-    weight: Tensor | None = None,
-    *,
-    sample_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    reduction: str = "mean",
-    scale: float = 1.0,
-    top_k: int | None = None,
-) -> Tensor:
-    """The definition, by PyTorch's operators, in the dtype of the logits."""
-    z = logits * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    weight = weight.to(z.dtype) if weight is not None else None
-    if isinstance(target, tuple):
-        a, b, lam = target
-        counted = (a != ignore_index) & (b != ignore_index)
-        lam = torch.as_tensor(lam, dtype=z.dtype)
-        lam = lam.reshape(lam.shape + (1,) * (a.dim() - lam.dim())) if lam.dim() else lam
-        share = torch.zeros_like(z).movedim(1, -1)
-        for labels, part in ((a, lam), (b, 1 - lam)):
-            one_hot = F.one_hot(labels.long().where(counted, 0), z.shape[1])
-            share = share + part.expand(a.shape)[..., None] * one_hot
-        rows = F.cross_entropy(z, share.movedim(-1, 1), weight, reduction="none", label_smoothing=label_smoothing)
-        denominator = counted.sum()
-    elif target.dim() == logits.dim():
-        rows = F.cross_entropy(z, target.to(z.dtype), weight, reduction="none", label_smoothing=label_smoothing)
-        counted = torch.ones_like(rows, dtype=torch.bool)
-        denominator = counted.sum()
-    else:
-        counted = target != ignore_index
-        rows = F.cross_entropy(
-            z, target.long(), weight, reduction="none", label_smoothing=label_smoothing, ignore_index=ignore_index
-        )
-        class_weight = weight if weight is not None else z.new_ones(z.shape[1])
-        denominator = class_weight[target.long().where(counted, 0)].where(counted, 0).sum()
-    rows = rows + z_loss * z.logsumexp(1) ** 2
-    if sample_weight is not None:
-        rows = rows * sample_weight.to(z.dtype).reshape(sample_weight.shape + (1,) * (rows.dim() - sample_weight.dim()))
-    rows = rows.where(counted, 0)
-    if reduction == "none":
-        return scale * rows
-    if reduction in ("sum", "mean"):
-        return scale * rows.sum() / (denominator if reduction == "mean" else 1)
-    return scale * rows[counted].topk(1 if reduction == "max" else top_k).values.mean()
-
-
 def _check(logits: Tensor, target: Any, weight: Tensor | None = None, **options: Any) -> None:
     """Loss and gradient against the composition in float64, within the budget of the composition in the logits' dtype."""
     __tracebackhide__ = True
     results = []
-    for function, dtype in ((fusedloss.cross_entropy, logits.dtype), (_composition, logits.dtype), (_composition, FP64)):
+    for function, dtype in ((fusedloss.cross_entropy, logits.dtype), (torch_loss, logits.dtype), (torch_loss, FP64)):
         leaf = logits.detach().to(dtype).requires_grad_()
-        there = (
-            weight.to(dtype) if weight is not None else None,
-            {**options, "sample_weight": options["sample_weight"].to(dtype)} if "sample_weight" in options else options,
-        )
-        loss = function(leaf, target, there[0], **there[1])
+        there = target.to(dtype) if isinstance(target, Tensor) and target.is_floating_point() else target
+        loss = function(leaf, there, weight.to(dtype) if weight is not None else None, **options)
         upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=FP64).reshape(loss.shape).to(loss)
         results.append((loss, torch.autograd.grad(loss, leaf, upstream)[0]))
-    (loss, gradient), (torch_loss, torch_gradient), (exact, exact_gradient) = results
-    assert loss.dtype == torch_loss.dtype
-    assert_within_budget(loss, torch_loss, exact, "loss", 4)
+    (loss, gradient), (torchs, torch_gradient), (exact, exact_gradient) = results
+    assert loss.dtype == torchs.dtype
+    assert_within_budget(loss, torchs, exact, "loss", 4)
     assert_within_budget(gradient, torch_gradient, exact_gradient, "gradient", 4)
 
 
@@ -395,7 +340,7 @@ def test_the_module_has_them(path: Path) -> None:
     sample_weight = make_weight(4)
     for criterion in (module, pickle.loads(pickle.dumps(module))):
         loss, stats = criterion(logits, (target, target, 0.5), sample_weight=sample_weight)
-        expected = _composition(
+        expected = torch_loss(
             logits, (target, target, 0.5), z_loss=0.1, logit_scale=0.5, softcap=7.0, sample_weight=sample_weight
         )
         torch.testing.assert_close(loss, expected)
