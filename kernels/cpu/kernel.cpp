@@ -11,6 +11,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace fusedloss {
 namespace {
@@ -93,8 +96,9 @@ TargetSummary summarise_targets(const Problem& problem) {
 }
 
 // Asks for 2 MB pages under a large gradient that no page belongs to yet. Filling it with 4 KB pages costs more than computing it:
-// 2048 x 32000 float32 on 2 cores took 80 ms with them, 49 with this advice (27 into a buffer used before). From 32 MB on glibc
-// gives every allocation a mapping of its own, so that nobody else's memory is affected.
+// 2048 x 32000 float32 on 2 cores took 80 ms with them, 49 with this advice (27 into a buffer used before); MADV_POPULATE_WRITE and
+// stores past the caches gained nothing more. From 32 MB on glibc gives every allocation a mapping of its own, so that nobody else's
+// memory is affected.
 void advise_fresh_gradient(const Problem& problem) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = 4096;
@@ -107,13 +111,20 @@ void advise_fresh_gradient(const Problem& problem) {
 #endif
 }
 
+#if defined(__x86_64__)
+bool has_f16c() {  // of which not every compiler's runtime knows
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 Isa best_isa() {
 #if defined(__x86_64__)
   // The compiler's runtime asks the operating system too whether it saves the wide registers.
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) return kAvx2;
 #endif
   return kBaseline;
 }
@@ -190,6 +201,12 @@ int64_t forward(const Problem& problem) {
 }
 
 }  // namespace
+
+void* thread_scratch() {
+  alignas(64) static thread_local unsigned char bytes[kKeptBytes];  // not on the stack, which may be smaller
+  return bytes;
+}
+
 }  // namespace fusedloss
 
 using fusedloss::Problem;

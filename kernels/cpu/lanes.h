@@ -1,232 +1,216 @@
 // Many rows side by side, one per SIMD lane: few classes (CIFAR-10), or classes that are not contiguous ((N, C, d1, ...)).
 //
-// A group is up to TILE / n_cols rows of one outer block. Its logits are copied once into a tile on the stack, class by class,
-// and the tile is overwritten by exp(x - m), then by the gradient, which is copied out: each logit is read once and each
-// gradient written once. With more than TILE / W classes there is no tile: groups of DIRECT_LANES rows are read where they
-// lie, two or three times; 64 rows of 1000 float32 classes are 256 KB, which L2 holds between the passes.
+// A group is up to MAX_LANES rows of one outer block. A block of its logits is copied into a tile on the stack, class by class, where
+// it is overwritten by exp(x - m), then by the gradient, which is copied out. Where all classes fit the tile, each logit is read once
+// and each gradient written once; else groups of WIDE_LANES rows take block after block, as rows.h does, and the gradient reads the
+// logits once more: 64 rows of 1000 float32 classes are 256 KB, which L2 holds between the passes.
 //
 // Included once per instruction set, like simd.h.
 
-constexpr int TILE = 4096;        // values: 16 KB of float32 on the stack and in L1
-constexpr int DIRECT_LANES = 64;  // 256 contiguous bytes of float32 per class: whole cache lines, and few enough for L2
-constexpr int64_t FLUSH = 16;     // classes summed into one float before it is added to the total: keeps rounding errors small
+constexpr int64_t TILE = 4096;      // values: 16 KB of float32 on the stack and in L1
+constexpr int64_t WIDE_LANES = 64;  // 256 contiguous bytes of float32 per class: whole cache lines, and few enough for L2
+constexpr int64_t FLUSH = 16;       // classes summed into one float before it is added to the total: keeps rounding errors small
 
-// Element (lane, c) of some array at base[lane * row + c * col]; lanes from n_lanes on read as 0 and are not written.
+// Lanes of a group, rounded up to whole vectors, and the columns of its tile.
+template <class A>
+struct Tile {
+  int lanes;
+  int64_t cols;
+  alignas(64) A z[TILE], q[TILE];
+};
+
+// to[c * lanes + lane] = from[lane * row + c * col]; 0 in lanes without a row.
 template <class T, class A>
-struct Block {
-  using V = typename Simd<A>::V;
-  static constexpr int W = Simd<A>::W;
-  T* base;
-  int64_t row, col;
-  int n_lanes;
-
-  INLINE V get(int64_t c, int lane) const {
-    if (row == 1 && lane + W <= n_lanes) return load(base + c * col + lane);
-    A values[W];
-    for (int i = 0; i < W; ++i) values[i] = lane + i < n_lanes ? A(load1(base + c * col + (lane + i) * row)) : A(0);
-    return load(values);
-  }
-  INLINE void put(int64_t c, int lane, V v) const {
-    if (row == 1 && lane + W <= n_lanes) return store(base + c * col + lane, v);
-    A values[W];
-    store(values, v);
-    for (int i = 0; i < W && lane + i < n_lanes; ++i) store1(base + c * col + (lane + i) * row, values[i]);
-  }
-};
-
-// The logits of a group: in a tile of stride n_lanes rounded up to W, or where they lie.
-template <class T, class A, bool TILED>
-struct Group {
-  using V = typename Simd<A>::V;
-  static constexpr int W = Simd<A>::W;
-  Block<const T, A> x;
-  int lanes;  // n_lanes rounded up to W
-  alignas(64) A tile[TILED ? TILE : 1];
-
-  Group(const Block<const T, A>& block, int64_t n_cols) : x(block), lanes((block.n_lanes + W - 1) / W * W) {
-    if constexpr (TILED) {
-      if (x.col == 1 && x.row != 1) {  // in the order of memory, not of the tile
-        for (int lane = 0; lane < x.n_lanes; ++lane)
-          for (int64_t c = 0; c < n_cols; ++c) tile[c * lanes + lane] = load1(x.base + lane * x.row + c);
-        for (int64_t c = 0; c < n_cols; ++c)
-          for (int lane = x.n_lanes; lane < lanes; ++lane) tile[c * lanes + lane] = 0;
-      } else {
-        for (int64_t c = 0; c < n_cols; ++c)
-          for (int lane = 0; lane < lanes; lane += W) store(tile + c * lanes + lane, x.get(c, lane));
-      }
-    }
-  }
-  INLINE V get(int64_t c, int lane) const {
-    if constexpr (TILED) return load(tile + c * lanes + lane);
-    return x.get(c, lane);
-  }
-};
-
-// Fills max, rest, x_t, shift, smooth, soft of all lanes; leaves exp(x - max) in a tile.
-template <class T, class A, Terms terms, bool TILED>
-void lane_stats(const Problem& problem, Group<T, A, TILED>& group, const Block<const A, A>& q, GroupState<A>& s) {
-  using V = typename Simd<A>::V;
-  using I = typename Simd<A>::I;
+void load_tile(A* to, int lanes, const T* from, int64_t row, int64_t col, int n_lanes, int64_t n_cols) {
   constexpr int W = Simd<A>::W;
-  const A* w = static_cast<const A*>(problem.weight);
-  const A keep = A(1) - A(problem.smoothing), add = A(problem.smoothing) / A(problem.n_cols);
-  const V zero = {};
-  for (int lane = 0; lane < group.lanes; lane += W) {
-    V m = broadcast(-kInfinity<A>);
-    for (int64_t c = 0; c < problem.n_cols; ++c) {
-      V v = group.get(c, lane);
-      m = max_(v, m);
-    }
-    V finite = finite_max_vector<A>(m), rest{}, x_t{}, smooth{}, soft{};
-    I target;
-    __builtin_memcpy(&target, s.target + lane, sizeof target);
-    for (int64_t start = 0; start < problem.n_cols; start += FLUSH) {
-      V part{}, smooth_part{}, soft_part{};
-      int64_t end = start + FLUSH < problem.n_cols ? start + FLUSH : problem.n_cols;
-      for (int64_t c = start; c < end; ++c) {
-        V v = group.get(c, lane);
-        V e = exp_nonpositive(v - finite);
-        if constexpr (TILED) store(group.tile + c * group.lanes + lane, e);
-        if constexpr (!is_soft(terms)) {
-          I at_target = target == typename Simd<A>::Int(c);
-          x_t = at_target ? v : x_t;
-          e = at_target ? zero : e;
-        }
-        part += e;
-        if constexpr (terms == kSmooth) smooth_part += finite - v;
-        if constexpr (terms == kSmoothWeighted) smooth_part += w[c] * (finite - v);
-        if constexpr (is_soft(terms)) {
-          V qv = q.get(c, lane) * keep + add;
-          if constexpr (terms == kSoftWeighted) qv *= w[c];
-          smooth_part += qv * (finite - v);
-          soft_part += qv;
-        }
+  if (row == 1) {
+    for (int64_t c = 0; c < n_cols; ++c) {
+      for (int lane = 0; lane < lanes; lane += W) {
+        const T* at = from + c * col + lane;
+        store(to + c * lanes + lane, lane + W <= n_lanes ? Vector<A>(load(at)) : load_partial<A, T>(at, n_lanes - lane));
       }
-      rest += part, smooth += smooth_part, soft += soft_part;
     }
-    store(s.max + lane, m), store(s.rest + lane, rest), store(s.x_t + lane, x_t), store(s.shift + lane, finite);
-    store(s.smooth + lane, smooth), store(s.soft + lane, soft);
+    return;
   }
+  for (int lane = 0; lane < n_lanes; ++lane)  // in the order of memory, not of the tile
+    for (int64_t c = 0; c < n_cols; ++c) to[c * lanes + lane] = load1(from + lane * row + c * col);
+  for (int lane = n_lanes; lane < lanes; ++lane)
+    for (int64_t c = 0; c < n_cols; ++c) to[c * lanes + lane] = 0;
 }
 
-// Writes the gradients of a group from the factors in s; a lane that is not live gets its at_target (0, or NaN) everywhere.
-template <class T, class A, Terms terms, bool TILED, bool TILE_HAS_EXP>
-void lane_gradient(const Problem& problem, Group<T, A, TILED>& group, const Block<const A, A>& q, const Block<T, A>& dx,
-                   GroupState<A>& s) {
-  using V = typename Simd<A>::V;
-  using I = typename Simd<A>::I;
+template <class T, class A>
+void store_tile(T* to, const A* from, int lanes, int64_t row, int64_t col, int n_lanes, int64_t n_cols) {
   constexpr int W = Simd<A>::W;
-  const A* w = static_cast<const A*>(problem.weight);
-  const A keep = A(1) - A(problem.smoothing), add = A(problem.smoothing) / A(problem.n_cols);
-  for (int lane = 0; lane < group.lanes; lane += W) {
-    I target, live;
-    __builtin_memcpy(&target, s.target + lane, sizeof target);
-    for (int i = 0; i < W; ++i) live[i] = s.live[lane + i] ? -1 : 0;
-    V m = finite_max_vector<A>(load(s.max + lane)), p = load(s.p + lane), at_target = load(s.at_target + lane);
-    V smooth = load(s.smooth_factor + lane), soft = load(s.soft_factor + lane);
-    for (int64_t c = 0; c < problem.n_cols; ++c) {
-      V v = group.get(c, lane);
-      V d = (TILED && TILE_HAS_EXP ? v : exp_nonpositive(v - m)) * p;
-      if constexpr (!is_soft(terms)) d = target == typename Simd<A>::Int(c) ? at_target : d;
-      if constexpr (terms == kSmooth) d -= smooth;
-      if constexpr (terms == kSmoothWeighted) d -= smooth * w[c];
-      if constexpr (terms == kSoft) d -= soft * (q.get(c, lane) * keep + add);
-      if constexpr (terms == kSoftWeighted) d -= soft * ((q.get(c, lane) * keep + add) * w[c]);
-      d = live ? d : at_target;  // 0 times an infinite or NaN statistic would be NaN
-      if constexpr (TILED) {
-        store(group.tile + c * group.lanes + lane, d);
-      } else {
-        dx.put(c, lane, d);
+  if (row == 1) {
+    for (int64_t c = 0; c < n_cols; ++c) {
+      for (int lane = 0; lane < lanes; lane += W) {
+        const Vector<A> v = load(from + c * lanes + lane);
+        T* at = to + c * col + lane;
+        lane + W <= n_lanes ? store(at, v) : store_partial<A, T>(at, n_lanes - lane, v);
       }
     }
+    return;
   }
-  if constexpr (TILED) {
-    if (dx.col == 1 && dx.row != 1) {
-      for (int lane = 0; lane < dx.n_lanes; ++lane)
-        for (int64_t c = 0; c < problem.n_cols; ++c) store1(dx.base + lane * dx.row + c, group.tile[c * group.lanes + lane]);
-    } else {
-      for (int64_t c = 0; c < problem.n_cols; ++c)
-        for (int lane = 0; lane < group.lanes; lane += W) dx.put(c, lane, load(group.tile + c * group.lanes + lane));
+  for (int lane = 0; lane < n_lanes; ++lane)
+    for (int64_t c = 0; c < n_cols; ++c) store1(to + lane * row + c * col, from[c * lanes + lane]);
+}
+
+// Fills tile.q with q of classes [start, start + n).
+template <class A>
+void load_tile_q(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const A* p, int n_lanes, int64_t start, int64_t n) {
+  const Strides& strides = problem.target_strides;
+  if (terms.soft) load_tile<A, A>(tile.q, tile.lanes, p + start * strides.col, strides.row, strides.col, n_lanes, n);
+  for (int64_t c = 0; c < n; ++c) {
+    const Vector<A> w = broadcast(terms.weight ? terms.weight[start + c] : A(1));
+    for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
+      A* q = tile.q + c * tile.lanes + lane;
+      store(q, terms.q(terms.soft ? Vector<A>(load(q)) : Vector<A>{}, w));
     }
   }
 }
 
-// Rows [row, row + n_lanes) of one outer block.
-template <class T, Terms terms, bool TILED>
-double forward_group(const Problem& problem, int64_t row, int n_lanes, double coefficient, double weight_total) {
-  using A = typename Accumulate<T>::type;
-  const Strides &xs = problem.logits_strides, &qs = problem.target_strides, &ds = problem.dlogits_strides;
-  GroupState<A> s;
-  Group<T, A, TILED> group({static_cast<const T*>(problem.logits) + problem.offset(xs, row), xs.row, xs.col, n_lanes},
-                           problem.n_cols);
-  const A* targets = static_cast<const A*>(problem.target);
-  Block<const A, A> q = {is_soft(terms) ? targets + problem.offset(qs, row) : nullptr, qs.row, qs.col, n_lanes};
-  for (int lane = 0; lane < group.lanes; ++lane)
-    s.template begin_forward<terms>(problem, lane, row + lane, lane < n_lanes, A(coefficient));
-  lane_stats<T, A, terms, TILED>(problem, group, q, s);
-  const double total = s.template finish_forward<terms>(problem, row, n_lanes, A(weight_total));
-  if (problem.dlogits) {
-    s.template factors<terms>(problem, group.lanes, A(weight_total));
-    Block<T, A> dx = {static_cast<T*>(problem.dlogits) + problem.offset(ds, row), ds.row, ds.col, n_lanes};
-    lane_gradient<T, A, terms, TILED, true>(problem, group, q, dx, s);
+// tile.z = exp(tile.z - m)
+template <class A>
+void exp_tile(Tile<A>& tile, int64_t n, const GroupState<A>& s) {
+  for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
+    const Vector<A> m = finite_max_vector<A>(load(s.max + lane));
+    for (A* z = tile.z + lane; z < tile.z + n * tile.lanes; z += tile.lanes) store(z, exp_nonpositive(Vector<A>(load(z)) - m));
   }
-  return total;
 }
 
-template <class T, Terms terms, bool TILED>
-void backward_group(const Problem& problem, int64_t row, int n_lanes) {
-  using A = typename Accumulate<T>::type;
-  const Strides &xs = problem.logits_strides, &qs = problem.target_strides, &ds = problem.dlogits_strides;
-  GroupState<A> s;
-  Group<T, A, TILED> group({static_cast<const T*>(problem.logits) + problem.offset(xs, row), xs.row, xs.col, n_lanes},
-                           problem.n_cols);
-  const A* targets = static_cast<const A*>(problem.target);
-  Block<const A, A> q = {is_soft(terms) ? targets + problem.offset(qs, row) : nullptr, qs.row, qs.col, n_lanes};
-  for (int lane = 0; lane < group.lanes; ++lane) {
-    s.template begin_backward<terms>(problem, lane, row + lane, lane < n_lanes);
-    if (!s.live[lane]) continue;
-    if constexpr (is_soft(terms)) {
-      s.soft[lane] = soft_total<A, terms>(problem, q.base + lane * qs.row, qs.col);
-    } else {
-      s.x_t[lane] = load1(group.x.base + lane * xs.row + int64_t(s.target[lane]) * xs.col);
+// sums[lane] += the sum over the n classes of a tile of value(offset in the tile, lane), vectors of lanes.
+template <class A, class Value>
+INLINE void add_classes(A* sums, const Tile<A>& tile, int64_t n, const Value& value) {
+  for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
+    Vector<A> sum = load(sums + lane);
+    for (int64_t flush = 0; flush < n; flush += FLUSH) {
+      Vector<A> part{};
+      for (int64_t c = flush; c < n && c < flush + FLUSH; ++c) part += value(c * tile.lanes + lane, lane);
+      sum += part;
+    }
+    store(sums + lane, sum);
+  }
+}
+
+// Adds classes [start, start + n) to the statistics of all lanes; leaves exp(x - m so far) in the tile, 0 at the target.
+template <class A>
+void tile_stats(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t n, GroupState<A>& s) {
+  using V = Vector<A>;
+  for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
+    const V before = load(s.max + lane);
+    V m = before;
+    for (int64_t c = 0; c < n; ++c) m = max_(V(load(tile.z + c * tile.lanes + lane)), m);
+    const V finite = finite_max_vector<A>(m);
+    if (start == 0) store(s.shift + lane, finite);
+    store(s.max + lane, m), store(s.rest + lane, V(load(s.rest + lane)) * exp_nonpositive(before - finite));
+  }
+  auto difference = [&](int64_t at, int lane) { return V(load(s.shift + lane)) - V(load(tile.z + at)); };
+  if (terms.uniform) add_classes(s.q_sum, tile, n, difference);
+  if (terms.per_class) {
+    add_classes(s.q_total, tile, n, [&](int64_t at, int) { return V(load(tile.q + at)); });
+    add_classes(s.q_sum, tile, n, [&](int64_t at, int lane) { return V(load(tile.q + at)) * difference(at, lane); });
+  }
+  for (int lane = 0; lane < tile.lanes; ++lane)
+    if (s.target[lane] >= start && s.target[lane] < start + n)
+      tile.z[(s.target[lane] - start) * tile.lanes + lane] = -kInfinity<A>;
+  exp_tile(tile, n, s);
+  add_classes(s.rest, tile, n, [&](int64_t at, int) { return V(load(tile.z + at)); });
+}
+
+// tile.z = the gradient of classes [start, start + n), from exp(x - m); a lane that is not live gets its at_target everywhere.
+template <class A>
+void tile_gradient(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t n, const GroupState<A>& s) {
+  using V = Vector<A>;
+  constexpr int W = Simd<A>::W;
+  const int lanes = tile.lanes;
+  for (int lane = 0; lane < lanes; lane += W) {
+    const V p = load(s.p + lane), constant = load(s.constant + lane), factor = load(s.q + lane);
+    for (int64_t c = 0; c < n; ++c) {
+      A* z = tile.z + c * lanes + lane;
+      V d = V(load(z)) * p - constant;
+      if (terms.per_class) d -= V(load(tile.q + c * lanes + lane)) * factor;
+      store(z, d);
     }
   }
-  s.template factors<terms>(problem, group.lanes, static_cast<const A*>(problem.saved)[3]);
-  Block<T, A> dx = {static_cast<T*>(problem.dlogits) + problem.offset(ds, row), ds.row, ds.col, n_lanes};
-  lane_gradient<T, A, terms, TILED, false>(problem, group, q, dx, s);
-}
-
-// Cuts rows [begin, end) into groups that do not cross an outer block.
-template <class A, class Body>
-INLINE void for_groups(const Problem& problem, int64_t begin, int64_t end, bool tiled, const Body& body) {
-  int64_t lanes = tiled ? TILE / problem.n_cols / Simd<A>::W * Simd<A>::W : DIRECT_LANES;
-  if (lanes > MAX_LANES) lanes = MAX_LANES;
-  for (int64_t row = begin; row < end;) {
-    int64_t outer_end = (row / problem.n_inner + 1) * problem.n_inner, last = row + lanes;
-    if (last > outer_end) last = outer_end;
-    if (last > end) last = end;
-    body(row, int(last - row));
-    row = last;
+  for (int lane = 0; lane < lanes; ++lane) {
+    if (!s.live[lane]) {  // 0 times an infinite or NaN statistic would be NaN
+      for (int64_t c = 0; c < n; ++c) tile.z[c * lanes + lane] = s.at_target[lane];
+    } else if (s.target[lane] >= start && s.target[lane] < start + n) {
+      tile.z[(s.target[lane] - start) * lanes + lane] = s.at_target[lane];
+    }
   }
 }
 
-template <class T, Terms terms>
+// The gradients of a group. has_exp: all its classes are in the tile, as exponentials, and their q.
+template <class T, class A>
+void lane_gradients(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const GroupPointers<T, A>& at, int n_lanes,
+                    bool has_exp, const GroupState<A>& s) {
+  const Strides &from = problem.logits_strides, &to = problem.dlogits_strides;
+  for (int64_t start = 0; start < problem.n_cols; start += tile.cols) {
+    const int64_t n = problem.n_cols - start < tile.cols ? problem.n_cols - start : tile.cols;
+    if (!has_exp) {
+      load_tile<T, A>(tile.z, tile.lanes, at.x + start * from.col, from.row, from.col, n_lanes, n);
+      if (terms.per_class) load_tile_q(problem, terms, tile, at.p, n_lanes, start, n);
+      exp_tile(tile, n, s);
+    }
+    tile_gradient(terms, tile, start, n, s);
+    store_tile<T, A>(at.dx + start * to.col, tile.z, tile.lanes, to.row, to.col, n_lanes, n);
+  }
+}
+
+template <class A>
+INLINE int64_t lanes_per_group(const Problem& problem) {
+  const int64_t lanes = TILE / problem.n_cols / Simd<A>::W * Simd<A>::W;
+  return lanes == 0 ? WIDE_LANES : lanes > MAX_LANES ? MAX_LANES : lanes;
+}
+
+template <class A>
+INLINE void shape_tile(Tile<A>& tile, int n_lanes) {
+  tile.lanes = int(padded<A>(n_lanes)), tile.cols = TILE / tile.lanes;
+}
+
+template <class T>
 double forward_lanes(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
   using A = typename Accumulate<T>::type;
+  const Terms<A> terms(problem, weight_total);
+  const Strides& from = problem.logits_strides;
+  Tile<A> tile;
+  GroupState<A> s;
   double total = 0;
-  bool tiled = problem.n_cols <= TILE / Simd<A>::W;
-  for_groups<A>(problem, begin, end, tiled, [&](int64_t row, int n_lanes) {
-    total += tiled ? forward_group<T, terms, true>(problem, row, n_lanes, coefficient, weight_total)
-                   : forward_group<T, terms, false>(problem, row, n_lanes, coefficient, weight_total);
+  for_groups(problem, begin, end, lanes_per_group<A>(problem), [&](int64_t row, int n_lanes) {
+    const GroupPointers<T, A> at(problem, row);
+    shape_tile(tile, n_lanes);
+    s.begin(problem, terms, at.x, row, n_lanes, tile.lanes, false, A(coefficient));
+    for (int64_t start = 0; start < problem.n_cols; start += tile.cols) {
+      const int64_t n = problem.n_cols - start < tile.cols ? problem.n_cols - start : tile.cols;
+      load_tile<T, A>(tile.z, tile.lanes, at.x + start * from.col, from.row, from.col, n_lanes, n);
+      if (terms.per_class) load_tile_q(problem, terms, tile, at.p, n_lanes, start, n);
+      tile_stats(terms, tile, start, n, s);
+    }
+    total += s.finish_forward(problem, terms, row, n_lanes);
+    if (!problem.dlogits) return;
+    s.factors(problem, terms, tile.lanes);
+    lane_gradients<T, A>(problem, terms, tile, at, n_lanes, problem.n_cols <= tile.cols, s);
   });
   return total;
 }
 
-template <class T, Terms terms>
+template <class T>
 void backward_lanes(const Problem& problem, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
-  bool tiled = problem.n_cols <= TILE / Simd<A>::W;
-  for_groups<A>(problem, begin, end, tiled, [&](int64_t row, int n_lanes) {
-    tiled ? backward_group<T, terms, true>(problem, row, n_lanes) : backward_group<T, terms, false>(problem, row, n_lanes);
+  const Terms<A> terms(problem, static_cast<const A*>(problem.saved)[3]);
+  Tile<A> tile;
+  GroupState<A> s;
+  for_groups(problem, begin, end, lanes_per_group<A>(problem), [&](int64_t row, int n_lanes) {
+    const GroupPointers<T, A> at(problem, row);
+    shape_tile(tile, n_lanes);
+    s.begin(problem, terms, at.x, row, n_lanes, tile.lanes, true, A(0));
+    for (int64_t start = 0; start < problem.n_cols && terms.soft; start += tile.cols) {
+      const int64_t n = problem.n_cols - start < tile.cols ? problem.n_cols - start : tile.cols;
+      load_tile_q(problem, terms, tile, at.p, n_lanes, start, n);
+      add_classes(s.q_total, tile, n, [&](int64_t at, int) { return Vector<A>(load(tile.q + at)); });
+    }
+    s.factors(problem, terms, tile.lanes);
+    lane_gradients<T, A>(problem, terms, tile, at, n_lanes, false, s);
   });
 }

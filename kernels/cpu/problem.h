@@ -51,6 +51,10 @@ struct Problem {
 
 constexpr int64_t kState = 4;  // scalars at the head of `saved`
 
+// Memory of the calling thread for the rows that it works on: a row of 262144 float32, 128256 of them the largest common vocabulary.
+constexpr int64_t kKeptBytes = 1 << 20;
+void* thread_scratch();
+
 // Rows [begin, end), once per instruction set. Forward returns the sum of their losses (0 for kNone); coefficient is
 // d(loss)/d(row loss), used where dlogits is written; weight_total is the sum of the class weights, used with smoothing.
 using ForwardRows = double (*)(const Problem&, int64_t begin, int64_t end, double coefficient, double weight_total);

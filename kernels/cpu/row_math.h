@@ -7,33 +7,54 @@
 //
 // Included once per instruction set, like simd.h.
 
-// Which terms the inner loops have; a template argument.
-enum Terms { kPlain, kSmooth, kSmoothWeighted, kSoft, kSoftWeighted };
-template <Terms terms>
-struct Constant {
-  static constexpr Terms value = terms;
+// What the loss has besides the logarithm of the target's probability, the same for all rows of a problem.
+//
+// Every class c has a factor q_c: it is 0 for plain index targets; 1, times smoothing / C, for smoothing; the class weight w_c, times
+// the same, for both; and for probabilities as above. The loops know three cases: none, all alike, one per class.
+template <class A>
+struct Terms {
+  bool soft;       // class probabilities as target
+  bool uniform;    // the same q for every class
+  bool per_class;
+  const A* weight;
+  A smoothing, smoothing_per_class;
+  A weight_total;  // sum of the class weights, n_cols without them
+
+  Terms(const Problem& problem, double weight_total)
+      : soft(problem.target_kind == kProbabilities),
+        uniform(!soft && problem.smoothing > 0 && !problem.weight),
+        per_class(soft || (problem.smoothing > 0 && problem.weight)),
+        weight(static_cast<const A*>(problem.weight)),
+        smoothing(A(problem.smoothing)),
+        smoothing_per_class(A(problem.smoothing) / A(problem.n_cols)),
+        weight_total(A(weight_total)) {}
+
+  // q of class c where it is one per class; p: its probability, for soft targets.
+  template <class X>
+  INLINE X q(X p, X w) const {
+    if (!soft) return w;
+    const X mixed = p * (A(1) - smoothing) + smoothing_per_class;
+    return weight ? mixed * w : mixed;
+  }
 };
-constexpr bool is_soft(Terms terms) { return terms == kSoft || terms == kSoftWeighted; }
-constexpr bool is_smooth(Terms terms) { return terms == kSmooth || terms == kSmoothWeighted; }
-constexpr bool has_weights(Terms terms) { return terms == kSmoothWeighted || terms == kSoftWeighted; }
 
 // One row per lane. Of a single row only lane 0 counts.
 template <class A>
 struct RowStats {
   Vector<A> max, rest;
-  Vector<A> x_t;         // index targets: the target's logit
-  Vector<A> shift;       // a fixed finite logit of the row, for smooth_sum
-  Vector<A> smooth_sum;  // smoothing: sum_c w_c (shift - x_c); soft: sum_c q_c (shift - x_c)
-  Vector<A> soft_total;  // soft: Q
-  Vector<A> w_t;         // index targets: the target's class weight, 1 without weights
+  Vector<A> x_t;      // index targets: the target's logit
+  Vector<A> shift;    // a fixed finite logit of the row, for q_sum
+  Vector<A> q_sum;    // sum_c q_c (shift - x_c)
+  Vector<A> q_total;  // soft: Q
+  Vector<A> w_t;      // index targets: the target's class weight, 1 without weights
 };
 
 template <class A>
 struct RowFactors {
-  Vector<A> p;       // of exp(x_c - m)
-  Vector<A> smooth;  // of w_c, subtracted
-  Vector<A> soft;    // soft: of q_c, subtracted
-  Vector<A> target;  // gradient of the target class; smooth * w_t is still to be subtracted
+  Vector<A> p;         // of exp(x_c - m)
+  Vector<A> constant;  // subtracted
+  Vector<A> q;         // of q_c, subtracted
+  Vector<A> target;    // the whole gradient of the target class
 };
 
 INLINE int64_t load_target(const Problem& problem, int64_t row) {
@@ -41,37 +62,28 @@ INLINE int64_t load_target(const Problem& problem, int64_t row) {
                                        : static_cast<const int64_t*>(problem.target)[row];
 }
 
-template <class A, Terms terms>
-INLINE Vector<A> row_loss(const RowStats<A>& s, const Problem& problem, A weight_total) {
-  if constexpr (is_soft(terms)) {
-    return s.smooth_sum + s.soft_total * ((s.max - s.shift) + log_(s.rest));
-  } else {
-    Vector<A> log_sum = log_(s.rest + exp_nonpositive(s.x_t - s.max));
-    // (m - x_t) is added in both branches: it is 0 at the maximum, and NaN where both are infinite, as PyTorch has it.
-    Vector<A> loss = s.w_t * ((s.max - s.x_t) + (s.x_t == s.max ? log1p_(s.rest) : log_sum));
-    if constexpr (is_smooth(terms)) {
-      const A smoothing = A(problem.smoothing);
-      Vector<A> all = weight_total * ((s.max - s.shift) + log_sum) + s.smooth_sum;
-      loss = (A(1) - smoothing) * loss + smoothing / A(problem.n_cols) * all;
-    }
-    return loss;
+template <class A>
+INLINE Vector<A> row_loss(const RowStats<A>& s, const Terms<A>& terms) {
+  if (terms.soft) return s.q_sum + s.q_total * ((s.max - s.shift) + log_(s.rest));
+  Vector<A> log_sum = log_(s.rest + exp_nonpositive(s.x_t - s.max));
+  // (m - x_t) is added in both branches: it is 0 at the maximum, and NaN where both are infinite, as PyTorch has it.
+  Vector<A> loss = s.w_t * ((s.max - s.x_t) + (s.x_t == s.max ? log1p_(s.rest) : log_sum));
+  if (terms.smoothing > 0) {
+    Vector<A> all = terms.weight_total * ((s.max - s.shift) + log_sum) + s.q_sum;
+    loss = (A(1) - terms.smoothing) * loss + terms.smoothing_per_class * all;
   }
+  return loss;
 }
 
-template <class A, Terms terms>
-INLINE RowFactors<A> row_factors(const RowStats<A>& s, const Problem& problem, A weight_total, Vector<A> g) {
-  if constexpr (is_soft(terms)) {
-    return {g * s.soft_total / s.rest, Vector<A>{}, g, Vector<A>{}};
-  } else {
-    Vector<A> e_t = exp_nonpositive(s.x_t - s.max), d = s.rest + e_t;
-    Vector<A> nll_factor = g * s.w_t, smooth{}, smooth_total{};
-    if constexpr (is_smooth(terms)) {
-      nll_factor *= A(1) - A(problem.smoothing);
-      smooth = g * (A(problem.smoothing) / A(problem.n_cols));
-      smooth_total = smooth * weight_total;
-    }
-    return {(nll_factor + smooth_total) / d, smooth, Vector<A>{}, smooth_total / d * e_t - nll_factor * (s.rest / d)};
-  }
+template <class A>
+INLINE RowFactors<A> row_factors(const RowStats<A>& s, const Terms<A>& terms, Vector<A> g) {
+  if (terms.soft) return {g * s.q_total / s.rest, Vector<A>{}, g, Vector<A>{}};
+  Vector<A> e_t = exp_nonpositive(s.x_t - s.max), d = s.rest + e_t;
+  Vector<A> nll_factor = g * s.w_t * (A(1) - terms.smoothing), smooth = g * terms.smoothing_per_class;
+  Vector<A> smooth_total = smooth * terms.weight_total;
+  // The target's probability less 1 is -rest / d, without cancellation.
+  Vector<A> target = smooth_total / d * e_t - nll_factor * (s.rest / d) - smooth * s.w_t;
+  return {(nll_factor + smooth_total) / d, terms.uniform ? smooth : Vector<A>{}, smooth, target};
 }
 
 template <class A>
@@ -131,57 +143,77 @@ constexpr int MAX_LANES = 256;
 template <class A>
 struct GroupState {
   static constexpr int N = MAX_LANES;
-  alignas(64) A max[N], rest[N], x_t[N], w_t[N], shift[N], smooth[N], soft[N];
-  alignas(64) A g[N], loss[N], p[N], smooth_factor[N], soft_factor[N], at_target[N];
-  alignas(64) typename Simd<A>::Int target[N];
-  bool live[N];  // the row counts, and in the backward has a coefficient other than 0
+  alignas(64) A max[N], rest[N], x_t[N], w_t[N], shift[N], q_sum[N], q_total[N];
+  alignas(64) A g[N], loss[N], p[N], constant[N], q[N], at_target[N];
+  int64_t target[N];  // -1: none, for soft targets and lanes that are not live
+  bool live[N];       // the row counts, and in the backward has a coefficient other than 0
 
-  // The forward's view of `row`.
-  template <Terms terms>
-  INLINE void begin_forward(const Problem& problem, int lane, int64_t row, bool exists, A coefficient) {
-    const int64_t t = exists && !is_soft(terms) ? load_target(problem, row) : -1;
-    live[lane] = exists && (is_soft(terms) || t != problem.ignore_index);
-    target[lane] = typename Simd<A>::Int(live[lane] ? t : -1);
-    w_t[lane] = live[lane] && !is_soft(terms) ? target_weight<A>(problem, t) : A(1);
-    g[lane] = coefficient;
-    clear(lane);
-  }
-  // The backward's, without x_t and soft. A class index that changed since the forward is never an address.
-  template <Terms terms>
-  INLINE void begin_backward(const Problem& problem, int lane, int64_t row, bool exists) {
+  // Lanes [0, lanes) for rows [row, row + n), whose logits begin at x: their targets, x_t, and for the backward max and rest.
+  template <class T>
+  void begin(const Problem& problem, const Terms<A>& terms, const T* x, int64_t row, int n, int lanes, bool backward,
+             A coefficient) {
     const A* saved = static_cast<const A*>(problem.saved);
-    const int64_t t = exists && !is_soft(terms) ? load_target(problem, row) : -1;
-    g[lane] = exists ? row_coefficient<A>(problem, row) : A(0);
-    live[lane] = g[lane] != 0 && (is_soft(terms) || (t >= 0 && t < problem.n_cols));
-    target[lane] = typename Simd<A>::Int(live[lane] ? t : -1);
-    w_t[lane] = live[lane] && !is_soft(terms) ? target_weight<A>(problem, t) : A(1);
-    clear(lane);
-    if (live[lane]) max[lane] = saved[kState + row], rest[lane] = saved[kState + problem.n_rows() + row];
+    for (int lane = 0; lane < lanes; ++lane) {
+      const int64_t r = row + lane, t = lane < n && !terms.soft ? load_target(problem, r) : -1;
+      max[lane] = -kInfinity<A>, rest[lane] = x_t[lane] = shift[lane] = q_sum[lane] = q_total[lane] = 0, w_t[lane] = 1;
+      g[lane] = lane >= n ? A(0) : backward ? row_coefficient<A>(problem, r) : coefficient;
+      live[lane] = lane < n && (terms.soft || t != problem.ignore_index);
+      // In the backward a class index that changed since the forward is never an address.
+      if (backward) live[lane] = g[lane] != 0 && (terms.soft || (t >= 0 && t < problem.n_cols));
+      target[lane] = live[lane] ? t : -1;
+      if (!live[lane]) continue;
+      if (backward) max[lane] = saved[kState + r], rest[lane] = saved[kState + problem.n_rows() + r];
+      if (terms.soft) continue;
+      x_t[lane] = load1(x + lane * problem.logits_strides.row + t * problem.logits_strides.col);
+      if (terms.weight) w_t[lane] = terms.weight[t];
+    }
   }
-  INLINE void clear(int lane) { max[lane] = 0, rest[lane] = 1, x_t[lane] = shift[lane] = smooth[lane] = soft[lane] = 0; }
 
   INLINE RowStats<A> stats(int lane) const {
-    return {load(max + lane), load(rest + lane), load(x_t + lane), load(shift + lane), load(smooth + lane), load(soft + lane),
-            load(w_t + lane)};
+    return {load(max + lane),   load(rest + lane),    load(x_t + lane), load(shift + lane),
+            load(q_sum + lane), load(q_total + lane), load(w_t + lane)};
   }
   // Losses of all rows from their statistics; returns the sum.
-  template <Terms terms>
-  double finish_forward(const Problem& problem, int64_t row, int n, A weight_total) {
+  double finish_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n) {
     double total = 0;
-    for (int lane = 0; lane < n; lane += Simd<A>::W) store(loss + lane, row_loss<A, terms>(stats(lane), problem, weight_total));
+    for (int lane = 0; lane < n; lane += Simd<A>::W) store(loss + lane, row_loss<A>(stats(lane), terms));
     for (int lane = 0; lane < n; ++lane)
       total += store_row<A>(problem, row + lane, live[lane], live[lane] ? loss[lane] : A(0), max[lane], rest[lane]);
     return total;
   }
   // Factors of all gradients. Of rows that are not live at_target is the whole gradient: 0, or NaN for an index that changed.
-  template <Terms terms>
-  void factors(const Problem& problem, int n, A weight_total) {
+  void factors(const Problem& problem, const Terms<A>& terms, int n) {
     for (int lane = 0; lane < n; lane += Simd<A>::W) {
-      RowFactors<A> f = row_factors<A, terms>(stats(lane), problem, weight_total, load(g + lane));
-      store(p + lane, f.p), store(smooth_factor + lane, f.smooth), store(soft_factor + lane, f.soft);
-      store(at_target + lane, f.target);
+      RowFactors<A> f = row_factors<A>(stats(lane), terms, load(g + lane));
+      store(p + lane, f.p), store(constant + lane, f.constant), store(q + lane, f.q), store(at_target + lane, f.target);
     }
     for (int lane = 0; lane < n; ++lane)
       if (!live[lane]) at_target[lane] = problem.dloss && g[lane] != 0 ? kNaN<A> : A(0);
   }
+};
+
+// Cuts rows [begin, end) into groups of at most n rows that do not cross an outer block: one stride leads from each to the next.
+template <class Body>
+INLINE void for_groups(const Problem& problem, int64_t begin, int64_t end, int64_t n, const Body& body) {
+  for (int64_t row = begin; row < end;) {
+    const int64_t outer_end = (row / problem.n_inner + 1) * problem.n_inner;
+    int64_t last = row + n < outer_end ? row + n : outer_end;
+    if (last > end) last = end;
+    body(row, int(last - row));
+    row = last;
+  }
+}
+
+// Where the classes of a group's first row lie.
+template <class T, class A>
+struct GroupPointers {
+  const T* x;
+  T* dx;       // null without a gradient
+  const A* p;  // probabilities; null for class indices
+  GroupPointers(const Problem& problem, int64_t row)
+      : x(static_cast<const T*>(problem.logits) + problem.offset(problem.logits_strides, row)),
+        dx(problem.dlogits ? static_cast<T*>(problem.dlogits) + problem.offset(problem.dlogits_strides, row) : nullptr),
+        p(problem.target_kind == kProbabilities
+              ? static_cast<const A*>(problem.target) + problem.offset(problem.target_strides, row)
+              : nullptr) {}
 };

@@ -1,11 +1,12 @@
 // Vectors of the accumulation type A, loads and stores of the four logit types, and exp.
 //
-// Written with the vector extensions that GCC and Clang share: the compiler lowers them to AVX-512, AVX2, SSE2 or NEON.
+// Written with the vector extensions that GCC and Clang share: the compiler lowers them to AVX-512, AVX2, SSE2 or NEON. Where GCC 12
+// makes ten instructions of what is one (maxima, conversions of 16-bit floats), an intrinsic stands beside.
 // Included once per instruction set, in a namespace of its own and after the target pragma; nothing here has external linkage,
 // or the linker might keep an AVX-512 copy of an inline function for a machine without it.
 //
 // exp(x), x <= 0: n = round(x log2 e), r = x - n ln 2 in two parts, |r| <= ln(2)/2, exp(x) = 2^n p(r) with 2^n from the bits of n.
-// Below the smallest normal number the result is 0. NaN stays NaN (each select keeps its second operand where a comparison fails).
+// Near the smallest normal number and below the result is 0. NaN stays NaN.
 
 struct bfloat16 {
   uint16_t bits;
@@ -15,7 +16,6 @@ struct float16 {
 };
 
 #define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
 
 template <class A>
 struct Simd;
@@ -114,6 +114,37 @@ INLINE Simd<double>::V load(const double* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
+INLINE void store(float* p, F::V v) { __builtin_memcpy(p, &v, sizeof v); }
+INLINE void store(double* p, Simd<double>::V v) { __builtin_memcpy(p, &v, sizeof v); }
+#if FUSEDLOSS_VECTOR_BYTES == 64
+INLINE F::V load(const bfloat16* p) {
+  return bit_cast<F::V>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+INLINE F::V load(const float16* p) { return (F::V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE void store(bfloat16* p, F::V v) {
+#ifdef FUSEDLOSS_HAS_BF16
+  const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)v);  // one instruction for ten; flushes subnormal numbers
+#else
+  const __m256i half = _mm512_cvtepi32_epi16((__m512i)bfloat16_bits_from_float_bits(bit_cast<F::U>(v)));
+#endif
+  _mm256_storeu_si256((__m256i*)p, half);
+}
+INLINE void store(float16* p, F::V v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif FUSEDLOSS_VECTOR_BYTES == 32
+INLINE F::V load(const bfloat16* p) {
+  return bit_cast<F::V>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+INLINE F::V load(const float16* p) { return (F::V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void store(bfloat16* p, F::V v) {
+  const __m256i bits = (__m256i)bfloat16_bits_from_float_bits(bit_cast<F::U>(v));
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+}
+INLINE void store(float16* p, F::V v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
 INLINE F::V load(const bfloat16* p) {
   F::Half h;
   __builtin_memcpy(&h, p, sizeof h);
@@ -124,13 +155,7 @@ INLINE F::V load(const float16* p) {
   __builtin_memcpy(&h, p, sizeof h);
   return float_from_half_bits<F::V, F::U>(__builtin_convertvector(h, F::U));
 }
-INLINE void store(float* p, F::V v) { __builtin_memcpy(p, &v, sizeof v); }
-INLINE void store(double* p, Simd<double>::V v) { __builtin_memcpy(p, &v, sizeof v); }
 INLINE void store(bfloat16* p, F::V v) {
-#ifdef FUSEDLOSS_HAS_BF16
-  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));  // one instruction for ten; flushes subnormal numbers
-  return;
-#endif
   F::Half h = __builtin_convertvector(bfloat16_bits_from_float_bits(bit_cast<F::U>(v)), F::Half);
   __builtin_memcpy(p, &h, sizeof h);
 }
@@ -138,6 +163,7 @@ INLINE void store(float16* p, F::V v) {
   F::Half h = __builtin_convertvector(half_bits_from_float<F::U, F::V>(v), F::Half);
   __builtin_memcpy(p, &h, sizeof h);
 }
+#endif
 
 template <class A>
 INLINE typename Simd<A>::V broadcast(A a) {
@@ -151,10 +177,13 @@ using Vector = typename Simd<A>::V;
 template <class A>
 using Integers = typename Simd<A>::I;
 
-// a > b ? a : b, which is b where either is NaN. GCC 12 makes a comparison and a blend of the ternary under AVX-512.
+// a > b ? a : b, which is b where either is NaN. GCC 12 makes a comparison and a blend of the ternary.
 #if FUSEDLOSS_VECTOR_BYTES == 64
 INLINE F::V max_(F::V a, F::V b) { return (F::V)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE Simd<double>::V max_(Simd<double>::V a, Simd<double>::V b) { return (Simd<double>::V)_mm512_max_pd((__m512d)a, (__m512d)b); }
+#elif FUSEDLOSS_VECTOR_BYTES == 32
+INLINE F::V max_(F::V a, F::V b) { return (F::V)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE Simd<double>::V max_(Simd<double>::V a, Simd<double>::V b) { return (Simd<double>::V)_mm256_max_pd((__m256d)a, (__m256d)b); }
 #else
 template <class V>
 INLINE V max_(V a, V b) {
@@ -233,11 +262,10 @@ INLINE F::V exp_nonpositive(F::V x) {
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(-87.33654f), _CMP_NLT_UQ);
   F::V clamped = x;  // whatever comes of smaller values is masked below
 #else
-  const F::V smallest = broadcast(-87.33654f), zero = {};
-  F::V clamped = max_(smallest, x);
+  F::V clamped = max_(broadcast(-88.0f), x);  // n = -127, and the bits of 2^n are those of 0
 #endif
-  F::V shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds, and leaves n in the low bits
-  F::V n = shifted - 12582912.0f;
+  F::V shifted = clamped * 1.44269504f + 12583039.0f;  // 1.5 * 2^23 + 127: rounds, and leaves n + 127 in the low bits
+  F::V n = shifted - 12583039.0f;
   F::V r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
   // Minimax for exp on |r| <= ln(2)/2 with the first two coefficients 1: 3e-9 relative, 0.63 ulp in all once rounded.
   F::V p = r * 1.38145406e-3f + 8.36874545e-3f;
@@ -250,17 +278,15 @@ INLINE F::V exp_nonpositive(F::V x) {
   // A subnormal result would cost a microcode assist of 150 cycles: 100 classes took 3 times as long for the padding alone.
   return (F::V)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
-  F::V result = p * bit_cast<F::V>((bit_cast<F::U>(shifted) << 23) + 0x3f800000u);
-  return x < smallest ? zero : result;
+  return p * bit_cast<F::V>(bit_cast<F::U>(shifted) << 23);
 #endif
 }
 
 INLINE Simd<double>::V exp_nonpositive(Simd<double>::V x) {
   using D = Simd<double>;
-  const D::V smallest = broadcast(-708.396), zero = {};
-  D::V clamped = x < smallest ? smallest : x;
-  D::V shifted = clamped * 1.4426950408889634 + 6755399441055744.0;  // 1.5 * 2^52
-  D::V n = shifted - 6755399441055744.0;
+  D::V clamped = max_(broadcast(-709.0), x);                         // n = -1023, and the bits of 2^n are those of 0
+  D::V shifted = clamped * 1.4426950408889634 + 6755399441056767.0;  // 1.5 * 2^52 + 1023
+  D::V n = shifted - 6755399441056767.0;
   D::V r = clamped - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10;
   // Taylor to degree 13: the remainder, 0.347^14 / 14!, is below 2^-57.
   D::V p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
@@ -275,8 +301,7 @@ INLINE Simd<double>::V exp_nonpositive(Simd<double>::V x) {
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
   p = p * (r * r) + r + 1.0;
-  D::V result = p * bit_cast<D::V>((bit_cast<D::U>(shifted) << 52) + 0x3ff0000000000000u);
-  return x < smallest ? zero : result;
+  return p * bit_cast<D::V>(bit_cast<D::U>(shifted) << 52);
 }
 
 // log(x) for x >= 1; NaN stays NaN. After Cephes logf: x = 2^e m, m in [sqrt(1/2), sqrt(2)), log m = f - f^2/2 + f^3 p(f).
