@@ -1,6 +1,6 @@
 """Wheel, sdist and installation: kernels/ is installed as fusedloss.kernels and never as a top-level package.
 
-The C++ kernel takes half a minute to compile, which `make setup` has done already; a stub stands in for the compiler here, whose
+The C++ kernel takes ten seconds to compile, which `make setup` has done already; a stub stands in for the compiler here, whose
 library does not load. So the installed package is seen to work without it, too.
 """
 
