@@ -56,7 +56,8 @@ def _check(problem: Problem, path: Path) -> None:
     try:
         backend = fusedloss.plan(ours, there, weight_there, **options_there).backend
     except RuntimeError as error:
-        assert "no kernel" in str(error)
+        if "no kernel" not in str(error):
+            raise
         return  # a path that is asked for never falls back
     loss = fusedloss.cross_entropy(ours, there, weight_there, **options_there)
     # PyTorch takes uint8, but not with weight and label smoothing together.
