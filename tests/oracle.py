@@ -85,8 +85,8 @@ def _per_row(values: Tensor, rows: Tensor) -> Tensor:
     return values.reshape(rows.shape) if values.numel() == rows.numel() else values.expand(rows.shape)
 
 
-def exact_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
+def exact_loss(logits: Tensor, target: Any, weight: Tensor | None = None, **options: Any) -> Tensor:
     """The same in float64."""
-    if target.is_floating_point():
+    if isinstance(target, Tensor) and target.is_floating_point():
         target = target.double()
     return torch_loss(logits.double(), target, weight.double() if weight is not None else None, **options)
