@@ -8,7 +8,8 @@ on CPU tensors with its launch left out:
 
     eager           F.cross_entropy: its time includes the arithmetic of 1,280 logits on the CPU, a few microseconds
     launcher off    ours, fusedloss.backends.triton._launch does nothing: checks, plan, operators, autograd
-    launcher on     ours, with Triton's launcher on a stubbed driver: all of it but the driver's own launch
+    launcher on     ours, with a compiled kernel launched on a stubbed driver: all of it but the driver's own launch
+    Triton's own    the same through Triton's launcher, kernel[grid](...), which looks at every argument again
     empty           an autograd.Function that does nothing: what anything written in Python must pay
 
 Medians of interleaved rounds in one process, in CPU time, which other programs disturb least; only their ratios mean much.
@@ -92,6 +93,19 @@ def stubbed_driver() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def stubbed_launcher() -> Iterator[None]:
+    """Inside, the arms may replace our launcher's parts, on CPU tensors; afterwards all is as before."""
+    with (
+        stubbed_driver(),
+        fusedloss.backend("triton"),
+        mock.patch.object(launcher, "_launch", launcher._launch),
+        mock.patch.object(launcher, "_keeps_compiled", launcher._keeps_compiled),
+        mock.patch.object(launcher, "_compiled", {}),
+    ):
+        yield
+
+
 def nothing(*_: object, **__: object) -> None:
     """Stands for a launch."""
 
@@ -105,9 +119,9 @@ def arms(logits: Tensor, target: Tensor) -> dict[str, Callable[[], None]]:
     """What is timed, each without setting up anything inside the timed call."""
     real = launcher._launch
 
-    def ours(launch: Callable[..., None]) -> Callable[[], None]:
+    def ours(launch: Callable[..., None], keeps_compiled: bool = True) -> Callable[[], None]:
         def call() -> None:
-            launcher._launch = launch
+            launcher._launch, launcher._keeps_compiled = launch, lambda _: keeps_compiled
             step(fusedloss.cross_entropy, logits, target)
 
         return call
@@ -116,6 +130,7 @@ def arms(logits: Tensor, target: Tensor) -> dict[str, Callable[[], None]]:
         "eager": lambda: step(F.cross_entropy, logits, target),
         "launcher off": ours(nothing),
         "launcher on": ours(real),
+        "Triton's own": ours(real, keeps_compiled=False),
         "empty": lambda: step(lambda logits, _: _Nothing.apply(logits), logits, target),
     }
 
@@ -138,7 +153,7 @@ def medians(calls: dict[str, Callable[[], None]], rounds: int, repeats: int = 50
 def measure(rounds: int) -> dict[str, float]:
     """Host seconds of a forward and backward on SHAPE, per arm."""
     logits, target = torch.randn(SHAPE, requires_grad=True), torch.randint(SHAPE[1], SHAPE[:1])
-    with stubbed_driver(), fusedloss.backend("triton"), mock.patch.object(launcher, "_launch", launcher._launch):
+    with stubbed_launcher():
         return medians(arms(logits, target), rounds)
 
 
@@ -147,7 +162,7 @@ def profile(calls: int = 5000) -> str:
     import io
 
     logits, target = torch.randn(SHAPE, requires_grad=True), torch.randint(SHAPE[1], SHAPE[:1])
-    with stubbed_driver(), fusedloss.backend("triton"), mock.patch.object(launcher, "_launch", launcher._launch):
+    with stubbed_launcher():
         call = arms(logits, target)["launcher off"]
         call()
         profiler = cProfile.Profile()

@@ -167,7 +167,7 @@ def _route(inputs: Inputs, options: Options) -> Route:
     )
     # All but values decides: once per kind of call, unless somebody traces it, with sizes that are symbols.
     choose = _checked_route if nobody_watches(logits) else _checked_route.__wrapped__
-    return choose(facts, options, backends.requested(), _transform(), _autocast(logits.device.type))
+    return choose(facts, options, backends.requested(), _transform(), _autocast(logits))
 
 
 @lru_cache(maxsize=1024)
@@ -228,13 +228,12 @@ def _transform() -> str | None:
     return None
 
 
-def _autocast(device_type: str) -> bool:
-    # The first question is the cheap one; the last raises for a device without autocast, such as "meta".
-    return (
-        torch._C._is_any_autocast_enabled()
-        and torch.amp.is_autocast_available(device_type)
-        and torch.is_autocast_enabled(device_type)
-    )
+def _autocast(logits: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():  # the cheap question
+        return False
+    device_type = logits.device.type
+    # The second would raise for a device without autocast, such as "meta".
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _out_dtype(facts: InputFacts, autocast: bool) -> torch.dtype:

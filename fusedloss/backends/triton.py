@@ -1,6 +1,7 @@
 """Allocates outputs and launches the Triton kernels that the plan chose. Triton is imported at the first launch."""
 
 import struct
+from collections.abc import Iterator
 from functools import cache, lru_cache
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from fusedloss.backends.outputs import Outputs, allocate_forward, allocate_gradient
 from fusedloss.plan import Inputs, Options, Tile
 from fusedloss.plan_triton import (
+    VECTOR_BYTES,
     DeviceFacts,
     Geometry,
     backward_tile,
@@ -221,17 +223,56 @@ def _launch(kernel: str, n_programs: int, device: torch.device, arguments: dict[
     # torch leaves the device of another GPU's tensors to the caller, Triton launches on the current one.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _kernels()[kernel][(n_programs,)](**arguments)
+            _launch(kernel, n_programs, device, arguments)
         return
-    try:
-        _kernels()[kernel][(n_programs,)](**arguments)
-    except (RuntimeError, ValueError) as error:
-        if device.type == "cuda":
-            raise
-        raise RuntimeError(
-            f"backend 'triton' was asked for, but Triton cannot launch on tensors of device {str(device)!r} here ({error}). "
-            "CPU tensors need TRITON_INTERPRET=1, set before Triton is imported."
-        ) from error
+    function = _kernels()[kernel]
+    if not _keeps_compiled(device):
+        try:
+            function[(n_programs,)](**arguments)
+        except (RuntimeError, ValueError) as error:
+            if device.type == "cuda":
+                raise
+            raise RuntimeError(
+                f"backend 'triton' was asked for, but Triton cannot launch on tensors of device {str(device)!r} here ({error}). "
+                "CPU tensors need TRITON_INTERPRET=1, set before Triton is imported."
+            ) from error
+        return
+    # Triton's own launch asks every argument again what the kernel was specialised for: four times as long as what follows.
+    values = [arguments[name] for name in function.arg_names]
+    key = (kernel, device.index, *_specialization(function, values, arguments))
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(n_programs, 1, 1)](*values)
+        return
+    compiled = function[(n_programs,)](**arguments)
+    if compiled is not None:  # None from Triton's interpreter
+        if len(_compiled) >= 4096:  # batches of ever other sizes
+            _compiled.clear()
+        _compiled[key] = compiled
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}  # kernels that were launched before, by all that Triton compiles for
+
+
+def _keeps_compiled(device: torch.device) -> bool:
+    return device.type == "cuda"  # elsewhere an emulator may take another's place
+
+
+def _specialization(function: Any, values: list[Any], arguments: dict[str, Any]) -> Iterator[Any]:
+    """What Triton compiles a kernel for: types and alignment of pointers, values of all else, a superset of what it looks at."""
+    for value, free in zip(values, _free_arguments(function), strict=True):
+        if isinstance(value, Tensor):
+            yield value.dtype
+            yield value.data_ptr() % VECTOR_BYTES == 0
+        elif not free:
+            yield value
+    yield arguments["num_warps"]
+
+
+@cache
+def _free_arguments(function: Any) -> tuple[bool, ...]:
+    """Which parameters of a kernel it is not specialised for."""
+    return tuple(parameter.do_not_specialize for parameter in function.params)
 
 
 @lru_cache(maxsize=1)
