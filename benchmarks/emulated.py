@@ -22,6 +22,7 @@ from torch import Tensor
 from torch_ops import TorchCost
 
 import fusedloss
+from fusedloss.plan_triton import DeviceFacts
 
 BENCHMARKS = Path(__file__).parent
 sys.path.insert(0, str(BENCHMARKS.parent / "tests"))
@@ -84,10 +85,11 @@ def measure(loss: Any, n_rows: int, n_cols: int, dtype: torch.dtype) -> Mark:
         # The emulator leaves files to the garbage collector.
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", ResourceWarning)
-        gpu = stack.enter_context(ptxsim.emulated_gpu("sm_90", poison_empty=False))
+        # Slices of a row wait for each other: as many programs at once as an H100 has SMs.
+        gpu = stack.enter_context(ptxsim.emulated_gpu("sm_90", poison_empty=False, resident=DeviceFacts().n_sms))
         stack.enter_context(fusedloss.backend("triton"))
         # On a GPU the ticket of a stream is made once; on CPU tensors it would be made in every launch.
-        ticket = torch.zeros((), dtype=torch.int32)
+        ticket = torch.zeros((DeviceFacts().n_sms,), dtype=torch.int32)
         stack.enter_context(mock.patch("fusedloss.backends.triton._ticket", return_value=ticket))
         cost = stack.enter_context(TorchCost(logits.numel()))
         loss(logits, target).backward()

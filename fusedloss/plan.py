@@ -57,9 +57,10 @@ class Tile:
     block_cols: int
     num_warps: int
     n_programs: int
-    rowwise: bool  # one program per row (and per block of columns in the backward), vector accesses at any row start
-    n_blocks: int = 0  # fused: blocks of columns that stay in registers between loss and gradient
-    loop_cols: int = 0  # fused_row_kernel: columns at a time of the rest of the row, which is read twice; 0: there is no rest
+    rowwise: bool  # a program has one row, or a part of one: vector accesses at any row start
+    n_blocks: int = 0  # fused: blocks of columns that stay in registers between loss and gradient; 0: rows are read twice
+    n_slices: int = 1  # programs that share a row
+    max_registers: int | None = None  # per thread, None: as many as the compiler likes
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,24 @@ SECTOR_BYTES = 32
 MAX_SHARED_ROW_COLS = 512
 # Columns of one row that a program holds at a time.
 ROW_BLOCK = 8192
-# A fused row stays in registers, in blocks of so many columns, 8 values of each per thread with 16 warps; what does not fit is
-# read twice. How many blocks fit without a spill was found by compiling (test_compiled.py): ptxas needs more for itself on
-# Blackwell, and label smoothing's weights are under way at the same time as the row.
-FUSED_ROW_BLOCK = 4096
-FUSED_LOOP_COLS = 16384  # of the columns that do not fit, at a time
-FUSED_LOOP_BYTES = 32768  # of a row of which nothing fits, at a time
-FUSED_ROW_BLOCKS = {2: 13, 4: 8, 8: 2}  # by bytes of a logit; float64 takes two registers, and the code for its exp many more
-FUSED_ROW_BLOCKS_BLACKWELL = {2: 9, 4: 8, 8: 2}
-FUSED_ROW_BLOCKS_SMOOTHING = {2: 2, 4: 2, 8: 0}
+# A fused row stays in registers, in blocks of so many columns per thread. How many blocks fit into the registers without a spill
+# was found by compiling (test_compiled.py), by bytes of a logit; float64 takes two registers for a value. With label smoothing
+# its weights are under way at the same time as the row. A row takes the fewest threads that can hold it, since each costs the
+# same instructions whatever it holds: 6 to 11 blocks of bfloat16.
+FUSED_COLS_PER_THREAD = 8
+FUSED_ROW_BLOCKS = {2: 11, 4: 9, 8: 2}
+FUSED_ROW_BLOCKS_SMOOTHING = {2: 4, 4: 4, 8: 3}
+FUSED_ROW_REGISTERS = 128  # as many as 512 threads can have; with smoothing 255, as many as 256 can have
+FUSED_ROW_THREADS = 512
+# A longer row is cut into slices: programs that wait for each other, of few threads, so that an SM has room for four and some
+# load while others wait.
+SLICE_THREADS = 128
+# All slices of a row must be resident at once, beside whatever else the GPU does. Where the SMs are fewer, so are the slices.
+MAX_SLICES = 64
+# Rows fewer than the SMs are cut into slices of at least so many columns until all SMs have one. Not rows shorter than
+# LONG_ROW_COLS: their exchange of statistics, 1 to 2 microseconds, costs more than an SM needs to read them.
+MIN_SLICE_COLS = 4096
+LONG_ROW_COLS = 32768
 # 16-byte loads that each thread has under way for a block of a row. More would spill on sm_80; fewer would need more warps, whose
 # reductions meet at barriers.
 ACCESSES_PER_THREAD = 4
@@ -92,13 +101,19 @@ def geometries(*tensors: Tensor) -> list[Geometry]:
     return [Geometry(n_outer, n_inner, n_cols, *three) for three in strides]
 
 
-def row_groups(g: Geometry, itemsize: int) -> tuple[int, bool]:
-    """How a kernel with one program per row cuts rows into groups: elements of a group, and whether any row has ragged edges."""
-    vector = VECTOR_BYTES // itemsize
-    if g.n_cols % vector == 0 and g.row_stride % vector == 0:
-        return vector, False
-    # Ragged rows are cut at sectors, or every request of a warp would touch one sector more than it has bytes for.
-    return SECTOR_BYTES // itemsize, True
+def row_group(g: Geometry, itemsize: int) -> int:
+    """Elements of a sector, or of 16 bytes, if all rows consist of them; 1 for ragged rows."""
+    for n_bytes in (SECTOR_BYTES, VECTOR_BYTES):
+        group = n_bytes // itemsize
+        if g.n_cols % group == 0 and g.row_stride % group == 0:
+            return group
+    return 1
+
+
+def _row_cols(g: Geometry, itemsize: int) -> int:
+    """Columns of the longest row; of rows that may begin inside a sector, with what precedes them there."""
+    group = row_group(g, itemsize)
+    return g.n_cols + (SECTOR_BYTES // itemsize - group if group > 1 else 0)
 
 
 @lru_cache(maxsize=1024)
@@ -106,7 +121,9 @@ def forward_tile(g: Geometry, itemsize: int, device: DeviceFacts) -> Tile:
     """Cuts the forward of a problem whose logits have `itemsize` bytes."""
     if _one_program_per_row(g):
         block_cols, num_warps = _row_block(g.n_cols, itemsize, device)
-        return Tile("forward_row_kernel", 1, block_cols, num_warps, max(1, g.n_rows), rowwise=True)
+        n_slices = min(_slices_that_fill(g, device), -(-g.n_cols // block_cols))
+        n_programs = max(1, g.n_rows) * n_slices
+        return Tile("forward_row_kernel", 1, block_cols, num_warps, n_programs, rowwise=True, n_slices=n_slices)
     return _shared_tile("forward_tile_kernel", g, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
 
 
@@ -114,8 +131,9 @@ def forward_tile(g: Geometry, itemsize: int, device: DeviceFacts) -> Tile:
 def backward_tile(g: Geometry, grad: Geometry, itemsize: int, device: DeviceFacts) -> Tile:
     """Cuts the backward; `grad` is the geometry of the gradient, whose strides may differ from the logits'."""
     if _one_program_per_row(g) and _same_alignment(g, grad, itemsize):
-        block_cols, num_warps = _row_block(g.n_cols, itemsize, device)
-        n_programs = g.n_rows * -(-g.n_cols // block_cols)
+        n_cols = _row_cols(g, itemsize)
+        block_cols, num_warps = _row_block(n_cols, itemsize, device)
+        n_programs = g.n_rows * -(-n_cols // block_cols)
         return Tile("backward_row_kernel", 1, block_cols, num_warps, max(1, n_programs), rowwise=True)
     # No reduction over the batch here, so no gain from a single program.
     return _shared_tile("backward_tile_kernel", g, itemsize, TILE_ELEMENTS, device)
@@ -126,17 +144,9 @@ def fused_tile(g: Geometry, grad: Geometry, itemsize: int, smoothing: bool, devi
     """Cuts the forward that also writes the gradient."""
     # The kernel of one program per row masks no row: an empty batch, which still needs a loss, is the tile kernel's.
     if g.n_rows > 0 and _one_program_per_row(g) and _same_alignment(g, grad, itemsize):
-        block_cols = min(_next_power_of_2(g.n_cols), FUSED_ROW_BLOCK)
-        n_blocks = -(-g.n_cols // block_cols)
-        fitting = _fused_row_blocks(itemsize, smoothing, device)
-        if n_blocks <= fitting:
-            threads = min(512, n_blocks * block_cols * itemsize // (ACCESSES_PER_THREAD * VECTOR_BYTES))
-            resident, loop_cols, num_warps = n_blocks, 0, _warps(_next_power_of_2(threads), device)
-        elif smoothing or itemsize == 8:
-            resident, loop_cols, num_warps = 0, min(ROW_BLOCK, FUSED_LOOP_BYTES // itemsize), _warps(512, device)
-        else:
-            resident, loop_cols, num_warps = fitting - _loop_blocks(device), FUSED_LOOP_COLS, _warps(512, device)
-        return Tile("fused_row_kernel", 1, block_cols, num_warps, g.n_rows, True, resident, loop_cols)
+        tile = _fused_row_tile(g, itemsize, smoothing, device)
+        if tile.n_slices <= min(MAX_SLICES, device.n_sms):
+            return tile
     return _shared_tile("fused_tile_kernel", g, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
 
 
@@ -151,20 +161,42 @@ def denominator_tile(n_rows: int, device: DeviceFacts) -> Tile:
 @lru_cache(maxsize=1024)
 def scale_tile(n_elements: int, device: DeviceFacts) -> Tile:
     """Cuts the multiplication of a fused gradient: few programs, since most launches return at once."""
-    block = 4096
-    n_programs = max(1, min(8 * device.n_sms, -(-n_elements // block)))
-    return Tile("scale_gradient_kernel", 1, block, _warps(256, device), n_programs, rowwise=False)
+    block = 8192
+    n_programs = max(1, min(4 * device.n_sms, -(-n_elements // block)))
+    return Tile("scale_gradient_kernel", 1, block, _warps(128, device), n_programs, rowwise=False)
 
 
-def _fused_row_blocks(itemsize: int, smoothing: bool, device: DeviceFacts) -> int:
-    if smoothing:
-        return FUSED_ROW_BLOCKS_SMOOTHING[itemsize]
-    return (FUSED_ROW_BLOCKS if device.capability < (10, 0) else FUSED_ROW_BLOCKS_BLACKWELL)[itemsize]
+def _fused_row_tile(g: Geometry, itemsize: int, smoothing: bool, device: DeviceFacts) -> Tile:
+    fitting = (FUSED_ROW_BLOCKS_SMOOTHING if smoothing else FUSED_ROW_BLOCKS)[itemsize]
+    n_cols = _row_cols(g, itemsize)
+    filling = _slices_that_fill(g, device)
+    threads = device.warp_size
+    while threads * FUSED_COLS_PER_THREAD * fitting < n_cols:
+        threads *= 2
+    if filling > 1 or threads > (FUSED_ROW_THREADS // 2 if smoothing else FUSED_ROW_THREADS):
+        threads = SLICE_THREADS
+    block_cols = threads * FUSED_COLS_PER_THREAD
+    blocks = -(-n_cols // block_cols)
+    n_blocks = -(-blocks // max(-(-blocks // fitting), filling))
+    n_slices = -(-blocks // n_blocks)
+    return Tile(
+        "fused_row_kernel",
+        1,
+        block_cols,
+        _warps(threads, device),
+        g.n_rows * n_slices,
+        rowwise=True,
+        n_blocks=n_blocks,
+        n_slices=n_slices,
+        max_registers=None if smoothing or device.warp_size != 32 else FUSED_ROW_REGISTERS,  # an option of Triton's for NVIDIA
+    )
 
 
-def _loop_blocks(device: DeviceFacts) -> int:
-    """Blocks whose registers the loop over the rest of a row takes."""
-    return 2 if device.capability < (9, 0) else 1
+def _slices_that_fill(g: Geometry, device: DeviceFacts) -> int:
+    """Slices of a row that give every SM a program; 1 where rows are many or short."""
+    if g.n_cols < LONG_ROW_COLS or g.n_rows == 0:
+        return 1
+    return max(1, min(device.n_sms // g.n_rows, -(-g.n_cols // MIN_SLICE_COLS), MAX_SLICES))
 
 
 def _warps(threads: int, device: DeviceFacts) -> int:
@@ -222,7 +254,7 @@ def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool,
         return Plan("triton", reason, "forward only", tile, None, copies, read_bytes=one_pass, write_bytes=0, launches=1)
     if fuses_gradient(options.reduction, logits.dtype):
         tile = fused_tile(g, gradient, itemsize, options.label_smoothing > 0, device)
-        counts = options.reduction == "mean" and tile.n_programs > 1
+        counts = tile.n_slices > 1 or (options.reduction == "mean" and tile.n_programs > 1)
         return Plan(
             "triton",
             reason,
@@ -231,7 +263,7 @@ def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool,
             scale_tile(logits.numel(), device),
             copies,
             # What does not stay in registers is read again, from L2 or L1.
-            read_bytes=one_pass + g.n_rows * max(0, g.n_cols - tile.n_blocks * tile.block_cols) * itemsize,
+            read_bytes=one_pass * (1 if tile.n_blocks else 2),
             write_bytes=one_pass,
             launches=3 if counts else 2,
         )

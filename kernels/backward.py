@@ -14,8 +14,16 @@ without reading them, so that their logits may hold NaN.
 
 import triton
 import triton.language as tl
-from fusedloss.kernels.forward import aligned_columns, edge_columns
-from fusedloss.kernels.rowwise import STATE, float_from_bits, gradient_factors, load_target, prove_alignment, row_coefficient
+from fusedloss.kernels.forward import edge_columns, in_main, main_columns
+from fusedloss.kernels.rowwise import (
+    STATE,
+    elements_in_sector,
+    float_from_bits,
+    gradient_factors,
+    load_target,
+    prove_alignment,
+    row_coefficient,
+)
 
 
 @triton.jit
@@ -137,29 +145,23 @@ def backward_row_kernel(
     row_stride,
     REDUCTION: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
-    HAS_EDGES: tl.constexpr,  # some row starts or ends inside a 16-byte group
-    VECTOR: tl.constexpr,  # elements in 16 bytes; in a sector of 32 with HAS_EDGES; the row strides are equal modulo VECTOR
+    GROUP: tl.constexpr,  # see forward_row_kernel; the row strides are equal modulo a sector
     BLOCK_COLS: tl.constexpr,
 ):
     """Gradient of BLOCK_COLS columns of one row, in whole groups; the first block of a row also writes its two ragged edges."""
     dtype = saved_ptr.dtype.element_ty
-    blocks_per_row = tl.cdiv(n_cols, BLOCK_COLS)
+    SECTOR: tl.constexpr = elements_in_sector(logits_ptr)
+    blocks_per_row = tl.num_programs(0) // n_rows
     row = (tl.program_id(0) // blocks_per_row).to(tl.int64)  # int64: row * row_stride passes 2**31
     block = tl.program_id(0) % blocks_per_row
     target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
     g = row_coefficient(saved_ptr, dloss_ptr, row, row < n_rows, n_rows, REDUCTION)
     read = valid & (g != 0)  # the other rows are not read
 
-    if HAS_EDGES:
-        row_start = row * row_stride
-        dlogits_row_start = row * dlogits_row_stride
-        head, n_main = aligned_columns(row_start, n_cols, VECTOR)
-    else:
-        row_start = row * ((row_stride // VECTOR) * VECTOR)
-        dlogits_row_start = row * ((dlogits_row_stride // VECTOR) * VECTOR)
-        head, n_main = 0, (n_cols // VECTOR) * VECTOR
-    main_ptr = logits_ptr + tl.multiple_of(row_start + head, VECTOR)
-    dlogits_main_ptr = dlogits_ptr + tl.multiple_of(dlogits_row_start + head, VECTOR)
+    row_start, head, n_main = main_columns(row, row_stride, n_cols, GROUP, SECTOR)
+    dlogits_row_start, _, _ = main_columns(row, dlogits_row_stride, n_cols, GROUP, SECTOR)
+    main_ptr = logits_ptr + tl.multiple_of(row_start + head, SECTOR)
+    dlogits_main_ptr = dlogits_ptr + tl.multiple_of(dlogits_row_start + head, SECTOR)
 
     row_max = tl.load(saved_ptr + STATE + row, mask=read, other=0.0)
     rest = tl.load(saved_ptr + STATE + n_rows + row, mask=read, other=1.0)
@@ -170,15 +172,15 @@ def backward_row_kernel(
         saved_ptr, weight_ptr, target, valid, counted, g, rest, tl.exp(x_t - row_max), smoothing, weight_total, n_cols
     )
 
-    cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    in_main = cols < n_main
-    x = tl.load(main_ptr + cols, mask=in_main & read, other=0.0).to(dtype)
+    group = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    in_row = in_main(group, head, n_main, GROUP, SECTOR)
+    x = tl.load(main_ptr + group, mask=in_row & read, other=0.0).to(dtype)
     dlogits = tl.exp(x - row_max) * p_factor
     if HAS_SMOOTHING:
-        dlogits = minus_smoothing(dlogits, smooth_factor, weight_ptr, head + cols, in_main)
-    tl.store(dlogits_main_ptr + cols, dlogits, mask=in_main)
-    if HAS_EDGES and block == 0:
-        edge_cols, in_edge = edge_columns(head, n_main, n_cols, VECTOR)
+        dlogits = minus_smoothing(dlogits, smooth_factor, weight_ptr, head + group, in_row)
+    tl.store(dlogits_main_ptr + group, dlogits, mask=in_row)
+    if GROUP == 1 and block == 0:
+        edge_cols, in_edge = edge_columns(head, n_main, n_cols, SECTOR)
         edge_x = tl.load(logits_ptr + row_start + edge_cols, mask=in_edge & read, other=0.0).to(dtype)
         edge_dlogits = tl.exp(edge_x - row_max) * p_factor
         if HAS_SMOOTHING:

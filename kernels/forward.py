@@ -12,6 +12,7 @@ import triton.language as tl
 from fusedloss.kernels.reduction import reduce_batch
 from fusedloss.kernels.rowwise import (
     STATE,
+    elements_in_sector,
     finite_max,
     float_from_bits,
     load_scale,
@@ -20,12 +21,14 @@ from fusedloss.kernels.rowwise import (
     prove_alignment,
     row_loss,
 )
+from fusedloss.kernels.slices import merge_slices, publish_slice
 
 
 @triton.jit
 def _store_rows(
     loss_ptr,
     saved_ptr,
+    program,
     rows,
     mask,
     counted,
@@ -40,7 +43,7 @@ def _store_rows(
     """What a forward leaves per row: the loss itself, statistics for the backward, losses to select among."""
     if REDUCTION == "none":
         tl.store(loss_ptr + rows, scale * loss, mask=mask)
-        tl.store(saved_ptr, scale, mask=tl.program_id(0) == 0)
+        tl.store(saved_ptr, scale, mask=program == 0)
     if SAVE:
         tl.store(saved_ptr + STATE + rows, row_max, mask=mask)
         tl.store(saved_ptr + STATE + n_rows + rows, rest, mask=mask)
@@ -149,34 +152,63 @@ def forward_tile_kernel(
     loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN, nothing was read
 
     scale = load_scale(scale_ptr, scale_bits, dtype)
-    _store_rows(loss_ptr, saved_ptr, rows, mask, counted, loss, row_max, rest, scale, n_rows, REDUCTION, SAVE)
+    _store_rows(loss_ptr, saved_ptr, tl.program_id(0), rows, mask, counted, loss, row_max, rest, scale, n_rows, REDUCTION, SAVE)
     if REDUCTION != "none":
         count = target_weight if REDUCTION == "mean" else counted.to(dtype)
         reduce_batch(
-            loss_ptr, saved_ptr, partial_ptr, ticket_ptr, tl.sum(loss, 0), tl.sum(count, 0), scale, top_k, n_rows,
-            REDUCTION, TOP_K_IS_FRACTION, ticket_ptr is None, True,
+            loss_ptr, saved_ptr, partial_ptr, ticket_ptr, tl.sum(loss, 0), tl.sum(count, 0), scale, top_k,
+            tl.program_id(0), tl.num_programs(0), n_rows, REDUCTION, TOP_K_IS_FRACTION, partial_ptr is None,
         )  # fmt: skip
 
 
 @triton.jit
-def aligned_columns(row_start, n_cols, VECTOR: tl.constexpr):
-    """Splits a row whose first element has index row_start into head, whole groups of VECTOR elements, and tail: (head, n_main).
+def main_columns(row, row_stride, n_cols, GROUP: tl.constexpr, SECTOR: tl.constexpr):
+    """Where a row starts, and which of its columns are accessed in whole groups: (row_start, head, n_main).
 
-    Groups begin at multiples of VECTOR, whatever n_cols and the row are, and n_main is a multiple of it: the proof the compiler
-    needs for 16-byte accesses, masked as a whole. VECTOR is a 32-byte sector, so that no request touches one sector more.
+    Columns head to head + n_main begin at a sector of 32 bytes, so that no request of a warp touches one sector more than it
+    has bytes for. Rows of whole sectors begin there themselves. A row of whole 16-byte groups may begin inside a sector: head is
+    negative then, and the columns before the row are masked. A ragged row (GROUP is 1) gives only its whole sectors; what is left
+    at its two ends are its edges. Both head and n_main are multiples of a group: the proof the compiler needs for 16-byte
+    accesses, masked as a whole.
     """
-    head = ((VECTOR - row_start % VECTOR) % VECTOR).to(tl.int32)
-    head = tl.minimum(head, n_cols)
-    n_main = ((n_cols - head) // VECTOR) * VECTOR
-    return head, n_main
+    if GROUP == 1:
+        row_start = row * row_stride
+        head = tl.minimum((SECTOR - row_start % SECTOR) % SECTOR, n_cols).to(tl.int32)
+        n_main = ((n_cols - head) // SECTOR) * SECTOR
+    else:
+        row_start = row * ((row_stride // GROUP) * GROUP)
+        head = 0
+        if GROUP < SECTOR:
+            head = -((row_start % SECTOR).to(tl.int32) // GROUP) * GROUP
+        n_main = ((n_cols - head) // GROUP) * GROUP
+    return row_start, head, n_main
 
 
 @triton.jit
-def edge_columns(head, n_main, n_cols, VECTOR: tl.constexpr):
-    """The fewer than 2 VECTOR columns of a row outside its groups, and which of them exist."""
-    lane = tl.arange(0, 2 * VECTOR)
-    cols = tl.where(lane < VECTOR, lane, head + n_main + lane - VECTOR)
-    return cols, tl.where(lane < VECTOR, lane < head, cols < n_cols)
+def in_main(group, head, n_main, GROUP: tl.constexpr, SECTOR: tl.constexpr):
+    """Which of the columns head + group are in the row."""
+    mask = group < n_main
+    if GROUP > 1 and GROUP < SECTOR:
+        mask = mask & (group >= -head)
+    return mask
+
+
+@triton.jit
+def edge_columns(head, n_main, n_cols, SECTOR: tl.constexpr):
+    """The fewer than 2 SECTOR columns of a row outside its groups, and which of them exist."""
+    lane = tl.arange(0, 2 * SECTOR)
+    cols = tl.where(lane < SECTOR, lane, head + n_main + lane - SECTOR)
+    return cols, tl.where(lane < SECTOR, lane < head, cols < n_cols)
+
+
+@triton.jit
+def smoothing_sums(x, cols, in_row, shift, weight_ptr, smooth_sum, weight_total):
+    """Adds w_c (shift - x_c) and w_c; without weights W is known, and left to the caller."""
+    if weight_ptr is not None:
+        w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(x.dtype)
+        return smooth_sum + tl.where(in_row, w * (shift - x), 0.0), weight_total + w
+    else:
+        return smooth_sum + tl.where(in_row, shift - x, 0.0), weight_total
 
 
 @triton.jit
@@ -187,10 +219,10 @@ def absorb(
     target,
     first,  # the block's columns lie in [first, last)
     last,
+    shift,
     weight_ptr,
     row_max,
     rest,
-    shift,
     smooth_sum,
     weight_total,
     HAS_SMOOTHING: tl.constexpr,
@@ -203,13 +235,12 @@ def absorb(
         e = tl.where(cols == target.to(tl.int32), 0.0, e)
     rest = rest * tl.exp(row_max - finite) + tl.sum(e, 0)
     if HAS_SMOOTHING:
-        shift = tl.where(row_max == float("-inf"), finite, shift)  # the first maximum: any fixed logit of the row will do
-        w = in_row.to(x.dtype)
+        zeros = tl.zeros(x.shape, x.dtype)
+        sums, weights = smoothing_sums(x, cols, in_row, shift, weight_ptr, zeros, zeros)
+        smooth_sum += tl.sum(sums, 0)
         if weight_ptr is not None:
-            w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(x.dtype)
-        smooth_sum += tl.sum(tl.where(in_row, w * (shift - x), 0.0), 0)
-        weight_total += tl.sum(w, 0)
-    return new_max, rest, shift, smooth_sum, weight_total
+            weight_total += tl.sum(weights, 0)
+    return new_max, rest, smooth_sum, weight_total
 
 
 @triton.jit(do_not_specialize=["scale_bits", "smoothing_bits", "ignore_index", "top_k"])
@@ -217,7 +248,8 @@ def forward_row_kernel(
     loss_ptr,  # (n_rows,) for "none", else ()
     saved_ptr,  # (4 + 3 n_rows,), see rowwise.py
     partial_ptr,  # (2, n_rows) workspace, None for "none"
-    ticket_ptr,  # () int32, likewise
+    ticket_ptr,  # () int32, likewise; with slices (1 + n_rows,): [1 + row] of which have published
+    slices_ptr,  # (4, n_rows, N_SLICES) workspace, None with a single slice
     logits_ptr,  # (n_rows, n_cols), classes contiguous
     target_ptr,  # (n_rows,) int64 or uint8
     weight_ptr,  # (n_cols,) or None
@@ -233,74 +265,79 @@ def forward_row_kernel(
     TOP_K_IS_FRACTION: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     SAVE: tl.constexpr,
-    HAS_EDGES: tl.constexpr,  # some row starts or ends inside a 16-byte group
-    VECTOR: tl.constexpr,  # elements in 16 bytes; in a sector of 32 with HAS_EDGES
+    GROUP: tl.constexpr,  # elements in 16 or 32 bytes that every row consists of; 1: some row starts or ends inside of 16 bytes
     BLOCK_COLS: tl.constexpr,
+    N_SLICES: tl.constexpr,
 ):
-    """Loss of one row, BLOCK_COLS classes at a time; up to BLOCK_COLS the row stays in registers."""
+    """Loss of one row, BLOCK_COLS classes at a time; or of one slice of it, and the last to finish has the row's."""
     dtype = saved_ptr.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)  # int64: row * row_stride passes 2**31
+    row = (tl.program_id(0) // N_SLICES).to(tl.int64)  # int64: row * row_stride passes 2**31
+    part = tl.program_id(0) % N_SLICES
     target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
     n_read = tl.where(valid, n_cols, 0)  # a row that does not count is not read
 
-    if HAS_EDGES:
-        row_start = row * row_stride
-        head, n_main = aligned_columns(row_start, n_read, VECTOR)
-    else:
-        row_start = row * ((row_stride // VECTOR) * VECTOR)
-        head, n_main = 0, (n_read // VECTOR) * VECTOR
+    SECTOR: tl.constexpr = elements_in_sector(logits_ptr)
+    row_start, head, n_main = main_columns(row, row_stride, n_read, GROUP, SECTOR)
     row_ptr = logits_ptr + row_start
-    main_ptr = logits_ptr + tl.multiple_of(row_start + head, VECTOR)
+    main_ptr = logits_ptr + tl.multiple_of(row_start + head, SECTOR)
 
     x_t = tl.load(row_ptr + target, mask=valid, other=0.0).to(dtype)
     target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
 
+    shift = finite_max(x_t)
     row_max = tl.full((), float("-inf"), dtype)
     rest = tl.zeros((), dtype)
-    shift = tl.zeros((), dtype)
     smooth_sum = tl.zeros((), dtype)
     weight_total = tl.zeros((), dtype)
-    if HAS_EDGES:
-        edge_cols, in_edge = edge_columns(head, n_main, n_read, VECTOR)
+    if GROUP == 1:
+        edge_cols, in_edge = edge_columns(head, n_main, n_read, SECTOR)
+        in_edge = in_edge & (part == 0)
         edge_x = tl.load(row_ptr + edge_cols, mask=in_edge, other=float("-inf")).to(dtype)
-        row_max, rest, shift, smooth_sum, weight_total = absorb(
-            edge_x,
-            edge_cols,
-            in_edge,
-            target,
-            0,
-            n_cols,
-            weight_ptr,
-            row_max,
-            rest,
-            shift,
-            smooth_sum,
-            weight_total,
-            HAS_SMOOTHING,
-        )
-    for start in range(0, n_main, BLOCK_COLS):
+        row_max, rest, smooth_sum, weight_total = absorb(
+            edge_x, edge_cols, in_edge, target, 0, n_cols, shift, weight_ptr,
+            row_max, rest, smooth_sum, weight_total, HAS_SMOOTHING,
+        )  # fmt: skip
+    slice_cols = tl.cdiv(n_main, N_SLICES * BLOCK_COLS) * BLOCK_COLS
+    for start in range(part * slice_cols, tl.minimum((part + 1) * slice_cols, n_main), BLOCK_COLS):
         group = start + tl.arange(0, BLOCK_COLS)
-        in_main = group < n_main
-        x = tl.load(main_ptr + group, mask=in_main, other=float("-inf")).to(dtype)
+        in_row = in_main(group, head, n_main, GROUP, SECTOR)
+        x = tl.load(main_ptr + group, mask=in_row, other=float("-inf")).to(dtype)
         cols, first = head + group, head + start
-        row_max, rest, shift, smooth_sum, weight_total = absorb(
-            x, cols, in_main, target, first, first + BLOCK_COLS, weight_ptr,
-            row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
+        row_max, rest, smooth_sum, weight_total = absorb(
+            x, cols, in_row, target, first, first + BLOCK_COLS, shift, weight_ptr,
+            row_max, rest, smooth_sum, weight_total, HAS_SMOOTHING,
         )  # fmt: skip
 
-    smoothing = None
-    if HAS_SMOOTHING:
-        smoothing = float_from_bits(smoothing_bits, dtype)
-        if SAVE:
-            tl.store(saved_ptr + 3, weight_total, mask=valid)  # every row that is read stores the same value
-    loss = row_loss(row_max, rest, x_t, tl.exp(x_t - row_max), target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
-    loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN, nothing was read
-
-    scale = load_scale(scale_ptr, scale_bits, dtype)
-    _store_rows(loss_ptr, saved_ptr, row, row < n_rows, counted, loss, row_max, rest, scale, n_rows, REDUCTION, SAVE)
-    if REDUCTION != "none":
-        count = target_weight if REDUCTION == "mean" else counted.to(dtype)
-        reduce_batch(
-            loss_ptr, saved_ptr, partial_ptr, ticket_ptr, loss, count, scale, top_k, n_rows,
-            REDUCTION, TOP_K_IS_FRACTION, ticket_ptr is None, True,
+    last_slice = True
+    if N_SLICES > 1:
+        arrived_ptr = ticket_ptr + 1 + row
+        arrived = publish_slice(
+            slices_ptr, arrived_ptr, row, n_rows, part,
+            row_max, rest, smooth_sum, weight_total, HAS_SMOOTHING, N_SLICES,
         )  # fmt: skip
+        last_slice = arrived == N_SLICES
+        tl.store(arrived_ptr, 0, mask=last_slice)  # ready for the next launch
+    if last_slice:
+        if N_SLICES > 1:
+            row_max, rest, smooth_sum, weight_total = merge_slices(
+                slices_ptr, row, n_rows, smooth_sum, weight_total, HAS_SMOOTHING, N_SLICES
+            )
+        smoothing = None
+        if HAS_SMOOTHING:
+            smoothing = float_from_bits(smoothing_bits, dtype)
+            if weight_ptr is None:
+                weight_total = tl.zeros((), dtype) + n_cols
+            if SAVE:
+                tl.store(saved_ptr + 3, weight_total, mask=valid)  # every row that is read stores the same value
+        e_t = tl.exp(x_t - row_max)
+        loss = row_loss(row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
+        loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN, nothing was read
+
+        scale = load_scale(scale_ptr, scale_bits, dtype)
+        _store_rows(loss_ptr, saved_ptr, row, row, row < n_rows, counted, loss, row_max, rest, scale, n_rows, REDUCTION, SAVE)
+        if REDUCTION != "none":
+            count = target_weight if REDUCTION == "mean" else counted.to(dtype)
+            reduce_batch(
+                loss_ptr, saved_ptr, partial_ptr, ticket_ptr, loss, count, scale, top_k, row, n_rows, n_rows,
+                REDUCTION, TOP_K_IS_FRACTION, partial_ptr is None,
+            )  # fmt: skip

@@ -1,25 +1,25 @@
 """The fused strategy: loss, batch reduction and gradient while the row is on chip. Derivations in rowwise.py and backward.py.
 
-Traffic: each logit of a counted row is read once and every gradient written once, for rows that fit a block; longer rows are
-read twice, the second time from L2. The gradient is that for an upstream gradient of 1; scale_gradient_kernel makes it right
-for another.
+Traffic: each logit of a counted row is read once and every gradient written once. Only a tile whose rows do not fit its
+registers is read twice. The gradient is that for an upstream gradient of 1; scale_gradient_kernel makes it right for another.
 
 The mean's denominator must be known before the first gradient is written. A single program has all rows in its tile; otherwise
 denominator_kernel, a launch of its own over the targets alone, leaves the coefficient in saved[0].
 
     denominator_kernel     scale / sum of the counted rows' weights
     fused_tile_kernel      BLOCK_ROWS rows per program, any strides
-    fused_row_kernel       one row per program, classes contiguous: 16-byte accesses at any row start
+    fused_row_kernel       one row per program, or one slice of it (slices.py), classes contiguous: 16-byte accesses at any start
     scale_gradient_kernel  dlogits *= dloss, where dloss is not 1
 """
 
 import triton
 import triton.language as tl
 from fusedloss.kernels.backward import minus_smoothing, store_tile
-from fusedloss.kernels.forward import absorb, absorb_tile, aligned_columns, edge_columns
-from fusedloss.kernels.reduction import reduce_batch
+from fusedloss.kernels.forward import absorb, absorb_tile, edge_columns, in_main, main_columns, smoothing_sums
+from fusedloss.kernels.reduction import mean_coefficient, sum_over_programs
 from fusedloss.kernels.rowwise import (
     STATE,
+    elements_in_sector,
     finite_max,
     float_from_bits,
     gradient_factors,
@@ -29,13 +29,14 @@ from fusedloss.kernels.rowwise import (
     prove_alignment,
     row_loss,
 )
+from fusedloss.kernels.slices import merge_slices, publish_slice, wait_for_slices
 
 
 @triton.jit(do_not_specialize=["scale_bits", "ignore_index"])
 def denominator_kernel(
-    loss_ptr,  # () overwritten by the launch that follows
-    saved_ptr,  # (4 + 3 n_rows,) out: [0]
-    partial_ptr,  # (2, n_programs) workspace, None with a single program
+    saved_ptr,  # (1,) out: the coefficient of a row's loss in the mean
+    arrived_ptr,  # (1 + n_rows,) int32 out: zeros, where the launch that follows cuts rows into slices, else None
+    partial_ptr,  # (n_programs,) workspace, None with a single program
     ticket_ptr,  # () int32, likewise
     target_ptr,  # (n_rows,) int64 or uint8
     weight_ptr,  # (n_cols,) or None
@@ -53,12 +54,12 @@ def denominator_kernel(
         rows = start + tl.arange(0, BLOCK_ROWS)
         target, counted, valid = load_target(target_ptr, rows, rows < n_rows, ignore_index, n_cols)
         total += load_target_weight(weight_ptr, target, counted, valid, dtype)
-    denominator = tl.sum(total, 0)
-    scale = load_scale(scale_ptr, scale_bits, dtype)
-    reduce_batch(
-        loss_ptr, saved_ptr, partial_ptr, ticket_ptr, denominator * 0.0, denominator, scale, 0, n_rows,
-        "mean", False, ticket_ptr is None, True,
-    )  # fmt: skip
+        if arrived_ptr is not None:
+            tl.store(arrived_ptr + 1 + rows, 0, mask=rows < n_rows)
+    if arrived_ptr is not None:
+        tl.store(arrived_ptr, 0)
+    denominator, last = sum_over_programs(partial_ptr, ticket_ptr, tl.sum(total, 0), tl.program_id(0), tl.num_programs(0))
+    tl.store(saved_ptr, mean_coefficient(load_scale(scale_ptr, scale_bits, dtype), denominator), mask=last)
 
 
 @triton.jit(do_not_specialize=["scale_bits", "smoothing_bits", "ignore_index"])
@@ -66,7 +67,7 @@ def fused_tile_kernel(
     loss_ptr,  # ()
     saved_ptr,  # (4 + 3 n_rows,), see rowwise.py; in: [0], for the mean with several programs
     dlogits_ptr,  # (n_outer, n_inner, n_cols)
-    partial_ptr,  # (2, n_programs) workspace, None with a single program
+    partial_ptr,  # (n_programs,) workspace, None with a single program
     ticket_ptr,  # () int32, likewise
     logits_ptr,  # (n_outer, n_inner, n_cols)
     target_ptr,  # (n_rows,) int64 or uint8
@@ -152,14 +153,14 @@ def fused_tile_kernel(
     if REDUCTION == "sum":
         g = scale
     elif ticket_ptr is None:
-        g = scale / tl.sum(target_weight, 0)
+        g = mean_coefficient(scale, tl.sum(target_weight, 0))
     else:
         g = tl.load(saved_ptr)
-    g = tl.where(mask, g, 0.0)
+    row_g = tl.where(mask, g, 0.0)
     p_factor, at_target, smooth_factor = gradient_factors(
-        saved_ptr, weight_ptr, target, valid, counted, g, rest, e_t, smoothing, weight_total, n_cols
+        saved_ptr, weight_ptr, target, valid, counted, row_g, rest, e_t, smoothing, weight_total, n_cols
     )
-    live = valid & (g != 0)
+    live = valid & (row_g != 0)
     if N_BLOCKS == 1:
         store_tile(
             dlogits_row_ptr, dlogits_col_stride, mask, live, cols, n_cols, target, weight_ptr,
@@ -176,10 +177,8 @@ def fused_tile_kernel(
                 tl.exp(x - finite[:, None]), p_factor, at_target, smooth_factor, HAS_SMOOTHING,
             )  # fmt: skip
 
-    reduce_batch(
-        loss_ptr, saved_ptr, partial_ptr, ticket_ptr, tl.sum(loss, 0), tl.sum(target_weight, 0), scale, 0, n_rows,
-        REDUCTION, False, ticket_ptr is None, ticket_ptr is None or REDUCTION == "sum",
-    )  # fmt: skip
+    loss_sum, last = sum_over_programs(partial_ptr, ticket_ptr, tl.sum(loss, 0), tl.program_id(0), tl.num_programs(0))
+    tl.store(loss_ptr, (g * loss_sum).to(dtype), mask=last)
 
 
 @triton.jit(do_not_specialize=["scale_bits", "smoothing_bits", "ignore_index"])
@@ -187,8 +186,10 @@ def fused_row_kernel(
     loss_ptr,  # ()
     saved_ptr,  # (4 + 3 n_rows,), see rowwise.py; in: [0], for the mean of several rows
     dlogits_ptr,  # (n_rows, n_cols), classes contiguous
-    partial_ptr,  # (2, n_rows) workspace, None with a single row
+    partial_ptr,  # (n_rows,) workspace, None with a single row
     ticket_ptr,  # () int32, likewise
+    slices_ptr,  # (4, n_rows, N_SLICES) workspace, None with a single slice
+    arrived_ptr,  # (1 + n_rows,) int32, 0 before: programs started; slices published of each row; None with a single slice
     logits_ptr,  # (n_rows, n_cols), classes contiguous
     target_ptr,  # (n_rows,) int64 or uint8
     weight_ptr,  # (n_cols,) or None
@@ -202,149 +203,152 @@ def fused_row_kernel(
     row_stride,
     REDUCTION: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
-    HAS_EDGES: tl.constexpr,  # some row starts or ends inside a 16-byte group
-    VECTOR: tl.constexpr,  # elements in 16 bytes; in a sector of 32 with HAS_EDGES; the row strides are equal modulo VECTOR
+    GROUP: tl.constexpr,  # see forward_row_kernel; the row strides are equal modulo a sector
     BLOCK_COLS: tl.constexpr,
-    N_BLOCKS: tl.constexpr,  # blocks of columns that stay in registers between loss and gradient
-    LOOP_COLS: tl.constexpr,  # columns at a time of the rest of the row, which is read twice; 0: there is no rest
+    N_BLOCKS: tl.constexpr,  # blocks of a slice: they stay in registers between loss and gradient
+    N_SLICES: tl.constexpr,
+    WAITS: tl.constexpr,  # for the other slices of the row; not where programs run one after another
 ):
-    """Loss and gradient of one row."""
-    RESIDENT: tl.constexpr = N_BLOCKS * BLOCK_COLS
+    """Loss and gradient of one row, or of one slice of it: read once, kept in registers, written once.
+
+    The loss of a row is counted by its first slice. What a slice needs of the others is two numbers each, four with smoothing.
+    """
     dtype = saved_ptr.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)  # int64: row * row_stride passes 2**31
+    SECTOR: tl.constexpr = elements_in_sector(logits_ptr)
+    SLICE_COLS: tl.constexpr = N_BLOCKS * BLOCK_COLS
+    program = tl.program_id(0)
+    part = 0
+    if N_SLICES > 1:
+        program = tl.atomic_add(arrived_ptr, 1, sem="relaxed")  # not the program id: slices.py says why
+        part = program % N_SLICES
+        program = program // N_SLICES
+    row = program.to(tl.int64)  # int64: row * row_stride passes 2**31
     target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
     target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
-
-    if HAS_EDGES:
-        row_start = row * row_stride
-        dlogits_row_start = row * dlogits_row_stride
-        head, n_main = aligned_columns(row_start, n_cols, VECTOR)
+    scale = load_scale(scale_ptr, scale_bits, dtype)
+    if REDUCTION == "sum":
+        g = scale
+    elif ticket_ptr is None:
+        g = mean_coefficient(scale, target_weight)
     else:
-        row_start = row * ((row_stride // VECTOR) * VECTOR)
-        dlogits_row_start = row * ((dlogits_row_stride // VECTOR) * VECTOR)
-        head, n_main = 0, (n_cols // VECTOR) * VECTOR
-    row_ptr = logits_ptr + row_start
-    main_ptr = logits_ptr + tl.multiple_of(row_start + head, VECTOR)
-    dlogits_row_ptr = dlogits_ptr + dlogits_row_start
-    dlogits_main_ptr = dlogits_ptr + tl.multiple_of(dlogits_row_start + head, VECTOR)
+        g = tl.load(saved_ptr)
 
-    x_t = tl.load(row_ptr + target, mask=valid, other=0.0).to(dtype)
-    row_max = tl.full((), float("-inf"), dtype)
-    rest = tl.zeros((), dtype)
-    shift = tl.zeros((), dtype)
-    smooth_sum = tl.zeros((), dtype)
-    weight_total = tl.zeros((), dtype)
-    if HAS_EDGES:
-        edge_cols, in_edge = edge_columns(head, n_main, n_cols, VECTOR)
-        edge_x = tl.load(row_ptr + edge_cols, mask=in_edge & valid, other=float("-inf")).to(dtype)
-        row_max, rest, shift, smooth_sum, weight_total = absorb(
-            edge_x, edge_cols, in_edge, target, 0, n_cols, weight_ptr,
-            row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
-        )  # fmt: skip
-    if LOOP_COLS > 0:
-        for start in range(RESIDENT, tl.where(valid, n_main, 0), LOOP_COLS):
-            group = start + tl.arange(0, LOOP_COLS)
-            x = tl.load(main_ptr + group, mask=group < n_main, other=float("-inf"), eviction_policy="evict_last").to(dtype)
-            first = head + start
-            row_max, rest, shift, smooth_sum, weight_total = absorb(
-                x, head + group, group < n_main, target, first, first + LOOP_COLS, weight_ptr,
-                row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
+    row_start, head, n_main = main_columns(row, row_stride, n_cols, GROUP, SECTOR)
+    dlogits_row_start, _, _ = main_columns(row, dlogits_row_stride, n_cols, GROUP, SECTOR)
+    row_ptr = logits_ptr + row_start
+    dlogits_row_ptr = dlogits_ptr + dlogits_row_start
+    if GROUP == 1:
+        edge_cols, in_edge = edge_columns(head, n_main, n_cols, SECTOR)
+        in_edge = in_edge & (part == 0)
+    first_col = head + part * SLICE_COLS
+    n_own = tl.minimum(n_main - part * SLICE_COLS, SLICE_COLS)
+    main_ptr = logits_ptr + tl.multiple_of(row_start + first_col, SECTOR)
+    dlogits_main_ptr = dlogits_ptr + tl.multiple_of(dlogits_row_start + first_col, SECTOR)
+    lane = tl.arange(0, BLOCK_COLS)
+    masks = (in_main(lane, first_col, n_own, GROUP, SECTOR),)
+    for i in tl.static_range(1, N_BLOCKS):
+        masks = masks + (i * BLOCK_COLS + lane < n_own,)
+
+    if valid:
+        x_t = tl.load(row_ptr + target).to(dtype)
+        shift = finite_max(x_t)
+        row_max = tl.full((), float("-inf"), dtype)
+        rest = tl.zeros((), dtype)
+        smooth_sum = tl.zeros((), dtype)
+        weight_total = tl.zeros((), dtype)
+        if GROUP == 1:
+            edge_x = tl.load(row_ptr + edge_cols, mask=in_edge, other=float("-inf")).to(dtype)
+            row_max, rest, smooth_sum, weight_total = absorb(
+                edge_x, edge_cols, in_edge, target, 0, n_cols, shift, weight_ptr,
+                row_max, rest, smooth_sum, weight_total, HAS_SMOOTHING,
             )  # fmt: skip
-    if N_BLOCKS > 0:
-        lane = tl.arange(0, BLOCK_COLS)
-        lane_max = tl.load(main_ptr + lane, mask=(lane < n_main) & valid, other=float("-inf")).to(dtype)
+        lane_max = tl.load(main_ptr + lane, mask=masks[0], other=float("-inf")).to(dtype)
         blocks = (lane_max,)
         for i in tl.static_range(1, N_BLOCKS):
-            group = i * BLOCK_COLS + lane
-            block = tl.load(main_ptr + group, mask=(group < n_main) & valid, other=float("-inf")).to(dtype)
+            block = tl.load(main_ptr + i * BLOCK_COLS + lane, mask=masks[i], other=float("-inf")).to(dtype)
             blocks = blocks + (block,)
             lane_max = tl.maximum(lane_max, block)
-        new_max = tl.maximum(row_max, tl.max(lane_max, 0))
-        finite = finite_max(new_max)
+        own_max = tl.maximum(row_max, tl.max(lane_max, 0))
+        finite = finite_max(own_max)
         if HAS_SMOOTHING:
-            shift = tl.where(row_max == float("-inf"), finite, shift)
             lane_smooth = tl.zeros((BLOCK_COLS,), dtype)
             lane_weight = tl.zeros((BLOCK_COLS,), dtype)
             for i in tl.static_range(N_BLOCKS):
-                group = i * BLOCK_COLS + lane
-                w = (group < n_main).to(dtype)
-                if weight_ptr is not None:
-                    w = tl.load(weight_ptr + head + group, mask=group < n_main, other=0.0).to(dtype)
-                lane_smooth += tl.where(group < n_main, w * (shift - blocks[i]), 0.0)
-                lane_weight += w
+                cols = first_col + i * BLOCK_COLS + lane
+                lane_smooth, lane_weight = smoothing_sums(blocks[i], cols, masks[i], shift, weight_ptr, lane_smooth, lane_weight)
             smooth_sum += tl.sum(lane_smooth, 0)
-            weight_total += tl.sum(lane_weight, 0)
+            if weight_ptr is not None:
+                weight_total += tl.sum(lane_weight, 0)
         lane_sum = tl.exp(blocks[0] - finite)
         exps = (lane_sum,)
         for i in tl.static_range(1, N_BLOCKS):
             e = tl.exp(blocks[i] - finite)
             exps = exps + (e,)
             lane_sum += e
-        other_rest = rest * tl.exp(row_max - finite)  # of the edges and the loop, the target kept out already
-        row_max = new_max
-        e_t = tl.exp(x_t - row_max)
-        elsewhere = (target < head) | (target >= head + tl.minimum(n_main, RESIDENT))
+        edge_rest = rest * tl.exp(row_max - finite)  # the target kept out already
+        e_t = tl.exp(x_t - own_max)
+        own_target = (target >= first_col) & (target < first_col + n_own)
         total = tl.sum(lane_sum, 0)
-        rest = other_rest + tl.where(elsewhere, total, total - e_t)
-        if (e_t > rest) & (not elsewhere):  # the subtraction would lose digits: keep the target out of the sum
+        rest = edge_rest + tl.where(own_target, total - e_t, total)
+        if (e_t > rest) & own_target:  # the subtraction would lose digits: keep the target out of the sum
             lane_rest = tl.zeros((BLOCK_COLS,), dtype)
             for i in tl.static_range(N_BLOCKS):
-                lane_rest += tl.where(i * BLOCK_COLS + lane == (target - head).to(tl.int32), 0.0, exps[i])
-            rest = other_rest + tl.sum(lane_rest, 0)
-    else:
-        finite = finite_max(row_max)
-        e_t = tl.exp(x_t - row_max)
+                lane_rest += tl.where(i * BLOCK_COLS + lane == (target - first_col).to(tl.int32), 0.0, exps[i])
+            rest = edge_rest + tl.sum(lane_rest, 0)
 
-    smoothing = None
-    if HAS_SMOOTHING:
-        smoothing = float_from_bits(smoothing_bits, dtype)
-        tl.store(saved_ptr + 3, weight_total, mask=valid)  # every row that is read stores the same value
-    loss = row_loss(row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
-    loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN, nothing was read
-    tl.store(saved_ptr + STATE + row, row_max, mask=row < n_rows)  # for a second backward
-    tl.store(saved_ptr + STATE + n_rows + row, rest, mask=row < n_rows)
+        row_max = own_max
+        if N_SLICES > 1:
+            arrived = publish_slice(
+                slices_ptr, arrived_ptr + 1 + row, row, n_rows, part,
+                row_max, rest, smooth_sum, weight_total, HAS_SMOOTHING, N_SLICES,
+            )  # fmt: skip
+            if WAITS:
+                wait_for_slices(arrived_ptr + 1 + row, arrived, N_SLICES)
+            row_max, rest, smooth_sum, weight_total = merge_slices(
+                slices_ptr, row, n_rows, smooth_sum, weight_total, HAS_SMOOTHING, N_SLICES
+            )
+            e_t = tl.exp(x_t - row_max)
+            finite = finite_max(row_max)
 
-    scale = load_scale(scale_ptr, scale_bits, dtype)
-    if REDUCTION == "sum":
-        g = scale
-    elif ticket_ptr is None:
-        g = scale / target_weight
-    else:
-        g = tl.load(saved_ptr)
-    p_factor, at_target, smooth_factor = gradient_factors(
-        saved_ptr, weight_ptr, target, valid, counted, g, rest, e_t, smoothing, weight_total, n_cols
-    )
-    if HAS_EDGES:
-        edge_dlogits = tl.exp(edge_x - finite) * p_factor
+        smoothing = None
         if HAS_SMOOTHING:
-            edge_dlogits = minus_smoothing(edge_dlogits, smooth_factor, weight_ptr, edge_cols, in_edge)
-        tl.store(dlogits_row_ptr + edge_cols, edge_dlogits, mask=in_edge)
-    if N_BLOCKS > 0:
+            smoothing = float_from_bits(smoothing_bits, dtype)
+            if weight_ptr is None:
+                weight_total = tl.zeros((), dtype) + n_cols
+        loss = row_loss(row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
+        p_factor, at_target, smooth_factor = gradient_factors(
+            saved_ptr, weight_ptr, target, valid, counted, g, rest, e_t, smoothing, weight_total, n_cols
+        )
+        if GROUP == 1:
+            edge_dlogits = tl.exp(edge_x - finite) * p_factor
+            if HAS_SMOOTHING:
+                edge_dlogits = minus_smoothing(edge_dlogits, smooth_factor, weight_ptr, edge_cols, in_edge)
+            tl.store(dlogits_row_ptr + edge_cols, edge_dlogits, mask=in_edge)
+        if N_SLICES > 1:
+            p_factor *= tl.exp(own_max - finite)  # the slice's exponentials are relative to its own maximum
         for i in tl.static_range(N_BLOCKS):
-            group = i * BLOCK_COLS + lane
             dlogits = exps[i] * p_factor
             if HAS_SMOOTHING:
-                dlogits = minus_smoothing(dlogits, smooth_factor, weight_ptr, head + group, group < n_main)
-            tl.store(dlogits_main_ptr + group, dlogits, mask=group < n_main)
-    if LOOP_COLS > 0:
-        for start in range(RESIDENT, n_main, LOOP_COLS):
-            again = start + tl.arange(0, LOOP_COLS)
-            in_row = again < n_main
-            x_again = tl.load(main_ptr + again, mask=in_row & valid, other=float("-inf"), eviction_policy="evict_first").to(dtype)
-            dlogits_again = tl.exp(x_again - finite) * p_factor
-            if HAS_SMOOTHING:
-                dlogits_again = minus_smoothing(dlogits_again, smooth_factor, weight_ptr, head + again, in_row)
-            tl.store(dlogits_main_ptr + again, dlogits_again, mask=in_row, eviction_policy="evict_first")
-    # The target's own gradient is stored last: comparing every column with the target would cost two instructions per logit.
-    if HAS_SMOOTHING:
-        at_target = minus_smoothing(at_target, smooth_factor, weight_ptr, target, valid)
-    tl.debug_barrier()  # another thread stored this element with the others of its group
-    tl.store(dlogits_row_ptr + target, at_target, mask=valid)
+                dlogits = minus_smoothing(dlogits, smooth_factor, weight_ptr, first_col + i * BLOCK_COLS + lane, masks[i])
+            tl.store(dlogits_main_ptr + i * BLOCK_COLS + lane, dlogits, mask=masks[i])
+        # The target's own gradient is stored last, by the slice that has stored its neighbours: comparing every column with the
+        # target would cost two instructions per logit.
+        if HAS_SMOOTHING:
+            at_target = minus_smoothing(at_target, smooth_factor, weight_ptr, target, valid)
+        in_edges = (target < head) | (target >= head + n_main)
+        tl.debug_barrier()  # another thread stored this element with the others of its group
+        tl.store(dlogits_row_ptr + target, at_target, mask=own_target | (in_edges & (part == 0)))
+    else:  # nothing is read
+        missing = tl.where(counted & (g != 0), float("nan"), 0.0)  # a class index out of range, or a row that does not count
+        loss = tl.where(counted, float("nan"), 0.0).to(dtype)
+        for i in tl.static_range(N_BLOCKS):
+            tl.store(dlogits_main_ptr + i * BLOCK_COLS + lane, tl.zeros((BLOCK_COLS,), dtype) + missing, mask=masks[i])
+        if GROUP == 1:
+            tl.store(dlogits_row_ptr + edge_cols, tl.zeros((2 * SECTOR,), dtype) + missing, mask=in_edge)
 
-    reduce_batch(
-        loss_ptr, saved_ptr, partial_ptr, ticket_ptr, loss, target_weight, scale, 0, n_rows,
-        REDUCTION, False, ticket_ptr is None, ticket_ptr is None or REDUCTION == "sum",
-    )  # fmt: skip
+    if part == 0:
+        loss_sum, last = sum_over_programs(partial_ptr, ticket_ptr, loss, program, n_rows)
+        tl.store(loss_ptr, (g * loss_sum).to(dtype), mask=last)
 
 
 @triton.jit

@@ -19,6 +19,48 @@ N_DIGITS = tl.constexpr(256)
 
 
 @triton.jit
+def finishes_last(ticket_ptr, n_programs):
+    """Whether all other programs have published what they stored before they drew their tickets.
+
+    Store scalars: the thread that stores them is the one that draws the ticket, so that acq_rel orders the two. Triton up to
+    3.7.1 puts no CTA barrier between a tensor store and an atomic.
+    """
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == n_programs - 1
+    tl.store(ticket_ptr, 0, mask=last)  # ready for the next launch, or the next replay of a CUDA graph
+    return last
+
+
+@triton.jit
+def _sum_partials(partial_ptr, n_programs):
+    total = tl.zeros((PARTIALS_BLOCK,), tl.float64)
+    for start in range(0, n_programs, PARTIALS_BLOCK):
+        index = start + tl.arange(0, PARTIALS_BLOCK)
+        # The last block is rarely full. .cg: other SMs wrote these, L1 may hold an old line.
+        partials = tl.load(partial_ptr + index, mask=index < n_programs, other=0.0, cache_modifier=".cg")
+        total += partials.to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def sum_over_programs(partial_ptr, ticket_ptr, value, program, n_programs):
+    """Sum of all programs' values, for the program that finishes last: (sum, whether this is the one)."""
+    total = value.to(tl.float64)
+    last = True
+    if ticket_ptr is not None:
+        tl.store(partial_ptr + program, value)
+        last = finishes_last(ticket_ptr, n_programs)
+        if last:
+            total = _sum_partials(partial_ptr, n_programs)
+    return total, last
+
+
+@triton.jit
+def mean_coefficient(scale, count):
+    """scale / count; nan, as in PyTorch, where no row counts, or only rows of weight 0, to which smoothing may give a loss."""
+    return scale / tl.where(count == 0, float("nan"), count)
+
+
+@triton.jit
 def reduce_batch(
     loss_ptr,  # () out
     saved_ptr,  # (4 + 3 n_rows,) out: the coefficients at its head; in: row losses, for max and topk
@@ -28,11 +70,12 @@ def reduce_batch(
     count,  # of this program's rows: counted rows, or for the mean the sum of their weights
     scale,
     top_k,
+    program,
+    n_programs,
     n_rows,
     REDUCTION: tl.constexpr,
     TOP_K_IS_FRACTION: tl.constexpr,
     SINGLE_PROGRAM: tl.constexpr,
-    KEEPS_COEFFICIENT: tl.constexpr,  # saved[0] is still to be written
 ):
     SELECTS: tl.constexpr = REDUCTION == "max" or REDUCTION == "topk"
     if SELECTS:
@@ -49,38 +92,21 @@ def reduce_batch(
             n_rows,
             REDUCTION,
             TOP_K_IS_FRACTION,
-            KEEPS_COEFFICIENT,
         )
     else:
-        program, n_programs = tl.program_id(0), tl.num_programs(0)
-        # Scalars: the thread that stores them is the one that draws the ticket, so that acq_rel orders the two. Triton up to
-        # 3.7.1 puts no CTA barrier between a tensor store and an atomic.
         tl.store(partial_ptr + program, loss_sum)
         tl.store(partial_ptr + n_programs + program, count)
-        ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
-        if ticket == n_programs - 1:
-            tl.store(ticket_ptr, 0)  # ready for the next launch, or the next replay of a CUDA graph
-            loss_total = tl.zeros((PARTIALS_BLOCK,), tl.float64)
-            count_total = tl.zeros((PARTIALS_BLOCK,), tl.float64)
-            for start in range(0, n_programs, PARTIALS_BLOCK):
-                index = start + tl.arange(0, PARTIALS_BLOCK)
-                mask = index < n_programs  # the last block is rarely full
-                # .cg: other SMs wrote these, L1 may hold an old line.
-                loss_total += tl.load(partial_ptr + index, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float64)
-                count_total += tl.load(partial_ptr + n_programs + index, mask=mask, other=0.0, cache_modifier=".cg").to(
-                    tl.float64
-                )
+        if finishes_last(ticket_ptr, n_programs):
             _write_loss(
                 loss_ptr,
                 saved_ptr,
-                tl.sum(loss_total, 0),
-                tl.sum(count_total, 0),
+                _sum_partials(partial_ptr, n_programs),
+                _sum_partials(partial_ptr + n_programs, n_programs),
                 scale,
                 top_k,
                 n_rows,
                 REDUCTION,
                 TOP_K_IS_FRACTION,
-                KEEPS_COEFFICIENT,
             )
 
 
@@ -95,7 +121,6 @@ def _write_loss(
     n_rows,
     REDUCTION: tl.constexpr,
     TOP_K_IS_FRACTION: tl.constexpr,
-    KEEPS_COEFFICIENT: tl.constexpr,
 ):
     """The batch loss and the coefficients for the backward, from float64 sums: exact counts, no error beyond the rows'."""
     dtype: tl.constexpr = saved_ptr.dtype.element_ty  # a loss in bfloat16 is rounded from float32: no target rounds float64
@@ -104,10 +129,8 @@ def _write_loss(
         tl.store(loss_ptr, (scale * loss_sum).to(dtype))
         coefficient = scale
     elif REDUCTION == "mean":
-        # nan, as in PyTorch, where no row counts, or only rows of weight 0, whose loss label smoothing may make positive.
-        count = tl.where(count == 0, float("nan"), count)
-        tl.store(loss_ptr, (scale * (loss_sum / count)).to(dtype))
-        coefficient = scale / count
+        coefficient = mean_coefficient(scale, count)
+        tl.store(loss_ptr, (coefficient * loss_sum).to(dtype))
     else:
         row_loss_ptr = saved_ptr + STATE + 2 * n_rows
         n_counted = count.to(tl.int64)
@@ -130,8 +153,7 @@ def _write_loss(
         coefficient = scale / k
         tl.store(saved_ptr + 1, scale * (share / (n_tied.to(tl.float64) * k)))
         tl.store(saved_ptr + 2, threshold_loss)
-    if KEEPS_COEFFICIENT:
-        tl.store(saved_ptr, coefficient)
+    tl.store(saved_ptr, coefficient)
 
 
 @triton.jit

@@ -75,6 +75,12 @@ def prove_alignment(n_inner, n_cols, outer_stride, row_stride, col_stride, ROWS_
     return n_inner, n_cols, outer_stride, row_stride, col_stride
 
 
+@triton.constexpr_function
+def elements_in_sector(ptr):
+    """Elements in the 32 bytes that travel together between L2 and an SM."""
+    return 256 // ptr.dtype.element_ty.primitive_bitwidth
+
+
 @triton.jit
 def finite_max(row_max):
     """The maximum as a shift for exp: all classes seen so far may be -inf, and -inf - -inf would be NaN."""

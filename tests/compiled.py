@@ -109,7 +109,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 def compile_for(launch: Launch, target: str) -> Any:
     """The compiled kernel, specialised as Triton's launcher would: divisibility by 16, ints equal to 1, and None."""
     function = launch.function
-    options = {name: launch.arguments[name] for name in ("num_warps", "num_stages") if name in launch.arguments}
+    options = {name: launch.arguments[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.arguments}
     signature, constexprs, attributes = {}, {}, {}
     for index, parameter in enumerate(function.params):
         value = launch.arguments[parameter.name]

@@ -19,10 +19,12 @@ from fusedloss.plan_triton import (
     forward_tile,
     fused_tile,
     geometries,
-    row_groups,
+    row_group,
     scale_tile,
 )
 from fusedloss.reference import FRACTION_BITS
+
+N_STATISTICS = 4  # of a slice; kernels/slices.py
 
 
 def forward(
@@ -42,11 +44,11 @@ def forward(
     (g,) = geometries(logits)
     itemsize = logits.element_size()
     tile = forward_tile(g, itemsize, device_facts(logits.device))
-    n_partials = tile.n_programs if options.reduction != "none" else 1
+    workspace = _workspace(2, tile.n_programs // tile.n_slices if options.reduction != "none" else 1, saved, keeps_workspace)
     arguments: dict[str, Any] = {
         "loss_ptr": loss,
         "saved_ptr": saved,
-        **_workspace(n_partials, saved, keeps_workspace),
+        **workspace,
         "logits_ptr": logits,
         "target_ptr": target.contiguous(),
         "weight_ptr": weight.contiguous() if weight is not None else None,
@@ -58,8 +60,11 @@ def forward(
         "n_rows": g.n_rows,
     }
     if tile.rowwise:
-        vector, has_edges = row_groups(g, itemsize)
-        arguments.update(n_cols=g.n_cols, row_stride=g.row_stride, HAS_EDGES=has_edges, VECTOR=vector)
+        arguments.update(n_cols=g.n_cols, row_stride=g.row_stride, GROUP=row_group(g, itemsize), N_SLICES=tile.n_slices)
+        arguments["slices_ptr"] = None
+        if tile.n_slices > 1:
+            arguments["slices_ptr"] = _slices(tile, g.n_rows, saved)
+            arguments["ticket_ptr"] = _ticket(saved.device, keeps_workspace)
     else:
         arguments.update(
             n_inner=g.n_inner,
@@ -94,33 +99,26 @@ def _fused(
     options: Options,
     keeps_workspace: bool,
 ) -> None:
-    """One launch, or two for a mean over several programs: the first counts, as no gradient can be written before."""
+    """One launch, or two where no gradient can be written before the rows are counted, or slices need counters at zero."""
     g, out = geometries(logits, dlogits)
     itemsize = logits.element_size()
     facts = device_facts(logits.device)
     tile = fused_tile(g, out, itemsize, options.label_smoothing > 0, facts)
-    counted: dict[str, Any] = {
+    n_partials = tile.n_programs // tile.n_slices
+    arguments: dict[str, Any] = {
         "loss_ptr": loss,
         "saved_ptr": saved,
+        "dlogits_ptr": dlogits,
+        **_workspace(1, n_partials, saved, keeps_workspace),
+        "logits_ptr": logits,
         "target_ptr": target.contiguous(),
         "weight_ptr": weight.contiguous() if weight is not None else None,
         "scale_ptr": scale,
         "scale_bits": _bits(options.scale),
+        "smoothing_bits": _bits(options.label_smoothing),
         "ignore_index": options.ignore_index,
         "n_rows": g.n_rows,
         "n_cols": g.n_cols,
-    }
-    if options.reduction == "mean" and tile.n_programs > 1:
-        first = denominator_tile(g.n_rows, facts)
-        workspace = _workspace(first.n_programs, saved, keeps_workspace)
-        counting = {**counted, **workspace, "BLOCK_ROWS": first.block_rows, "num_warps": first.num_warps}
-        _launch(first.kernel, first.n_programs, logits.device, counting)
-    arguments: dict[str, Any] = {
-        **counted,
-        **_workspace(tile.n_programs, saved, keeps_workspace),
-        "dlogits_ptr": dlogits,
-        "logits_ptr": logits,
-        "smoothing_bits": _bits(options.label_smoothing),
         "dlogits_row_stride": out.row_stride,
         "row_stride": g.row_stride,
         "REDUCTION": options.reduction,
@@ -128,10 +126,44 @@ def _fused(
         "BLOCK_COLS": tile.block_cols,
         "N_BLOCKS": tile.n_blocks,
         "num_warps": tile.num_warps,
+        **_layout_with_gradient(tile, g, out, itemsize),
     }
     if tile.rowwise:
-        arguments["LOOP_COLS"] = tile.loop_cols
-    _launch(tile.kernel, tile.n_programs, logits.device, {**arguments, **_layout_with_gradient(tile, g, out, itemsize)})
+        sliced = tile.n_slices > 1
+        arguments.update(
+            slices_ptr=_slices(tile, g.n_rows, saved) if sliced else None,
+            arrived_ptr=saved.new_empty((1 + g.n_rows,), dtype=torch.int32) if sliced else None,
+            N_SLICES=tile.n_slices,
+            WAITS=not _interprets(),
+        )
+        if tile.max_registers is not None:
+            arguments["maxnreg"] = tile.max_registers
+    # Triton's interpreter runs programs one after another: none can wait for a later one. There, the launches are made twice
+    # without waiting, and in the second round every slice finds what all others published in the first.
+    for _ in range(2 if tile.n_slices > 1 and _interprets() else 1):
+        if tile.n_slices > 1 or (options.reduction == "mean" and n_partials > 1):
+            _launch_denominator(arguments, g.n_rows, logits.device, keeps_workspace)
+        _launch(tile.kernel, tile.n_programs, logits.device, arguments)
+
+
+def _launch_denominator(fused: dict[str, Any], n_rows: int, device: torch.device, keeps_workspace: bool) -> None:
+    """What must be known before `fused` are the arguments of a launch."""
+    tile = denominator_tile(n_rows, device_facts(device))
+    arguments: dict[str, Any] = {
+        "saved_ptr": fused["saved_ptr"],
+        "arrived_ptr": fused.get("arrived_ptr"),
+        **_workspace(1, tile.n_programs, fused["saved_ptr"], keeps_workspace),
+        "target_ptr": fused["target_ptr"],
+        "weight_ptr": fused["weight_ptr"],
+        "scale_ptr": fused["scale_ptr"],
+        "scale_bits": fused["scale_bits"],
+        "ignore_index": fused["ignore_index"],
+        "n_rows": fused["n_rows"],
+        "n_cols": fused["n_cols"],
+        "BLOCK_ROWS": tile.block_rows,
+        "num_warps": tile.num_warps,
+    }
+    _launch(tile.kernel, tile.n_programs, device, arguments)
 
 
 def backward(
@@ -185,18 +217,22 @@ def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
     _launch(tile.kernel, tile.n_programs, dlogits.device, arguments)
 
 
-def _workspace(n_programs: int, saved: Tensor, keeps_workspace: bool) -> dict[str, Tensor | None]:
+def _workspace(n_sums: int, n_programs: int, saved: Tensor, keeps_workspace: bool) -> dict[str, Tensor | None]:
     """What a reduction over several programs needs besides its outputs."""
     if n_programs == 1:
         return {"partial_ptr": None, "ticket_ptr": None}
-    return {"partial_ptr": saved.new_empty((2, n_programs)), "ticket_ptr": _ticket(saved.device, keeps_workspace)}
+    return {"partial_ptr": saved.new_empty((n_sums, n_programs)), "ticket_ptr": _ticket(saved.device, keeps_workspace)}
+
+
+def _slices(tile: Tile, n_rows: int, saved: Tensor) -> Tensor:
+    """Where the slices of a row publish their statistics."""
+    return saved.new_empty((N_STATISTICS, n_rows, tile.n_slices))
 
 
 def _layout_with_gradient(tile: Tile, g: Geometry, out: Geometry, itemsize: int) -> dict[str, Any]:
     """The arguments that tell a kernel how logits and gradient lie in memory, besides their row strides."""
     if tile.rowwise:
-        vector, has_edges = row_groups(g, itemsize)
-        return {"HAS_EDGES": has_edges, "VECTOR": vector}
+        return {"GROUP": row_group(g, itemsize)}
     same_order = g.rows_contiguous == out.rows_contiguous
     return {
         "n_inner": g.n_inner,
@@ -267,6 +303,7 @@ def _specialization(function: Any, values: list[Any], arguments: dict[str, Any])
         elif not free:
             yield value
     yield arguments["num_warps"]
+    yield arguments.get("maxnreg")
 
 
 @cache
@@ -294,6 +331,14 @@ def _kernels() -> dict[str, Any]:
     }
 
 
+@cache
+def _interprets() -> bool:
+    """Whether kernels run in Triton's interpreter, on any device."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(_kernels()["fused_row_kernel"], InterpretedFunction)
+
+
 @lru_cache(maxsize=256)
 def _bits(value: float) -> int:
     """The bits of a float64 as an int64: Triton rounds float arguments to float32."""
@@ -301,23 +346,28 @@ def _bits(value: float) -> int:
 
 
 def _ticket(device: torch.device, keeps_workspace: bool) -> Tensor:
-    """The counter by which the last program of a launch knows itself: int32 zero, and zero again after every launch.
+    """Counters by which the last program of a launch knows itself: int32 zeros, and zeros again after every launch.
 
-    It belongs to one stream, on which launches follow each other. A CUDA graph gets one of its own, zeroed by a node of the
+    The first is the launch's; one more for each row that a forward may cut into slices, which are fewer than the SMs. They
+    belong to one stream, on which launches follow each other. A CUDA graph gets its own, zeroed by a node of the
     graph: its replays may run beside anything else. So does a compiled graph, which may own the pool of all memory that is
     allocated while it runs (CUDA graph trees), and would find ours still alive.
     """
     if device.type != "cuda":
-        return torch.zeros((), dtype=torch.int32, device=device)
+        return _zero_counters(device)
     if device.index != torch.cuda.current_device():  # whose stream the next question is about
         with torch.cuda.device(device):
             return _ticket(device, keeps_workspace)
     if not keeps_workspace or torch.cuda.is_current_stream_capturing():
-        return torch.zeros((), dtype=torch.int32, device=device)
+        return _zero_counters(device)
     return _stream_ticket(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _zero_counters(device: torch.device) -> Tensor:
+    return torch.zeros((device_facts(device).n_sms,), dtype=torch.int32, device=device)
 
 
 @cache
 def _stream_ticket(device: torch.device, stream: int) -> Tensor:
     del stream  # part of the key
-    return torch.zeros((), dtype=torch.int32, device=device)
+    return _zero_counters(device)

@@ -1,0 +1,81 @@
+"""A row that several programs share: each has a slice of the columns, publishes its statistics, and merges those of all.
+
+A slice's statistics are those of a row (rowwise.py), relative to the slice's own maximum m_i:
+
+    m    = max_i m_i                          rest = sum_i rest_i exp(m_i - m)
+    W    = sum_i W_i                          smooth_sum = sum_i smooth_sum_i
+
+Whoever merges adds in the order of the slices, so that all programs of a row, and all runs, find the same bits.
+
+Forward: the slice that publishes last has all that the row's loss needs; nobody waits. Fused: every slice keeps its logits in
+registers until it knows the row's statistics, so it has to wait for the others. They must run, then, and they do: a program
+does not take its row from its program id, but from a counter that it draws from when it starts. So numbers are given out in
+order, to running programs only, and the slices of a row have consecutive ones. Those of the lowest row that is not finished are
+all drawn, or are the next to be drawn; in the first case they all run and none of them waits for anything else; in the second
+case all other programs belong to that row or finish, until enough of the GPU is free. The plan makes no more slices than there
+are SMs, and each of these can hold one.
+"""
+
+import triton
+import triton.language as tl
+from fusedloss.kernels.rowwise import finite_max
+
+
+@triton.jit
+def publish_slice(
+    slices_ptr,  # (4, n_rows, N_SLICES) workspace; the last two planes with HAS_SMOOTHING only
+    arrived_ptr,  # () slices of this row that have published
+    row,
+    n_rows,
+    part,
+    row_max,
+    rest,
+    smooth_sum,
+    weight_total,
+    HAS_SMOOTHING: tl.constexpr,
+    N_SLICES: tl.constexpr,
+):
+    """Stores a slice's statistics; returns how many slices of the row have now done so."""
+    slice_ptr = slices_ptr + row * N_SLICES + part
+    plane = n_rows * N_SLICES  # int32 does: a slice has a thousand columns or more
+    # Scalars: the thread that stores them is the one that counts the slice, so that acq_rel orders the two (reduction.py).
+    tl.store(slice_ptr, row_max)
+    tl.store(slice_ptr + plane, rest)
+    if HAS_SMOOTHING:
+        tl.store(slice_ptr + 2 * plane, smooth_sum)
+        tl.store(slice_ptr + 3 * plane, weight_total)
+    return tl.atomic_add(arrived_ptr, 1, sem="acq_rel") + 1
+
+
+@triton.jit
+def wait_for_slices(arrived_ptr, arrived, N_SLICES: tl.constexpr):
+    """Returns when all slices of the row have published. One thread looks; a barrier holds the others until it has seen it."""
+    while arrived < N_SLICES:
+        arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire")
+
+
+@triton.jit
+def merge_slices(
+    slices_ptr,  # (4, n_rows, N_SLICES)
+    row,
+    n_rows,
+    smooth_sum,
+    weight_total,
+    HAS_SMOOTHING: tl.constexpr,
+    N_SLICES: tl.constexpr,
+):
+    """The row's statistics: (row_max, rest, smooth_sum, weight_total), the last two as they come without smoothing."""
+    index = tl.arange(0, triton.next_power_of_2(N_SLICES))
+    mask = index < N_SLICES
+    slice_ptr = slices_ptr + row * N_SLICES + index
+    plane = n_rows * N_SLICES  # int32 does: a slice has a thousand columns or more
+    # .cg: other SMs wrote these, L1 may hold an old line.
+    maxima = tl.load(slice_ptr, mask=mask, other=float("-inf"), cache_modifier=".cg")
+    rests = tl.load(slice_ptr + plane, mask=mask, other=0.0, cache_modifier=".cg")
+    row_max = tl.max(maxima, 0)
+    rest = tl.sum(rests * tl.exp(maxima - finite_max(row_max)), 0)
+    if HAS_SMOOTHING:
+        sums = tl.load(slice_ptr + 2 * plane, mask=mask, other=0.0, cache_modifier=".cg")
+        weights = tl.load(slice_ptr + 3 * plane, mask=mask, other=0.0, cache_modifier=".cg")
+        smooth_sum, weight_total = tl.sum(sums, 0), tl.sum(weights, 0)
+    return row_max, rest, smooth_sum, weight_total
