@@ -21,13 +21,13 @@ Train = Callable[[], list[float]]  # seeds everything itself; returns the loss o
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The logits' shapes of what reached fusedloss."""
     seen: list[tuple[int, ...]] = []
-    dispatch = functional._dispatch
+    call = functional._call
 
-    def recording(name: str, input: Tensor, *rest: Any) -> Tensor:
-        seen.append(tuple(input.shape))
-        return dispatch(name, input, *rest)
+    def recording(inputs: Any, options: Any, route: Any) -> Any:
+        seen.append(tuple(inputs.logits.shape))
+        return call(inputs, options, route)
 
-    monkeypatch.setattr(functional, "_dispatch", recording)
+    monkeypatch.setattr(functional, "_call", recording)
     return seen
 
 
@@ -86,6 +86,7 @@ def test_timm_mixup_and_smoothing(calls: list[tuple[int, ...]]) -> None:
     places; it has the same values."""
     timm = pytest.importorskip("timm")
     from timm.data import Mixup
+    from timm.data.mixup import mixup_target
     from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
     images, target = make_logits(8, 3, 32, 32), make_target(8, n_classes=10)
@@ -113,6 +114,9 @@ def test_timm_mixup_and_smoothing(calls: list[tuple[int, ...]]) -> None:
     assert calls == [(8, 10)] * 6
     logits, soft = mixed[0]
     torch.testing.assert_close(fusedloss.cross_entropy(logits, soft), SoftTargetCrossEntropy()(logits, soft))
+    soft = mixup_target(target, 10, lam=0.3, smoothing=0.1)  # our two labels never build it
+    two_labels = fusedloss.cross_entropy(logits, (target, target.flip(0), 0.3), label_smoothing=0.1)
+    torch.testing.assert_close(two_labels, SoftTargetCrossEntropy()(logits, soft))
     smoothed = fusedloss.cross_entropy(logits, target, label_smoothing=0.1)
     torch.testing.assert_close(smoothed, LabelSmoothingCrossEntropy(0.1)(logits, target))
 
