@@ -210,8 +210,6 @@ def _not_covered(name: str, facts: InputFacts, options: Options, out_dtype: torc
         return "the gradient to sample_weight, or to the share of two labels, has no kernel"
     if facts.n_classes == 0:
         return "there are no classes"
-    if name == "cpu" and (target_b is not None or sample_weight is not None or options.has_extras):
-        return "the extras have no kernel yet"
     if name == "triton" and (target_b is not None or sample_weight is not None or options.has_extras):
         return "the extras have no kernel yet"
     return None

@@ -1,6 +1,7 @@
 """How a problem is laid out and shared among threads by the CPU kernel: pure functions of shapes, dtypes and options."""
 
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -21,24 +22,16 @@ class Rows(NamedTuple):
     strides: tuple[int, ...]  # of outer block, row and class; for each tensor
 
 
-def rows(logits: Tensor, *others: Tensor | None) -> Rows:
-    """The rows of logits (N, C) or (N, C, S), and where they lie in it and in other tensors of its shape."""
-    strides: tuple[int, ...] = ()
-    if logits.dim() == 2:
-        n_inner, n_cols = logits.shape
-        for tensor in (logits, *others):
-            strides += (0, *tensor.stride()) if tensor is not None else (0, 0, 0)
-        return Rows(1, n_inner, n_cols, strides)
-    n_outer, n_cols, n_inner = logits.shape
-    one_block = True
-    for tensor in (logits, *others):
-        if tensor is None:
-            strides += (0, 0, 0)
-        else:
-            outer, col, row = tensor.stride()
-            strides += (outer, row, col)
-            one_block &= outer == n_inner * row  # channels_last: the rows of all outer blocks are one sequence
-    return Rows(1, n_outer * n_inner, n_cols, strides) if one_block else Rows(n_outer, n_inner, n_cols, strides)
+def rows(shape: tuple[int, ...], *strides: tuple[int, ...] | None) -> Rows:
+    """The rows of logits (N, C) or (N, C, S), and where they lie in tensors of that shape with these strides; None: no tensor."""
+    if len(shape) == 2:
+        places = [(0, *of_tensor) if of_tensor is not None else (0, 0, 0) for of_tensor in strides]
+        return Rows(1, shape[0], shape[1], tuple(chain.from_iterable(places)))
+    n_outer, n_cols, n_inner = shape
+    places = [(of_tensor[0], of_tensor[2], of_tensor[1]) if of_tensor is not None else (0, 0, 0) for of_tensor in strides]
+    one_block = all(outer == n_inner * row for outer, row, _ in places)  # channels_last: the outer blocks' rows are one sequence
+    flat = tuple(chain.from_iterable(places))
+    return Rows(1, n_outer * n_inner, n_cols, flat) if one_block else Rows(n_outer, n_inner, n_cols, flat)
 
 
 def threads(n_elements: int, available: int) -> int:

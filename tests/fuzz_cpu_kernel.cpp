@@ -16,8 +16,8 @@
 
 using namespace fusedloss;
 
-extern "C" int64_t fusedloss_forward(const Problem*);
-extern "C" void fusedloss_backward(const Problem*);
+extern "C" int64_t fusedloss_forward(const Call*, const Kind*);
+extern "C" void fusedloss_backward(const Call*, const Kind*);
 extern "C" int64_t fusedloss_best_isa();
 
 namespace {
@@ -95,6 +95,10 @@ void one_problem(int number) {
   p.save = 1;
   p.scale = coin() ? 1 : 0.25;
   p.smoothing = coin() ? 0 : 0.1;
+  p.z_loss = coin(0.7) ? 0 : 1e-3;
+  p.logit_scale = coin(0.7) ? 1 : -0.5;
+  p.softcap = coin(0.7) ? 0 : 5;
+  p.lam_factor = uniform(0, 4) / 4.0;
   p.ignore_index = p.target_kind == kProbabilities ? -100 : pick<int64_t>({int64_t(-100), int64_t(0), int64_t(3), int64_t(255)});
   p.top_k_is_fraction = coin();
   p.top_k = p.top_k_is_fraction ? uniform(1, int64_t(1) << 32) : uniform(1, 50);
@@ -103,23 +107,36 @@ void one_problem(int number) {
   const size_t n_rows = size_t(p.n_rows()), wide = item_size(accumulate);
   const bool fused = (p.reduction == kSum || p.reduction == kMean) && coin(0.8);
   const bool wild = coin(0.3), soft = p.target_kind == kProbabilities, weighted = coin(0.4);
+  const bool two_labels = !soft && coin(0.3), has_lam = coin(), has_sample_weight = coin(0.3), has_stats = !soft && coin(0.3);
 
   Buffer logits(random_strides(p, p.logits_strides) * item_size(p.logits_dtype));
   for (size_t i = 0; i < logits.size / item_size(p.logits_dtype); ++i) put(logits, p.logits_dtype, i, random_logit(wild));
   Buffer target(soft ? random_strides(p, p.target_strides) * wide : n_rows * (p.target_kind == kUint8 ? 1 : 8));
+  Buffer target_b(two_labels ? target.size : 0);
   bool bad = false;
+  std::vector<bool> ignored(n_rows);
   for (size_t i = 0; soft && i < target.size / wide; ++i) put(target, accumulate, i, 1.0 / double(uniform(1, 9)));
   for (size_t row = 0; !soft && row < n_rows; ++row) {
-    int64_t t = uniform(0, p.n_cols - 1);
-    if (coin(0.1)) t = p.ignore_index;
-    if (coin(0.0005)) t = pick<int64_t>({int64_t(-1), int64_t(-100), p.n_cols, int64_t(255), INT64_MAX, INT64_MIN});
-    if (p.target_kind == kUint8) {
-      target.as<uint8_t>()[row] = uint8_t(t);
-      t = uint8_t(t);
-    } else {
-      target.as<int64_t>()[row] = t;
+    bool outside = false;
+    for (Buffer* labels : {&target, &target_b}) {
+      if (labels->size == 0) continue;
+      int64_t t = uniform(0, p.n_cols - 1);
+      if (coin(0.1)) t = p.ignore_index;
+      if (coin(0.0005)) t = pick<int64_t>({int64_t(-1), int64_t(-100), p.n_cols, int64_t(255), INT64_MAX, INT64_MIN});
+      if (p.target_kind == kUint8) {
+        labels->as<uint8_t>()[row] = uint8_t(t);
+        t = uint8_t(t);
+      } else {
+        labels->as<int64_t>()[row] = t;
+      }
+      outside |= t < 0 || t >= p.n_cols;
+      ignored[row] = ignored[row] || t == p.ignore_index;
     }
-    bad |= t != p.ignore_index && (t < 0 || t >= p.n_cols);
+    bad |= outside && !ignored[row];
+  }
+  Buffer lam(n_rows * wide), sample_weight(n_rows * wide);
+  for (size_t row = 0; row < n_rows; ++row) {
+    put(lam, accumulate, row, double(uniform(0, 4)) / 4), put(sample_weight, accumulate, row, double(uniform(0, 8)) / 4);
   }
   Buffer weight(size_t(p.n_cols) * wide), dloss((p.reduction == kNone ? n_rows : 1) * wide);
   for (size_t c = 0; c < size_t(p.n_cols); ++c) put(weight, accumulate, c, double(uniform(0, 8)) / 4);
@@ -127,28 +144,35 @@ void one_problem(int number) {
   const size_t gradient_elements = random_strides(p, p.dlogits_strides);
 
   p.logits = logits.bytes.get(), p.target = target.bytes.get(), p.weight = weighted ? weight.bytes.get() : nullptr;
+  p.target_b = two_labels ? target_b.bytes.get() : nullptr, p.lam = has_lam ? lam.bytes.get() : nullptr;
+  p.sample_weight = has_sample_weight ? sample_weight.bytes.get() : nullptr;
   for (p.isa = kBaseline; p.isa <= fusedloss_best_isa(); ++p.isa) {
     std::vector<Buffer> results[2];
     for (int round = 0; round < 2; ++round) {
       p.n_threads = round == 0 ? 1 : 3;
-      Buffer loss((p.reduction == kNone ? n_rows : 1) * item_size(p.loss_dtype)), saved((size_t(kState) + 3 * n_rows) * wide);
+      Buffer loss((p.reduction == kNone ? n_rows : 1) * item_size(p.loss_dtype)), saved((size_t(kState) + (soft ? 4 : 3) * n_rows) * wide);
+      Buffer row_stats(2 * n_rows * wide), counts(3 * sizeof(int64_t));
       Buffer gradient(gradient_elements * item_size(p.logits_dtype)), again(gradient.size);
       const Buffer untouched_loss(loss.size), untouched_saved(saved.size), untouched_gradient(gradient.size);
+      const Buffer untouched_stats(row_stats.size), untouched_counts(counts.size);
+      p.row_stats = has_stats ? row_stats.bytes.get() : nullptr, p.counts = has_stats ? counts.as<int64_t>() : nullptr;
       p.loss = loss.bytes.get(), p.saved = saved.bytes.get(), p.dloss = nullptr;
       p.dlogits = fused ? gradient.bytes.get() : nullptr;
       p.fresh_bytes = fused ? int64_t(gradient.size) : 0;
-      const int64_t status = fusedloss_forward(&p);
+      const int64_t status = fusedloss_forward(&p, &p);
       require((status != 0) == bad, "an index out of range is reported, and only that", number);
       if (bad) {
-        require(loss == untouched_loss && saved == untouched_saved && gradient == untouched_gradient,
+        require(loss == untouched_loss && saved == untouched_saved && gradient == untouched_gradient &&
+                    row_stats == untouched_stats && counts == untouched_counts,
                 "nothing is written before the error", number);
         return;
       }
       p.dlogits = again.bytes.get(), p.dloss = dloss.bytes.get();
-      fusedloss_backward(&p);
-      for (size_t row = 0; !soft && row < n_rows; ++row) {
-        const int64_t t = p.target_kind == kUint8 ? target.as<uint8_t>()[row] : target.as<int64_t>()[row];
-        for (int64_t c = 0; t == p.ignore_index && c < p.n_cols; ++c) {
+      fusedloss_backward(&p, &p);
+      int64_t n_counted = 0;
+      for (size_t row = 0; row < n_rows; ++row) {
+        n_counted += !ignored[row];
+        for (int64_t c = 0; ignored[row] && c < p.n_cols; ++c) {
           const size_t at = size_t(p.offset(p.dlogits_strides, int64_t(row)) + c * p.dlogits_strides.col) * item_size(p.logits_dtype);
           const unsigned char zeros[8] = {};
           require(std::memcmp(again.bytes.get() + at, zeros, item_size(p.logits_dtype)) == 0 &&
@@ -156,6 +180,13 @@ void one_problem(int number) {
                   "the gradient of an ignored row is zero", number);
         }
       }
+      if (has_stats) {
+        const int64_t *found = counts.as<int64_t>(), worst = found[2];
+        require(found[0] == n_counted && found[1] >= 0 && found[1] <= n_counted, "rows are counted", number);
+        require(n_counted == 0 ? worst == -1 : worst >= 0 && worst < int64_t(n_rows) && !ignored[size_t(worst)],
+                "the worst row counts", number);
+      }
+      results[round].push_back(std::move(row_stats)), results[round].push_back(std::move(counts));
       results[round].push_back(std::move(loss)), results[round].push_back(std::move(gradient));
       results[round].push_back(std::move(again));
     }

@@ -42,7 +42,9 @@ def _value_and_gradient(logits: torch.Tensor, target: torch.Tensor, **options: A
 
 @pytest.mark.parametrize("shape", [(5000, 10), (700, 100), (60, 4999), (6, 21, 50, 31)], ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, {"reduction": "none"}, {"reduction": "topk", "top_k": 0.3}], ids=["mean", "none", "topk"]
+    "options",
+    [{}, {"reduction": "none"}, {"reduction": "topk", "top_k": 0.3}, {"z_loss": 1e-3, "softcap": 9.0}],
+    ids=["mean", "none", "topk", "extras"],
 )
 def test_threads_change_no_bit(two_threads: None, shape: tuple[int, ...], options: dict[str, Any]) -> None:
     logits = make_logits(*shape)
@@ -117,10 +119,10 @@ def test_an_index_that_changed_since_the_forward_is_no_address() -> None:
     logits = make_logits(3, 100).requires_grad_()
     target = make_target(3, n_classes=100)
     inputs = Inputs(logits.detach(), target)
-    outputs = cpu.forward(inputs, Options("sum"), torch.float32, True)
+    outputs = cpu.forward(inputs, Options("none"), torch.float32, True)
     target[1] = 10**12
-    gradient = cpu.backward(torch.ones(1), inputs, outputs.saved, Options("sum"))
-    assert outputs.loss.isfinite()
+    gradient = cpu.backward(torch.ones(3), inputs, outputs.saved, Options("none"))
+    assert outputs.loss.isfinite().all()
     assert gradient[1].isnan().all()
     assert gradient[[0, 2]].isfinite().all()
 
@@ -128,10 +130,12 @@ def test_an_index_that_changed_since_the_forward_is_no_address() -> None:
 def test_strategies_agree() -> None:
     """Fused and recomputed gradients of the same problem: the same bits where a row is one block of columns."""
     logits, target = make_logits(50, 1000), make_target(50, n_classes=1000, ignored=-100)
-    options = Options("mean", label_smoothing=0.1)
-    inputs = Inputs(logits, target)
-    outputs = cpu.forward(inputs, options, torch.float32, True)
-    assert torch.equal(cpu.backward(torch.ones(1), inputs, outputs.saved, options), outputs.dlogits)
+    inputs, options = Inputs(logits, target), Options("mean", label_smoothing=0.1, z_loss=1e-3, logit_scale=0.5)
+    fused = cpu.forward(inputs, options, torch.float32, True).dlogits
+    options = options._replace(reduction="none")
+    saved = cpu.forward(inputs, options, torch.float32, True).saved
+    dloss = torch.full((50,), 1 / int((target != -100).sum()))
+    assert torch.equal(cpu.backward(dloss, inputs, saved, options), fused)
 
 
 def test_fused_mode_allocates_one_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

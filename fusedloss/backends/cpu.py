@@ -1,12 +1,14 @@
 """Calls the C++ kernel of kernels/cpu through ctypes.
 
-One bytes object carries all arguments (kernels/cpu/problem.h): packing 32 fields takes 1 us and the call 0.5, where ctypes would
-take 3 to convert as many arguments one by one.
+Two bytes objects carry all arguments (kernels/cpu/problem.h): ctypes would take 3 us to convert as many one by one. What shapes,
+strides, dtypes and options decide is packed once for all calls alike; a call packs its addresses.
 """
 
 import ctypes
+import math
 import os
 import struct
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +27,8 @@ ISA_NAMES = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3, "avx512bf16": 4}
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "max": 3, "topk": 4}
 _INT64, _UINT8, _PROBABILITIES = range(3)
-_PROBLEM = struct.Struct("=7Q 2d 11q 3q 9q Q")
+_CALL = struct.Struct("=12Q 2d")
+_KIND = struct.Struct("=4d 11q 3q 9q Q")
 
 
 class Library(NamedTuple):
@@ -49,9 +52,9 @@ def _load() -> tuple[Library | None, str | None]:
     except OSError as error:
         return None, f"the compiled CPU kernel does not load: {error}"
     library.fusedloss_problem_bytes.restype = ctypes.c_int64
-    if library.fusedloss_problem_bytes() != _PROBLEM.size:
+    if library.fusedloss_problem_bytes() != _CALL.size + _KIND.size:
         return None, f"the compiled CPU kernel {path} is of another version: build it again"
-    library.fusedloss_forward.argtypes = library.fusedloss_backward.argtypes = (ctypes.c_char_p,)
+    library.fusedloss_forward.argtypes = library.fusedloss_backward.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
     library.fusedloss_forward.restype = library.fusedloss_best_isa.restype = ctypes.c_int64
     library.fusedloss_backward.restype = None
     requested = ISA_NAMES[os.environ.get("FUSEDLOSS_CPU_ISA", "auto")]
@@ -88,23 +91,23 @@ def forward(
 ) -> Outputs:
     """Every row's loss, their reduction and, where the plan fuses, the gradient for an upstream gradient of 1."""
     outputs = allocate_forward(inputs, options, out_dtype, needs_grad)
-    _forward(outputs.loss, outputs.saved, outputs.dlogits, inputs, options, needs_grad)
+    _forward(outputs, outputs.dlogits, inputs, options, needs_grad and outputs.dlogits is None)
     return outputs
 
 
 def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> Tensor:
     """The loss, for reduction "sum" or "mean"; the gradient takes the place of the logits."""
     outputs = allocate_forward(inputs, options, out_dtype, False)
-    _forward(outputs.loss, outputs.saved, inputs.logits, inputs, options, False)
+    _forward(outputs, inputs.logits, inputs, options, False)
     return outputs.loss
 
 
-def _forward(loss: Tensor, saved: Tensor, dlogits: Tensor | None, inputs: Inputs, options: Options, save: bool) -> None:
-    if inputs.scale is not None:
-        options = options._replace(scale=options.scale * inputs.scale.item())
-    bad_row = _call(_library().forward, loss, saved, dlogits, inputs, None, options, save)
+def _forward(outputs: Outputs, dlogits: Tensor | None, inputs: Inputs, options: Options, save: bool) -> None:
+    bad_row = _call(_library().forward, outputs.loss, outputs.saved, dlogits, outputs, inputs, None, options, save)
     if bad_row:
-        raise IndexError(f"Target {inputs.target.reshape(-1)[bad_row - 1].item()} is out of bounds.")
+        n_classes, labels = inputs.logits.shape[1], (inputs.target, inputs.target_b)
+        values = [label.reshape(-1)[bad_row - 1].item() for label in labels if label is not None]
+        raise IndexError(f"Target {next(t for t in values if not 0 <= t < n_classes)} is out of bounds.")
 
 
 def backward(
@@ -117,7 +120,7 @@ def backward(
     dlogits = allocate_gradient(inputs.logits)
     if dlogits.numel() > 0:
         dloss = dloss.to(saved.dtype).contiguous()
-        _call(_library().backward, None, saved, dlogits, inputs, dloss, options, True)
+        _call(_library().backward, None, saved, dlogits, None, inputs, dloss, options, True)
     return dlogits
 
 
@@ -138,47 +141,111 @@ def _call(
     loss: Tensor | None,
     saved: Tensor,
     dlogits: Tensor | None,
+    stats: Outputs | None,  # whose row_stats and counts are written
     inputs: Inputs,
     dloss: Tensor | None,
     options: Options,
     save: bool,
 ) -> int:
-    logits, target, _, _, weight, _, _ = inputs
-    if target.dim() == logits.dim():
-        target_kind, probabilities = _PROBABILITIES, target.to(saved.dtype)
-        target = probabilities
-    else:
-        target_kind, probabilities = (_UINT8 if target.dtype == torch.uint8 else _INT64), None
-        target = target.contiguous()
-    if weight is not None:
-        weight = weight.to(saved.dtype).contiguous()
-    n_elements = logits.numel()
-    rows = plan_cpu.rows(logits, dlogits, probabilities)
-    packed = _PROBLEM.pack(
-        loss.data_ptr() if loss is not None else 0,
+    logits, target, target_b, lam, weight, sample_weight, scale = inputs
+    has_probabilities = target.dim() == logits.dim()
+    target = target.to(saved.dtype) if has_probabilities else target.contiguous()
+    target_b = target_b.contiguous() if target_b is not None else None
+    lam, weight, sample_weight = (
+        None if values is None else values.to(saved.dtype).contiguous() for values in (lam, weight, sample_weight)
+    )
+    library = _library()
+    kind = _kind(
+        logits.shape,
+        logits.stride(),
+        dlogits.stride() if dlogits is not None else None,
+        target.stride() if has_probabilities else None,
+        logits.dtype,
+        loss.dtype if loss is not None else None,
+        target.dtype,
+        options.reduction,
+        options.ignore_index,
+        options.label_smoothing,
+        options.top_k,
+        options.top_k_fraction,
+        options.z_loss,
+        options.logit_scale,
+        options.softcap,
+        save,
+        dlogits is not logits,
+        torch.get_num_threads(),
+        library.requested_isa,
+        library.gomp_parallel,
+    )
+    call = _CALL.pack(
+        _address(loss),
         saved.data_ptr(),
-        dlogits.data_ptr() if dlogits is not None else 0,
+        _address(dlogits),
+        _address(stats.row_stats) if stats is not None else 0,
+        _address(stats.counts) if stats is not None else 0,
         logits.data_ptr(),
         target.data_ptr(),
-        weight.data_ptr() if weight is not None else 0,
-        dloss.data_ptr() if dloss is not None else 0,
-        options.scale,
-        options.label_smoothing,
-        options.ignore_index,
-        options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS),
-        options.top_k == 0,
-        _DTYPES[logits.dtype],
-        _DTYPES[loss.dtype] if loss is not None else 0,
-        target_kind,
-        _REDUCTIONS[options.reduction],
+        _address(target_b),
+        _address(lam),
+        _address(weight),
+        _address(sample_weight),
+        _address(dloss),
+        options.scale if scale is None else options.scale * scale.item(),
+        options.lam,
+    )
+    return function(call, kind)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@lru_cache(maxsize=1024)
+def _kind(
+    shape: tuple[int, ...],
+    logits_strides: tuple[int, ...],
+    dlogits_strides: tuple[int, ...] | None,
+    probabilities_strides: tuple[int, ...] | None,
+    logits_dtype: torch.dtype,
+    loss_dtype: torch.dtype | None,
+    target_dtype: torch.dtype,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    top_k: int,
+    top_k_fraction: float,
+    z_loss: float,
+    logit_scale: float,
+    softcap: float,
+    save: bool,
+    fresh: bool,
+    available_threads: int,
+    requested_isa: int,
+    gomp_parallel: int,
+) -> bytes:
+    """The part of a problem that only shapes, strides, dtypes and options decide."""
+    n_elements = math.prod(shape)
+    rows = plan_cpu.rows(shape, logits_strides, dlogits_strides, probabilities_strides)
+    indices = _UINT8 if target_dtype == torch.uint8 else _INT64
+    return _KIND.pack(
+        label_smoothing,
+        z_loss,
+        logit_scale,
+        softcap,
+        ignore_index,
+        top_k or round(top_k_fraction * 2**FRACTION_BITS),
+        top_k == 0,
+        _DTYPES[logits_dtype],
+        _DTYPES[loss_dtype] if loss_dtype is not None else 0,
+        indices if probabilities_strides is None else _PROBABILITIES,
+        _REDUCTIONS[reduction],
         save,
-        _library().requested_isa,
-        plan_cpu.threads(n_elements, torch.get_num_threads()),
-        n_elements * logits.element_size() if dlogits is not None and dlogits is not logits else 0,
+        requested_isa,
+        plan_cpu.threads(n_elements, available_threads),
+        n_elements * logits_dtype.itemsize if dlogits_strides is not None and fresh else 0,
         rows.n_outer,
         rows.n_inner,
         rows.n_cols,
         *rows.strides,
-        _library().gomp_parallel,
+        gomp_parallel,
     )
-    return function(packed)

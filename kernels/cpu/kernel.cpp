@@ -41,40 +41,40 @@ Chunks row_chunks(const Problem& problem) {
 }
 
 struct TargetSummary {
-  int64_t first_bad = -1;  // row
-  int64_t n_counted = 0;
-  double weight = 0;       // of the counted rows
+  int64_t first_bad;  // row, or -1
+  int64_t n_counted;
+  double weight;      // of the counted rows
 };
 
 template <class Target, class A>
 TargetSummary summarise(const Problem& problem, int64_t begin, int64_t end) {
-  const Target* target = static_cast<const Target*>(problem.target);
-  const A* weight = problem.reduction == kMean ? static_cast<const A*>(problem.weight) : nullptr;
-  TargetSummary summary;
+  const Target *a = static_cast<const Target*>(problem.target), *b = static_cast<const Target*>(problem.target_b);
+  // Of two labels the class weights are not in the denominator, as of probabilities.
+  const A* weight = problem.reduction == kMean && !b ? static_cast<const A*>(problem.weight) : nullptr;
+  auto is_bad = [&](int64_t t) { return uint64_t(t) >= uint64_t(problem.n_cols); };
+  TargetSummary summary = {-1, 0, 0};
   bool bad = false;
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t t = int64_t(target[row]);
-    const bool counted = t != problem.ignore_index;
-    bad |= counted & (uint64_t(t) >= uint64_t(problem.n_cols));
+    const int64_t t = int64_t(a[row]), u = b ? int64_t(b[row]) : t;
+    const bool counted = (t != problem.ignore_index) & (u != problem.ignore_index);
+    bad |= counted & (is_bad(t) | is_bad(u));
     summary.n_counted += counted;
   }
   summary.weight = double(summary.n_counted);
   if (bad) {
-    for (int64_t row = begin; summary.first_bad < 0; ++row) {
-      const int64_t t = int64_t(target[row]);
-      if (t != problem.ignore_index && (t < 0 || t >= problem.n_cols)) summary.first_bad = row;
-    }
+    for (int64_t row = begin; summary.first_bad < 0; ++row)
+      if (problem.is_counted(row) && (is_bad(int64_t(a[row])) || (b && is_bad(int64_t(b[row]))))) summary.first_bad = row;
   } else if (weight) {
     summary.weight = 0;
     for (int64_t row = begin; row < end; ++row)
-      if (int64_t(target[row]) != problem.ignore_index) summary.weight += double(weight[int64_t(target[row])]);
+      if (int64_t(a[row]) != problem.ignore_index) summary.weight += double(weight[int64_t(a[row])]);
   }
   return summary;
 }
 
 template <class A>
 TargetSummary summarise_targets(const Problem& problem) {
-  TargetSummary total;
+  TargetSummary total = {-1, 0, 0};
   if (problem.target_kind == kProbabilities) {
     total.n_counted = problem.n_rows();
     total.weight = double(total.n_counted);
@@ -188,13 +188,18 @@ int64_t forward(const Problem& problem) {
 
   const Chunks chunks = row_chunks(problem);
   const ForwardRows rows = kernels(problem).forward;
-  double sums[MAX_CHUNKS];
+  RowSums sums[MAX_CHUNKS];
   parallel_for(problem, chunks.n, [&](int64_t chunk) {
     sums[chunk] = rows(problem, chunks.begin(chunk), chunks.end(chunk), coefficient, weight_total);
   });
-  if (problem.reduction == kNone) return 0;
   double total = 0;
-  for (int64_t chunk = 0; chunk < chunks.n; ++chunk) total += sums[chunk];
+  int64_t n_correct = 0;
+  for (int64_t chunk = 0; chunk < chunks.n; ++chunk) total += sums[chunk].loss, n_correct += sums[chunk].n_correct;
+  if (problem.counts) {
+    problem.counts[0] = targets.n_counted, problem.counts[1] = n_correct;
+    problem.counts[2] = worst_row(problem, static_cast<const A*>(problem.row_stats) + problem.n_rows());
+  }
+  if (problem.reduction == kNone) return 0;
   const bool selects = problem.reduction == kMax || problem.reduction == kTopK;
   store_loss(problem, selects ? select_rows<A>(problem, targets.n_counted) : problem.scale * (total / denominator));
   return 0;
@@ -209,20 +214,25 @@ void* thread_scratch() {
 
 }  // namespace fusedloss
 
+using fusedloss::Call;
+using fusedloss::Kind;
 using fusedloss::Problem;
 
 // Returns 0, or 1 + the first row whose class index is out of range; nothing is written then.
-extern "C" __attribute__((visibility("default"))) int64_t fusedloss_forward(const Problem* problem) {
-  return problem->logits_dtype == fusedloss::kFloat64 ? fusedloss::forward<double>(*problem) : fusedloss::forward<float>(*problem);
+extern "C" __attribute__((visibility("default"))) int64_t fusedloss_forward(const Call* call, const Kind* kind) {
+  const Problem problem{*call, *kind};
+  return problem.logits_dtype == fusedloss::kFloat64 ? fusedloss::forward<double>(problem) : fusedloss::forward<float>(problem);
 }
 
-extern "C" __attribute__((visibility("default"))) void fusedloss_backward(const Problem* problem) {
-  fusedloss::advise_fresh_gradient(*problem);
-  const fusedloss::Chunks chunks = fusedloss::row_chunks(*problem);
-  const fusedloss::BackwardRows rows = fusedloss::kernels(*problem).backward;
-  fusedloss::parallel_for(*problem, chunks.n, [&](int64_t chunk) { rows(*problem, chunks.begin(chunk), chunks.end(chunk)); });
+extern "C" __attribute__((visibility("default"))) void fusedloss_backward(const Call* call, const Kind* kind) {
+  const Problem problem{*call, *kind};
+  fusedloss::advise_fresh_gradient(problem);
+  const fusedloss::Chunks chunks = fusedloss::row_chunks(problem);
+  const fusedloss::BackwardRows rows = fusedloss::kernels(problem).backward;
+  fusedloss::parallel_for(problem, chunks.n, [&](int64_t chunk) { rows(problem, chunks.begin(chunk), chunks.end(chunk)); });
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t fusedloss_best_isa() { return fusedloss::best_isa(); }
 
+// Of both structs, to find a library of another version out.
 extern "C" __attribute__((visibility("default"))) int64_t fusedloss_problem_bytes() { return sizeof(Problem); }

@@ -22,7 +22,7 @@ INLINE bool takes_rows(const Problem& problem) {
 }
 
 template <class T>
-double forward_typed(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
+RowSums forward_typed(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
   return takes_rows(problem) ? forward_rows<T>(problem, begin, end, coefficient, weight_total)
                              : forward_lanes<T>(problem, begin, end, coefficient, weight_total);
 }
@@ -32,7 +32,7 @@ void backward_typed(const Problem& problem, int64_t begin, int64_t end) {
   takes_rows(problem) ? backward_rows<T>(problem, begin, end) : backward_lanes<T>(problem, begin, end);
 }
 
-double forward(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
+RowSums forward(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
 #ifdef FUSEDLOSS_HAS_BF16
   return forward_typed<bfloat16>(problem, begin, end, coefficient, weight_total);  // the only type that gains by these instructions
 #else

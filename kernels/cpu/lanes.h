@@ -16,7 +16,11 @@ template <class A>
 struct Tile {
   int lanes;
   int64_t cols;
-  alignas(64) A z[TILE], q[TILE];
+
+  A& at(int64_t c, int lane) { return z[c * lanes + lane]; }
+  static bool has(int64_t col, int64_t start, int64_t n) { return col >= start && col < start + n; }
+
+  alignas(64) A z[TILE], q[TILE], dz[TILE];
 };
 
 // to[c * lanes + lane] = from[lane * row + c * col]; 0 in lanes without a row.
@@ -69,6 +73,19 @@ void load_tile_q(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, c
   }
 }
 
+// Fills tile.z with the transformed logits of classes [start, start + n), and tile.dz with dz/dx where it differs between them.
+template <class T, class A>
+void load_logits(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const T* x, int n_lanes, int64_t start, int64_t n) {
+  const Strides& strides = problem.logits_strides;
+  load_tile<T, A>(tile.z, tile.lanes, x + start * strides.col, strides.row, strides.col, n_lanes, n);
+  if (!terms.transformed) return;
+  for (int64_t i = 0; i < n * tile.lanes; i += Simd<A>::W) {
+    const Vector<A> z = terms.transform(load(tile.z + i));
+    store(tile.z + i, z);
+    if (terms.capped) store(tile.dz + i, terms.derivative(z));
+  }
+}
+
 // tile.z = exp(tile.z - m)
 template <class A>
 void exp_tile(Tile<A>& tile, int64_t n, const GroupState<A>& s) {
@@ -110,34 +127,36 @@ void tile_stats(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t n, 
     add_classes(s.q_total, tile, n, [&](int64_t at, int) { return V(load(tile.q + at)); });
     add_classes(s.q_sum, tile, n, [&](int64_t at, int lane) { return V(load(tile.q + at)) * difference(at, lane); });
   }
-  for (int lane = 0; lane < tile.lanes; ++lane)
-    if (s.target[lane] >= start && s.target[lane] < start + n)
-      tile.z[(s.target[lane] - start) * tile.lanes + lane] = -kInfinity<A>;
+  for (int lane = 0; lane < tile.lanes; ++lane) {
+    if (terms.two_labels && tile.has(s.target_b[lane], start, n)) s.x_b[lane] = tile.at(s.target_b[lane] - start, lane);
+    if (!tile.has(s.target[lane], start, n)) continue;
+    A& z_t = tile.at(s.target[lane] - start, lane);
+    s.x_t[lane] = z_t, z_t = -kInfinity<A>;
+  }
   exp_tile(tile, n, s);
   add_classes(s.rest, tile, n, [&](int64_t at, int) { return V(load(tile.z + at)); });
 }
 
-// tile.z = the gradient of classes [start, start + n), from exp(x - m); a lane that is not live gets its at_target everywhere.
+// tile.z = the gradient of classes [start, start + n), from exp(x - m); a lane that is not live gets its at_t everywhere.
 template <class A>
 void tile_gradient(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t n, const GroupState<A>& s) {
   using V = Vector<A>;
-  constexpr int W = Simd<A>::W;
-  const int lanes = tile.lanes;
-  for (int lane = 0; lane < lanes; lane += W) {
-    const V p = load(s.p + lane), constant = load(s.constant + lane), factor = load(s.q + lane);
-    for (int64_t c = 0; c < n; ++c) {
-      A* z = tile.z + c * lanes + lane;
-      V d = V(load(z)) * p - constant;
-      if (terms.per_class) d -= V(load(tile.q + c * lanes + lane)) * factor;
-      store(z, d);
+  for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
+    const V p = load(s.p + lane), constant = load(s.constant + lane), q = load(s.q + lane);
+    for (int64_t at = lane; at < n * tile.lanes; at += tile.lanes) {
+      V d = V(load(tile.z + at)) * p - constant;
+      if (terms.per_class) d -= V(load(tile.q + at)) * q;
+      if (terms.capped) d *= V(load(tile.dz + at));
+      store(tile.z + at, d);
     }
   }
-  for (int lane = 0; lane < lanes; ++lane) {
+  for (int lane = 0; lane < tile.lanes; ++lane) {
     if (!s.live[lane]) {  // 0 times an infinite or NaN statistic would be NaN
-      for (int64_t c = 0; c < n; ++c) tile.z[c * lanes + lane] = s.at_target[lane];
-    } else if (s.target[lane] >= start && s.target[lane] < start + n) {
-      tile.z[(s.target[lane] - start) * lanes + lane] = s.at_target[lane];
+      for (int64_t c = 0; c < n; ++c) tile.at(c, lane) = s.at_t[lane];
+      continue;
     }
+    if (tile.has(s.target[lane], start, n)) tile.at(s.target[lane] - start, lane) = s.at_t[lane];
+    if (terms.two_labels && tile.has(s.target_b[lane], start, n)) tile.at(s.target_b[lane] - start, lane) = s.at_b[lane];
   }
 }
 
@@ -145,11 +164,11 @@ void tile_gradient(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t 
 template <class T, class A>
 void lane_gradients(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const GroupPointers<T, A>& at, int n_lanes,
                     bool has_exp, const GroupState<A>& s) {
-  const Strides &from = problem.logits_strides, &to = problem.dlogits_strides;
+  const Strides& to = problem.dlogits_strides;
   for (int64_t start = 0; start < problem.n_cols; start += tile.cols) {
     const int64_t n = problem.n_cols - start < tile.cols ? problem.n_cols - start : tile.cols;
     if (!has_exp) {
-      load_tile<T, A>(tile.z, tile.lanes, at.x + start * from.col, from.row, from.col, n_lanes, n);
+      load_logits(problem, terms, tile, at.x, n_lanes, start, n);
       if (terms.per_class) load_tile_q(problem, terms, tile, at.p, n_lanes, start, n);
       exp_tile(tile, n, s);
     }
@@ -170,29 +189,28 @@ INLINE void shape_tile(Tile<A>& tile, int n_lanes) {
 }
 
 template <class T>
-double forward_lanes(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
+RowSums forward_lanes(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
   using A = typename Accumulate<T>::type;
   const Terms<A> terms(problem, weight_total);
-  const Strides& from = problem.logits_strides;
   Tile<A> tile;
   GroupState<A> s;
-  double total = 0;
+  RowSums sums = {0, 0};
   for_groups(problem, begin, end, lanes_per_group<A>(problem), [&](int64_t row, int n_lanes) {
     const GroupPointers<T, A> at(problem, row);
     shape_tile(tile, n_lanes);
-    s.begin(problem, terms, at.x, row, n_lanes, tile.lanes, false, A(coefficient));
+    s.begin_forward(problem, terms, row, n_lanes, tile.lanes, A(coefficient));
     for (int64_t start = 0; start < problem.n_cols; start += tile.cols) {
       const int64_t n = problem.n_cols - start < tile.cols ? problem.n_cols - start : tile.cols;
-      load_tile<T, A>(tile.z, tile.lanes, at.x + start * from.col, from.row, from.col, n_lanes, n);
+      load_logits(problem, terms, tile, at.x, n_lanes, start, n);
       if (terms.per_class) load_tile_q(problem, terms, tile, at.p, n_lanes, start, n);
       tile_stats(terms, tile, start, n, s);
     }
-    total += s.finish_forward(problem, terms, row, n_lanes);
+    s.finish_forward(problem, terms, row, n_lanes, sums);
     if (!problem.dlogits) return;
     s.factors(problem, terms, tile.lanes);
     lane_gradients<T, A>(problem, terms, tile, at, n_lanes, problem.n_cols <= tile.cols, s);
   });
-  return total;
+  return sums;
 }
 
 template <class T>
@@ -204,12 +222,7 @@ void backward_lanes(const Problem& problem, int64_t begin, int64_t end) {
   for_groups(problem, begin, end, lanes_per_group<A>(problem), [&](int64_t row, int n_lanes) {
     const GroupPointers<T, A> at(problem, row);
     shape_tile(tile, n_lanes);
-    s.begin(problem, terms, at.x, row, n_lanes, tile.lanes, true, A(0));
-    for (int64_t start = 0; start < problem.n_cols && terms.soft; start += tile.cols) {
-      const int64_t n = problem.n_cols - start < tile.cols ? problem.n_cols - start : tile.cols;
-      load_tile_q(problem, terms, tile, at.p, n_lanes, start, n);
-      add_classes(s.q_total, tile, n, [&](int64_t at, int) { return Vector<A>(load(tile.q + at)); });
-    }
+    s.begin_backward(problem, terms, at.x, row, n_lanes, tile.lanes);
     s.factors(problem, terms, tile.lanes);
     lane_gradients<T, A>(problem, terms, tile, at, n_lanes, false, s);
   });

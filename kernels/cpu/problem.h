@@ -1,4 +1,5 @@
-// The C ABI between fusedloss/backends/cpu.py and the kernel: one packed struct of 8-byte fields, all pointers owned by the caller.
+// The C ABI between fusedloss/backends/cpu.py and the kernel: two packed structs of 8-byte fields, all pointers owned by the caller.
+// What shapes, dtypes and options decide is a Kind, packed once for all calls alike; the rest is a Call.
 //
 // Nothing here is validated but the class indices, and nothing is allocated.
 #pragma once
@@ -16,24 +17,35 @@ struct Strides {
   int64_t outer, row, col;
 };
 
-struct Problem {
+struct Call {
   // outputs; "A" is the accumulation type: double for kFloat64, else float
-  void* loss;     // (n_rows,) of loss_dtype for kNone, else ()
-  void* saved;    // A: 4 + 3 n_rows values, described in kernels/rowwise.py; 4 where neither save nor the reduction needs rows
-  void* dlogits;  // logits_dtype; forward: null unless the strategy is fused; may be the logits themselves, with their strides
+  void* loss;       // (n_rows,) of loss_dtype for kNone, else ()
+  void* saved;      // A: 4 + 3 n_rows values, described in kernels/rowwise.py, and n_rows times Q for kProbabilities; only the first 4
+                    // where neither save nor the reduction needs rows
+  void* dlogits;    // logits_dtype; forward: null unless the strategy is fused; may be the logits themselves, with their strides
+  void* row_stats;  // A (2, n_rows): log-sum-exp and loss of every row, or null
+  int64_t* counts;  // (3,): rows counted, rows correct, the row of the largest loss or -1; or null, with row_stats
   // inputs
   const void* logits;
-  const void* target;  // int64 or uint8 (n_rows,); A with target_strides for kProbabilities
-  const void* weight;  // A (n_cols,), or null
-  const void* dloss;   // backward: A, (n_rows,) for kNone, else ()
+  const void* target;         // int64 or uint8 (n_rows,); A with target_strides for kProbabilities
+  const void* target_b;       // the second of two labels, like target; or null
+  const void* lam;            // A (n_rows,), the first label's share of each row; or null: lam_factor is the share
+  const void* weight;         // A (n_cols,), or null
+  const void* sample_weight;  // A (n_rows,), or null
+  const void* dloss;          // backward: A, (n_rows,) for kNone, else ()
   // scalars
   double scale;
-  double smoothing;
+  double lam_factor;
+};
+
+struct Kind {
+  double smoothing, z_loss, logit_scale;
+  double softcap;          // 0: none
   int64_t ignore_index;
   int64_t top_k;           // rows, or with top_k_is_fraction units of 2**-32 of the counted rows
   int64_t top_k_is_fraction;
   int64_t logits_dtype, loss_dtype, target_kind, reduction;
-  int64_t save;            // forward: whether a backward may follow
+  int64_t save;            // forward: whether fusedloss_backward may follow
   int64_t isa;             // kBest, or a lower one for tests
   int64_t n_threads;
   int64_t fresh_bytes;     // of dlogits, if its memory was allocated for this call; else 0
@@ -42,10 +54,20 @@ struct Problem {
   Strides logits_strides, dlogits_strides, target_strides;
   // GOMP_parallel of the OpenMP runtime that PyTorch loaded, or null; threads.h says why
   void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned);
+};
 
+struct Problem : Call, Kind {
   int64_t n_rows() const { return n_outer * n_inner; }
   int64_t offset(const Strides& s, int64_t row) const {
     return n_outer == 1 ? row * s.row : row / n_inner * s.outer + row % n_inner * s.row;
+  }
+
+  int64_t label(const void* labels, int64_t row) const {
+    return target_kind == kUint8 ? int64_t(static_cast<const uint8_t*>(labels)[row]) : static_cast<const int64_t*>(labels)[row];
+  }
+  bool is_counted(int64_t row) const {
+    return target_kind == kProbabilities ||
+           (label(target, row) != ignore_index && (!target_b || label(target_b, row) != ignore_index));
   }
 };
 
@@ -55,9 +77,14 @@ constexpr int64_t kState = 4;  // scalars at the head of `saved`
 constexpr int64_t kKeptBytes = 1 << 20;
 void* thread_scratch();
 
-// Rows [begin, end), once per instruction set. Forward returns the sum of their losses (0 for kNone); coefficient is
-// d(loss)/d(row loss), used where dlogits is written; weight_total is the sum of the class weights, used with smoothing.
-using ForwardRows = double (*)(const Problem&, int64_t begin, int64_t end, double coefficient, double weight_total);
+struct RowSums {
+  double loss;        // 0 for kNone
+  int64_t n_correct;  // 0 without row_stats
+};
+
+// Rows [begin, end), once per instruction set. coefficient is d(loss)/d(row loss) but for the row's sample weight, used where dlogits is
+// written; weight_total is the sum of the class weights, used with smoothing.
+using ForwardRows = RowSums (*)(const Problem&, int64_t begin, int64_t end, double coefficient, double weight_total);
 using BackwardRows = void (*)(const Problem&, int64_t begin, int64_t end);
 
 struct Kernels {

@@ -5,6 +5,15 @@
 //     loss = sum_c q_c (shift - x_c) + Q ((m - shift) + log d)        d = rest, the sum over all classes
 //     dloss/dx_c = Q exp(x_c - m) / d - q_c
 //
+// Two labels a and b with shares lam and 1 - lam: each with its part of the loss and of the gradient, `rest` excluding a alone. With
+// k_a = lam (1 - eps) w_a, k_b likewise and Z = 2 z_loss lse:
+//
+//     loss = k_a nll_a + k_b nll_b + eps/C sum_c w_c nll_c + z_loss lse^2
+//     dloss/dx_c = (k_a + k_b + eps/C W + Z) p_c - eps/C w_c - k_a [c = a] - k_b [c = b]
+//
+// All of it is of the transformed logits, z = cap tanh(logit_scale x / cap): the loops see no others, but for the gradient's factor
+// dz/dx = logit_scale (1 - (z / cap)^2).
+//
 // Included once per instruction set, like simd.h.
 
 // What the loss has besides the logarithm of the target's probability, the same for all rows of a problem.
@@ -16,18 +25,43 @@ struct Terms {
   bool soft;       // class probabilities as target
   bool uniform;    // the same q for every class
   bool per_class;
-  const A* weight;
+  bool two_labels;
+  bool transformed;  // the logits are scaled or capped
+  bool capped;
+  const A *weight, *sample_weight, *lam;
   A smoothing, smoothing_per_class;
   A weight_total;  // sum of the class weights, n_cols without them
+  A z_loss, lam_factor, logit_scale, softcap, per_softcap;
 
   Terms(const Problem& problem, double weight_total)
       : soft(problem.target_kind == kProbabilities),
         uniform(!soft && problem.smoothing > 0 && !problem.weight),
         per_class(soft || (problem.smoothing > 0 && problem.weight)),
+        two_labels(problem.target_b),
+        transformed(problem.logit_scale != 1 || problem.softcap > 0),
+        capped(problem.softcap > 0),
         weight(static_cast<const A*>(problem.weight)),
+        sample_weight(static_cast<const A*>(problem.sample_weight)),
+        lam(static_cast<const A*>(problem.lam)),
         smoothing(A(problem.smoothing)),
         smoothing_per_class(A(problem.smoothing) / A(problem.n_cols)),
-        weight_total(A(weight_total)) {}
+        weight_total(A(weight_total)),
+        z_loss(A(problem.z_loss)),
+        lam_factor(A(problem.lam_factor)),
+        logit_scale(A(problem.logit_scale)),
+        softcap(A(problem.softcap)),
+        per_softcap(capped ? A(1) / A(problem.softcap) : A(0)) {}
+
+  INLINE A share(int64_t row) const { return lam ? lam[row] : lam_factor; }  // of the first label
+
+  INLINE Vector<A> transform(Vector<A> x) const {
+    const Vector<A> scaled = x * logit_scale;
+    return capped ? softcap * tanh_<A>(scaled * per_softcap) : scaled;
+  }
+  INLINE Vector<A> derivative(Vector<A> z) const {  // dz/dx where there is a cap, or else logit_scale for all
+    const Vector<A> t = z * per_softcap;
+    return logit_scale * (A(1) - t * t);
+  }
 
   // q of class c where it is one per class; p: its probability, for soft targets.
   template <class X>
@@ -42,53 +76,61 @@ struct Terms {
 template <class A>
 struct RowStats {
   Vector<A> max, rest;
-  Vector<A> x_t;      // index targets: the target's logit
-  Vector<A> shift;    // a fixed finite logit of the row, for q_sum
-  Vector<A> q_sum;    // sum_c q_c (shift - x_c)
-  Vector<A> q_total;  // soft: Q
-  Vector<A> w_t;      // index targets: the target's class weight, 1 without weights
+  Vector<A> x_t, x_b;  // the targets' logits; soft: undefined
+  Vector<A> w_t, w_b;  // the targets' class weights, 1 without weights
+  Vector<A> k_t, k_b;  // the same times the label's share
+  Vector<A> shift;     // a fixed finite logit of the row, for q_sum
+  Vector<A> q_sum;     // sum_c q_c (shift - x_c)
+  Vector<A> q_total;   // soft: Q
 };
 
 template <class A>
 struct RowFactors {
-  Vector<A> p;         // of exp(x_c - m)
-  Vector<A> constant;  // subtracted
-  Vector<A> q;         // of q_c, subtracted
-  Vector<A> target;    // the whole gradient of the target class
+  Vector<A> p;            // of exp(x_c - m)
+  Vector<A> constant;     // subtracted
+  Vector<A> q;            // of q_c, subtracted
+  Vector<A> at_t, at_b;   // the whole gradient of the target classes
 };
 
-INLINE int64_t load_target(const Problem& problem, int64_t row) {
-  return problem.target_kind == kUint8 ? int64_t(static_cast<const uint8_t*>(problem.target)[row])
-                                       : static_cast<const int64_t*>(problem.target)[row];
+// log of the sum over all classes of exp(x_c - m).
+template <class A>
+INLINE Vector<A> log_sum(const RowStats<A>& s, const Terms<A>& terms) {
+  if (terms.soft) return log_(s.rest);
+  return s.x_t == s.max ? log1p_(s.rest) : log_(s.rest + exp_nonpositive(s.x_t - s.max));
 }
 
 template <class A>
-INLINE Vector<A> row_loss(const RowStats<A>& s, const Terms<A>& terms) {
-  if (terms.soft) return s.q_sum + s.q_total * ((s.max - s.shift) + log_(s.rest));
-  Vector<A> log_sum = log_(s.rest + exp_nonpositive(s.x_t - s.max));
-  // (m - x_t) is added in both branches: it is 0 at the maximum, and NaN where both are infinite, as PyTorch has it.
-  Vector<A> loss = s.w_t * ((s.max - s.x_t) + (s.x_t == s.max ? log1p_(s.rest) : log_sum));
-  if (terms.smoothing > 0) {
-    Vector<A> all = terms.weight_total * ((s.max - s.shift) + log_sum) + s.q_sum;
-    loss = (A(1) - terms.smoothing) * loss + terms.smoothing_per_class * all;
+INLINE Vector<A> row_loss(const RowStats<A>& s, const Terms<A>& terms, Vector<A> log_d) {
+  Vector<A> loss;
+  if (terms.soft) {
+    loss = s.q_sum + s.q_total * ((s.max - s.shift) + log_d);
+  } else {
+    // (m - x_t) is added at the maximum too: it is 0 there, and NaN where both are infinite, as PyTorch has it.
+    loss = s.k_t * ((s.max - s.x_t) + log_d);
+    if (terms.two_labels) loss += s.k_b * ((s.max - s.x_b) + log_d);
+    if (terms.smoothing > 0) {
+      Vector<A> all = terms.weight_total * ((s.max - s.shift) + log_d) + s.q_sum;
+      loss = (A(1) - terms.smoothing) * loss + terms.smoothing_per_class * all;
+    }
   }
+  if (terms.z_loss != 0) loss += terms.z_loss * ((s.max + log_d) * (s.max + log_d));
   return loss;
 }
 
 template <class A>
 INLINE RowFactors<A> row_factors(const RowStats<A>& s, const Terms<A>& terms, Vector<A> g) {
-  if (terms.soft) return {g * s.q_total / s.rest, Vector<A>{}, g, Vector<A>{}};
+  Vector<A> z_factor{};
+  if (terms.z_loss != 0) z_factor = g * (A(2) * terms.z_loss) * (s.max + log_sum(s, terms));
+  if (terms.soft) return {(g * s.q_total + z_factor) / s.rest, Vector<A>{}, g, Vector<A>{}, Vector<A>{}};
   Vector<A> e_t = exp_nonpositive(s.x_t - s.max), d = s.rest + e_t;
-  Vector<A> nll_factor = g * s.w_t * (A(1) - terms.smoothing), smooth = g * terms.smoothing_per_class;
-  Vector<A> smooth_total = smooth * terms.weight_total;
+  Vector<A> keep = g * (A(1) - terms.smoothing), smooth = g * terms.smoothing_per_class;
+  Vector<A> k_t = keep * s.k_t, others = smooth * terms.weight_total + z_factor, k_b{};
+  if (terms.two_labels) k_b = keep * s.k_b, others += k_b;
   // The target's probability less 1 is -rest / d, without cancellation.
-  Vector<A> target = smooth_total / d * e_t - nll_factor * (s.rest / d) - smooth * s.w_t;
-  return {(nll_factor + smooth_total) / d, terms.uniform ? smooth : Vector<A>{}, smooth, target};
-}
-
-template <class A>
-INLINE A target_weight(const Problem& problem, int64_t target) {
-  return problem.weight ? static_cast<const A*>(problem.weight)[target] : A(1);
+  RowFactors<A> f = {(k_t + others) / d, terms.uniform ? smooth : Vector<A>{}, smooth,
+                     others / d * e_t - k_t * (s.rest / d) - smooth * s.w_t, Vector<A>{}};
+  if (terms.two_labels) f.at_b = f.p * exp_nonpositive(s.x_b - s.max) - k_b - smooth * s.w_b;
+  return f;
 }
 
 // Unsigned integers in the order of the losses, NaN the greatest, -0.0 equal to 0.0.
@@ -106,22 +148,24 @@ template <class A>
 A row_coefficient(const Problem& problem, int64_t row) {
   const A* saved = static_cast<const A*>(problem.saved);
   const A* dloss = static_cast<const A*>(problem.dloss);
-  if (problem.target_kind != kProbabilities && load_target(problem, row) == problem.ignore_index) return 0;
+  if (!problem.is_counted(row)) return 0;
   A coefficient = saved[0];
   if (problem.reduction == kMax || problem.reduction == kTopK) {
     auto key = sortable_bits(saved[kState + 2 * problem.n_rows() + row]), threshold = sortable_bits(saved[2]);
     coefficient = key > threshold ? coefficient : key == threshold ? saved[1] : A(0);
   }
+  if (problem.sample_weight) coefficient *= static_cast<const A*>(problem.sample_weight)[row];
   return coefficient * dloss[problem.reduction == kNone ? row : 0];
 }
 
 // Stores what the forward keeps of a row; returns its loss if the batch reduction needs it.
 template <class A>
-double store_row(const Problem& problem, int64_t row, bool counted, A loss, A max, A rest) {
+double store_row(const Problem& problem, int64_t row, bool counted, A loss, A max, A rest, A q_total) {
   A* saved = static_cast<A*>(problem.saved);
   if (problem.save) {
     saved[kState + row] = max;
     saved[kState + problem.n_rows() + row] = rest;
+    if (problem.target_kind == kProbabilities) saved[kState + 3 * problem.n_rows() + row] = q_total;
   }
   if (problem.reduction == kMax || problem.reduction == kTopK)
     saved[kState + 2 * problem.n_rows() + row] = counted ? loss : -kInfinity<A>;
@@ -143,52 +187,111 @@ constexpr int MAX_LANES = 256;
 template <class A>
 struct GroupState {
   static constexpr int N = MAX_LANES;
-  alignas(64) A max[N], rest[N], x_t[N], w_t[N], shift[N], q_sum[N], q_total[N];
-  alignas(64) A g[N], loss[N], p[N], constant[N], q[N], at_target[N];
-  int64_t target[N];  // -1: none, for soft targets and lanes that are not live
-  bool live[N];       // the row counts, and in the backward has a coefficient other than 0
+  alignas(64) A max[N], rest[N], x_t[N], x_b[N], w_t[N], w_b[N], k_t[N], k_b[N], shift[N], q_sum[N], q_total[N];
+  alignas(64) A g[N], loss[N], lse[N], p[N], constant[N], q[N], at_t[N], at_b[N];
+  int64_t target[N], target_b[N];  // -1: none, for soft targets and lanes that are not live
+  bool live[N];                    // the row counts, and in the backward has a coefficient other than 0
 
-  // Lanes [0, lanes) for rows [row, row + n), whose logits begin at x: their targets, x_t, and for the backward max and rest.
-  template <class T>
-  void begin(const Problem& problem, const Terms<A>& terms, const T* x, int64_t row, int n, int lanes, bool backward,
-             A coefficient) {
-    const A* saved = static_cast<const A*>(problem.saved);
+  // Lanes [0, lanes) for rows [row, row + n): their targets and coefficients.
+  void begin_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n, int lanes, A coefficient) {
     for (int lane = 0; lane < lanes; ++lane) {
-      const int64_t r = row + lane, t = lane < n && !terms.soft ? load_target(problem, r) : -1;
-      max[lane] = -kInfinity<A>, rest[lane] = x_t[lane] = shift[lane] = q_sum[lane] = q_total[lane] = 0, w_t[lane] = 1;
-      g[lane] = lane >= n ? A(0) : backward ? row_coefficient<A>(problem, r) : coefficient;
-      live[lane] = lane < n && (terms.soft || t != problem.ignore_index);
-      // In the backward a class index that changed since the forward is never an address.
-      if (backward) live[lane] = g[lane] != 0 && (terms.soft || (t >= 0 && t < problem.n_cols));
-      target[lane] = live[lane] ? t : -1;
+      live[lane] = lane < n && problem.is_counted(row + lane);
+      g[lane] = live[lane] && terms.sample_weight ? coefficient * terms.sample_weight[row + lane] : coefficient;
+      max[lane] = -kInfinity<A>, rest[lane] = q_sum[lane] = q_total[lane] = 0;
+      set_targets(problem, terms, lane, row + lane);
+    }
+  }
+  // The same, and the statistics of the forward; x: the logits of the first row.
+  template <class T>
+  void begin_backward(const Problem& problem, const Terms<A>& terms, const T* x, int64_t row, int n, int lanes) {
+    const A* saved = static_cast<const A*>(problem.saved) + kState;
+    const int64_t n_rows = problem.n_rows(), col = problem.logits_strides.col;
+    for (int lane = 0; lane < lanes; ++lane, x += problem.logits_strides.row) {
+      const int64_t r = row + lane;
+      g[lane] = lane < n ? row_coefficient<A>(problem, r) : A(0);
+      live[lane] = g[lane] != 0 && (terms.soft || (is_class(problem, problem.target, r) &&
+                                                   (!terms.two_labels || is_class(problem, problem.target_b, r))));
+      max[lane] = 0, rest[lane] = 1, q_total[lane] = 0;
+      set_targets(problem, terms, lane, r);
       if (!live[lane]) continue;
-      if (backward) max[lane] = saved[kState + r], rest[lane] = saved[kState + problem.n_rows() + r];
-      if (terms.soft) continue;
-      x_t[lane] = load1(x + lane * problem.logits_strides.row + t * problem.logits_strides.col);
-      if (terms.weight) w_t[lane] = terms.weight[t];
+      max[lane] = saved[r], rest[lane] = saved[n_rows + r];
+      if (terms.soft) q_total[lane] = saved[3 * n_rows + r];
+      if (target[lane] >= 0) x_t[lane] = logit(terms, x + target[lane] * col);
+      if (terms.two_labels && target_b[lane] >= 0) x_b[lane] = logit(terms, x + target_b[lane] * col);
     }
   }
 
-  INLINE RowStats<A> stats(int lane) const {
-    return {load(max + lane),   load(rest + lane),    load(x_t + lane), load(shift + lane),
-            load(q_sum + lane), load(q_total + lane), load(w_t + lane)};
+  INLINE RowStats<A> stats(const Terms<A>& terms, int lane) const {
+    auto of_b = [&](const A* values) { return terms.two_labels ? Vector<A>(load(values + lane)) : Vector<A>{}; };
+    return {load(max + lane), load(rest + lane), load(x_t + lane), of_b(x_b),          load(w_t + lane),    of_b(w_b),
+            load(k_t + lane), of_b(k_b),         load(shift + lane), load(q_sum + lane), load(q_total + lane)};
   }
-  // Losses of all rows from their statistics; returns the sum.
-  double finish_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n) {
-    double total = 0;
-    for (int lane = 0; lane < n; lane += Simd<A>::W) store(loss + lane, row_loss<A>(stats(lane), terms));
-    for (int lane = 0; lane < n; ++lane)
-      total += store_row<A>(problem, row + lane, live[lane], live[lane] ? loss[lane] : A(0), max[lane], rest[lane]);
-    return total;
+  // Losses of all rows from their statistics, and what else the caller wants to know of them.
+  void finish_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n, RowSums& sums) {
+    for (int lane = 0; lane < n; lane += Simd<A>::W) {
+      const RowStats<A> s = stats(terms, lane);
+      const Vector<A> log_d = log_sum(s, terms);
+      store(loss + lane, row_loss<A>(s, terms, log_d)), store(lse + lane, s.max + log_d);
+    }
+    for (int lane = 0; lane < n; ++lane) {
+      const int64_t r = row + lane;
+      if (!live[lane]) loss[lane] = lse[lane] = 0;
+      if (live[lane] && terms.sample_weight) loss[lane] *= terms.sample_weight[r];
+      sums.loss += store_row<A>(problem, r, live[lane], loss[lane], max[lane], rest[lane], q_total[lane]);
+      if (!problem.row_stats) continue;
+      A* row_stats = static_cast<A*>(problem.row_stats);
+      row_stats[r] = lse[lane], row_stats[problem.n_rows() + r] = loss[lane];
+      sums.n_correct += live[lane] && is_correct(terms, lane, r);
+    }
   }
-  // Factors of all gradients. Of rows that are not live at_target is the whole gradient: 0, or NaN for an index that changed.
+  // Factors of all gradients. Of rows that are not live at_t is the whole gradient: 0, or NaN for an index that changed.
   void factors(const Problem& problem, const Terms<A>& terms, int n) {
     for (int lane = 0; lane < n; lane += Simd<A>::W) {
-      RowFactors<A> f = row_factors<A>(stats(lane), terms, load(g + lane));
-      store(p + lane, f.p), store(constant + lane, f.constant), store(q + lane, f.q), store(at_target + lane, f.target);
+      const RowStats<A> s = stats(terms, lane);
+      RowFactors<A> f = row_factors<A>(s, terms, load(g + lane));
+      if (terms.capped) {
+        f.at_t *= terms.derivative(s.x_t), f.at_b *= terms.derivative(s.x_b);
+      } else if (terms.transformed) {
+        f.p *= terms.logit_scale, f.constant *= terms.logit_scale, f.q *= terms.logit_scale;
+        f.at_t *= terms.logit_scale, f.at_b *= terms.logit_scale;
+      }
+      store(p + lane, f.p), store(constant + lane, f.constant), store(q + lane, f.q), store(at_t + lane, f.at_t);
+      if (terms.two_labels) store(at_b + lane, f.at_b);
     }
     for (int lane = 0; lane < n; ++lane)
-      if (!live[lane]) at_target[lane] = problem.dloss && g[lane] != 0 ? kNaN<A> : A(0);
+      if (!live[lane]) at_t[lane] = problem.dloss && g[lane] != 0 ? kNaN<A> : A(0);
+  }
+
+ private:
+  // A class index that changed since the forward is never an address.
+  static bool is_class(const Problem& problem, const void* labels, int64_t row) {
+    const int64_t t = problem.label(labels, row);
+    return t >= 0 && t < problem.n_cols;
+  }
+  template <class T>
+  static A logit(const Terms<A>& terms, const T* x) {
+    return terms.transformed ? terms.transform(broadcast(A(load1(x))))[0] : A(load1(x));
+  }
+  void set_targets(const Problem& problem, const Terms<A>& terms, int lane, int64_t row) {
+    target[lane] = live[lane] && !terms.soft ? problem.label(problem.target, row) : -1;
+    x_t[lane] = shift[lane] = 0;
+    w_t[lane] = k_t[lane] = terms.weight && target[lane] >= 0 ? terms.weight[target[lane]] : A(1);
+    if (!terms.two_labels) return;
+    target_b[lane] = live[lane] ? problem.label(problem.target_b, row) : -1;
+    x_b[lane] = k_b[lane] = 0, w_b[lane] = 1;
+    if (target_b[lane] == target[lane]) {  // one label: its whole share counts for a, whose gradient does not cancel
+      target_b[lane] = -1;
+      return;
+    }
+    w_b[lane] = terms.weight ? terms.weight[target_b[lane]] : A(1);
+    k_b[lane] = w_b[lane] * (A(1) - terms.share(row)), k_t[lane] *= terms.share(row);
+  }
+  // Whether the label with the larger share has the largest logit. A NaN is in `rest`, which infinite logits make NaN too.
+  bool is_correct(const Terms<A>& terms, int lane, int64_t row) const {
+    if (rest[lane] != rest[lane] && max[lane] < kInfinity<A>) return false;
+    const bool two = terms.two_labels && target_b[lane] >= 0;
+    const A share = two ? terms.share(row) : A(1);
+    return (x_t[lane] == max[lane] && share >= A(0.5)) || (two && x_b[lane] == max[lane] && share <= A(0.5));
   }
 };
 

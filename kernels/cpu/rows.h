@@ -126,11 +126,34 @@ A sum_q(const A* z, const A* q, int64_t n, A shift) {
   return horizontal_sum<A>(sum);
 }
 
-// e = e p - q q_c
+// z = the transformed logits, -inf again from n to whole vectors; returns the maximum.
 template <class A>
-void subtract_q(A* e, const A* q_c, int64_t n, A p, A q) {
-  using V = Vector<A>;
-  for (int64_t i = 0; i < n; i += Simd<A>::W) store(e + i, V(load(e + i)) * p - V(load(q_c + i)) * q);
+A transform_block(A* z, int64_t n, const Terms<A>& terms) {
+  const Vector<A> minus_infinity = broadcast(-kInfinity<A>);
+  Vector<A> m = minus_infinity;
+  for (int64_t i = 0; i < n; i += Simd<A>::W) {
+    const Vector<A> v = terms.transform(load(z + i));
+    const Vector<A> present = iota<A>() < typename Simd<A>::Int(n - i) ? v : minus_infinity;
+    store(z + i, present), m = max_(present, m);
+  }
+  return horizontal_max<A>(m);
+}
+
+// dz/dx of transformed logits, whole vectors.
+template <class A>
+void derivative_block(A* dz, const A* z, int64_t n, const Terms<A>& terms) {
+  for (int64_t i = 0; i < n; i += Simd<A>::W) store(dz + i, terms.derivative(load(z + i)));
+}
+
+// e = (e p - constant - q q_c) dz, whole vectors; without q_c or dz as if they were 0 and 1.
+template <class A>
+void gradient_block(A* e, const A* q_c, const A* dz, int64_t n, A p, A constant, A q) {
+  for (int64_t i = 0; i < n; i += Simd<A>::W) {
+    Vector<A> d = Vector<A>(load(e + i)) * p - constant;
+    if (q_c) d -= Vector<A>(load(q_c + i)) * q;
+    if (dz) d *= Vector<A>(load(dz + i));
+    store(e + i, d);
+  }
 }
 
 // dx = e p - constant
@@ -160,7 +183,7 @@ void fill_row(T* dx, int64_t n, A value) {
 template <class A>
 struct Scratch {
   A* kept;  // exp(x - the running maximum of its block), of the rows of a group; null: not kept
-  alignas(64) A z[BLOCK], q[BLOCK];
+  alignas(64) A z[BLOCK], q[BLOCK], dz[BLOCK];
   A block_maxima[kKeptCols<A> / BLOCK];  // of one row: a group of several has one block each, whose maximum is the row's
 
   A* kept_row(const Problem& problem, int lane) { return kept ? kept + lane * padded<A>(problem.n_cols) : nullptr; }
@@ -172,6 +195,7 @@ struct Columns {
   Columns(const Problem& problem, int64_t start)
       : start(start), n(problem.n_cols - start < BLOCK ? problem.n_cols - start : BLOCK) {}
   const A* of(const A* row) const { return row ? row + start : nullptr; }
+  bool has(int64_t col) const { return col >= start && col < start + n; }
 };
 
 template <class T>
@@ -179,18 +203,25 @@ INLINE Prefetch ahead(const T* logits, T* dlogits) {
   return {reinterpret_cast<uintptr_t>(logits), reinterpret_cast<uintptr_t>(dlogits), sizeof(T)};
 }
 
+// z = the transformed logits of a block, -inf from columns.n to whole vectors; returns the maximum.
+template <class T, class A>
+A load_logits(A* z, const T* x, const Columns<A>& columns, const Terms<A>& terms) {
+  const A max = load_block<T, A>(z, x + columns.start, columns.n);
+  if (!terms.transformed) return max;
+  return transform_block(z, columns.n, terms);
+}
+
 // Statistics of one row. With scratch.kept the exponentials of the whole row stay there, and dx is where their gradient will go.
 template <class T, class A>
 void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, int lane, Scratch<A>& scratch, const T* x, T* dx,
                const A* p) {
-  const int64_t target = s.target[lane];
   A* kept = scratch.kept_row(problem, lane);
   A m = -kInfinity<A>, shift = 0;
   double rest = 0, q_sum = 0, q_total = 0;
   for (int64_t start = 0; start < problem.n_cols; start += BLOCK) {
     const Columns<A> columns(problem, start);
     A* z = kept ? kept + start : scratch.z;
-    const A block = load_block<T, A>(z, x + start, columns.n);
+    const A block = load_logits(z, x, columns, terms);
     const A larger = block > m ? block : m, finite = finite_max(larger);
     if (start == 0) shift = finite;
     if (larger != m) rest *= double(exp_nonpositive1(m - finite));
@@ -199,7 +230,11 @@ void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, 
       q_total += double(load_q<A>(scratch.q, columns.of(p), columns.of(terms.weight), columns.n, terms));
       q_sum += double(sum_q<A, true>(z, scratch.q, columns.n, shift));
     }
-    if (target >= start && target < start + columns.n) z[target - start] = -kInfinity<A>;
+    if (terms.two_labels && columns.has(s.target_b[lane])) s.x_b[lane] = z[s.target_b[lane] - start];
+    if (columns.has(s.target[lane])) {
+      A& z_t = z[s.target[lane] - start];
+      s.x_t[lane] = z_t, z_t = -kInfinity<A>;
+    }
     const Prefetch next = ahead(x + start + columns.n, kept ? dx + start : nullptr);
     rest += double(exp_block<A>(z, padded<A>(columns.n), finite, next));
     m = larger;
@@ -217,21 +252,25 @@ void row_gradient(const Problem& problem, const Terms<A>& terms, const GroupStat
   for (int64_t start = 0; start < problem.n_cols; start += BLOCK) {
     const Columns<A> columns(problem, start);
     A* e = kept ? kept + start : scratch.z;
-    A factor = s.p[lane];
+    A factor = s.p[lane], constant = s.constant[lane];
     if (!kept) {
-      load_block<T, A>(e, x + start, columns.n);
+      load_logits(e, x, columns, terms);
+      if (terms.capped) derivative_block(scratch.dz, e, padded<A>(columns.n), terms);
       exp_block<A>(e, padded<A>(columns.n), m, ahead(x + start + columns.n, dx + start));
     } else if (problem.n_cols > BLOCK && scratch.block_maxima[start / BLOCK] != max) {
       factor *= exp_nonpositive1(scratch.block_maxima[start / BLOCK] - m);
     }
-    if (terms.per_class) {
-      load_q<A>(scratch.q, columns.of(p), columns.of(terms.weight), columns.n, terms);
-      subtract_q<A>(e, scratch.q, padded<A>(columns.n), factor, s.q[lane]);
-      factor = 1;
+    if (terms.per_class) load_q<A>(scratch.q, columns.of(p), columns.of(terms.weight), columns.n, terms);
+    if (terms.per_class || terms.capped) {
+      gradient_block<A>(e, terms.per_class ? scratch.q : nullptr, terms.capped ? scratch.dz : nullptr, padded<A>(columns.n), factor,
+                        constant, s.q[lane]);
+      factor = 1, constant = 0;
     }
-    store_gradient<T, A>(dx + start, e, columns.n, factor, s.constant[lane]);
+    store_gradient<T, A>(dx + start, e, columns.n, factor, constant);
   }
-  if (!terms.soft) store1(dx + s.target[lane], s.at_target[lane]);
+  if (terms.soft) return;
+  store1(dx + s.target[lane], s.at_t[lane]);
+  if (terms.two_labels && s.target_b[lane] >= 0) store1(dx + s.target_b[lane], s.at_b[lane]);
 }
 
 // Rows of a group: their logs and divisions share vectors, and their exponentials stay in L1 until they are needed again.
@@ -251,33 +290,35 @@ void group_gradients(const Problem& problem, const Terms<A>& terms, const GroupS
       row_gradient<T, A>(problem, terms, s, lane, scratch, at.x + lane * problem.logits_strides.row, dx,
                          at.p + lane * problem.target_strides.row);
     } else {
-      fill_row<T, A>(dx, problem.n_cols, s.at_target[lane]);
+      fill_row<T, A>(dx, problem.n_cols, s.at_t[lane]);
     }
   }
 }
 
 template <class T>
-double forward_rows(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
+RowSums forward_rows(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
   using A = typename Accumulate<T>::type;
   const Terms<A> terms(problem, weight_total);
   Scratch<A> scratch;
-  scratch.kept = problem.dlogits && problem.n_cols <= kKeptCols<A> ? static_cast<A*>(thread_scratch()) : nullptr;
+  // The derivative of a cap is one of the logits: they are read again.
+  const bool keeps = problem.dlogits && !terms.capped && problem.n_cols <= kKeptCols<A>;
+  scratch.kept = keeps ? static_cast<A*>(thread_scratch()) : nullptr;
   GroupState<A> s;
-  double total = 0;
+  RowSums sums = {0, 0};
   for_groups(problem, begin, end, rows_per_group<A>(problem), [&](int64_t row, int n) {
     const GroupPointers<T, A> at(problem, row);
-    s.begin(problem, terms, at.x, row, n, Simd<A>::W, false, A(coefficient));
+    s.begin_forward(problem, terms, row, n, Simd<A>::W, A(coefficient));
     for (int lane = 0; lane < n; ++lane) {
       if (!s.live[lane]) continue;  // not read: its logits may be NaN
       row_stats<T, A>(problem, terms, s, lane, scratch, at.x + lane * problem.logits_strides.row,
                       at.dx + lane * problem.dlogits_strides.row, at.p + lane * problem.target_strides.row);
     }
-    total += s.finish_forward(problem, terms, row, n);
+    s.finish_forward(problem, terms, row, n, sums);
     if (!problem.dlogits) return;
     s.factors(problem, terms, n);
     group_gradients<T, A>(problem, terms, s, n, scratch, at);
   });
-  return total;
+  return sums;
 }
 
 template <class T>
@@ -289,17 +330,7 @@ void backward_rows(const Problem& problem, int64_t begin, int64_t end) {
   GroupState<A> s;
   for_groups(problem, begin, end, rows_per_group<A>(problem), [&](int64_t row, int n) {
     const GroupPointers<T, A> at(problem, row);
-    s.begin(problem, terms, at.x, row, n, Simd<A>::W, true, A(0));
-    for (int lane = 0; lane < n && terms.soft; ++lane) {
-      if (!s.live[lane]) continue;
-      double q_total = 0;
-      for (int64_t start = 0; start < problem.n_cols; start += BLOCK) {
-        const Columns<A> columns(problem, start);
-        const A* p = at.p + lane * problem.target_strides.row;
-        q_total += double(load_q<A>(scratch.q, columns.of(p), columns.of(terms.weight), columns.n, terms));
-      }
-      s.q_total[lane] = A(q_total);
-    }
+    s.begin_backward(problem, terms, at.x, row, n, Simd<A>::W);
     s.factors(problem, terms, n);
     group_gradients<T, A>(problem, terms, s, n, scratch, at);
   });

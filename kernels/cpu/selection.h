@@ -33,13 +33,6 @@ inline int64_t rows_to_select(const Problem& problem, int64_t n_counted) {
   return k < n_counted ? k : n_counted;
 }
 
-inline bool is_counted(const Problem& problem, int64_t row) {
-  if (problem.target_kind == kProbabilities) return true;
-  const int64_t target = problem.target_kind == kUint8 ? int64_t(static_cast<const uint8_t*>(problem.target)[row])
-                                                       : static_cast<const int64_t*>(problem.target)[row];
-  return target != problem.ignore_index;
-}
-
 template <class A>
 auto kth_largest_key(const A* losses, int64_t n_rows, int64_t k) {
   using Key = decltype(selection_key(A()));
@@ -58,6 +51,15 @@ auto kth_largest_key(const A* losses, int64_t n_rows, int64_t k) {
   return prefix;
 }
 
+// The counted row with the largest loss, the first of equal ones, NaN being the largest; -1: none is counted.
+template <class A>
+int64_t worst_row(const Problem& problem, const A* losses) {
+  int64_t worst = -1;
+  for (int64_t row = 0; row < problem.n_rows(); ++row)
+    if (problem.is_counted(row) && (worst < 0 || selection_key(losses[row]) > selection_key(losses[worst]))) worst = row;
+  return worst;
+}
+
 // Returns the batch loss; writes saved[0..2] from the row losses at saved[4 + 2 n_rows].
 template <class A>
 double select_rows(const Problem& problem, int64_t n_counted) {
@@ -73,7 +75,7 @@ double select_rows(const Problem& problem, int64_t n_counted) {
       const auto row_key = selection_key(losses[row]);
       if (row_key > key) above_sum += double(losses[row]), ++n_above;
       // A negative weight can make -inf of a loss that counts: the rows that do not count must not tie with it.
-      if (row_key == key && is_counted(problem, row)) threshold = double(losses[row]), ++n_tied;
+      if (row_key == key && problem.is_counted(row)) threshold = double(losses[row]), ++n_tied;
     }
     share = double(k - n_above);
   }

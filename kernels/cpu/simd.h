@@ -339,6 +339,29 @@ INLINE Simd<double>::V log1p_(Simd<double>::V x) {
   return x;
 }
 
+// tanh after Cephes: an odd polynomial, or quotient of two, keeps the digits of small values; beyond, (1 - e) / (1 + e), e = exp(-2 |x|).
+INLINE F::V tanh_small(F::V x, F::V x2) {
+  F::V p = x2 * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * x2 - 5.37397155531e-2f;
+  p = p * x2 + 1.33314422036e-1f;
+  p = p * x2 - 3.33332819422e-1f;
+  return p * (x2 * x) + x;
+}
+INLINE Simd<double>::V tanh_small(Simd<double>::V x, Simd<double>::V x2) {
+  Simd<double>::V p = x2 * -9.64399179425052238628e-1 - 9.92877231001918586564e1;
+  p = p * x2 - 1.61468768441708447952e3;
+  Simd<double>::V q = x2 + 1.12811678491632931402e2;
+  q = q * x2 + 2.23548839060100448583e3;
+  q = q * x2 + 4.84406305325125486048e3;
+  return p / q * (x2 * x) + x;
+}
+template <class A>
+INLINE Vector<A> tanh_(Vector<A> x) {
+  const Vector<A> zero = {}, magnitude = x < zero ? -x : x, e = exp_nonpositive(magnitude * A(-2));
+  const Vector<A> large = (A(1) - e) / (A(1) + e);
+  return magnitude < broadcast(A(0.625)) ? tanh_small(x, x * x) : x < zero ? -large : large;
+}
+
 template <class A>
 INLINE A exp_nonpositive1(A x) {
   return exp_nonpositive(broadcast(x))[0];
