@@ -5,6 +5,10 @@ With g the upstream gradient times the row's coefficient, A = g (1 - eps) w_t an
     dlogits_c = (A + S) p_c - s_c           for c != t
     dlogits_t = S p_t - s_t - A rest / d    since p_t - 1 = -rest / d without cancellation
 
+A z_loss adds 2 g z_loss lse to S where it multiplies p_c. Of two labels the first is t; the second, with its own A_b, adds that
+to S in the same way, and has dlogits_b = (A + A_b + S) p_b - s_b - A_b. A transform of the logits multiplies
+all by its derivative.
+
 Traffic: each logit of a row with g != 0 is read once and every gradient written once; other rows are written as zeros,
 without reading them, so that their logits may hold NaN.
 
@@ -20,9 +24,15 @@ from fusedloss.kernels.rowwise import (
     elements_in_sector,
     float_from_bits,
     gradient_factors,
+    load_sample_weight,
+    load_second_label,
     load_target,
+    load_target_weight,
+    optional_float,
     prove_alignment,
     row_coefficient,
+    through_transform,
+    transform_logits,
 )
 
 
@@ -106,9 +116,10 @@ def backward_tile_kernel(
     x_t = tl.load(row_ptr + target * col_stride, mask=read, other=0.0).to(dtype)
     smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
     weight_total = tl.load(saved_ptr + 3) if HAS_SMOOTHING else None
-    p_factor, at_target, smooth_factor = gradient_factors(
-        saved_ptr, weight_ptr, target, valid, counted, g, rest, tl.exp(x_t - row_max), smoothing, weight_total, n_cols
-    )
+    p_factor, at_target, smooth_factor, _ = gradient_factors(
+        load_target_weight(weight_ptr, target, counted, valid, dtype), valid, counted, g, rest, tl.exp(x_t - row_max),
+        smoothing, weight_total, n_cols,
+    )  # fmt: skip
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
         offsets = cols.to(tl.int64) * col_stride  # int64: classes may lie far apart; free where col_stride is 1
@@ -122,6 +133,12 @@ def backward_tile_kernel(
 
 
 @triton.jit
+def stored_here(col, first_col, after, head, n_main, part):
+    """Whether the part of a row with the columns [first_col, after) stores this one; the first part has the edges, too."""
+    return ((col >= first_col) & (col < after)) | ((part == 0) & ((col < head) | (col >= head + n_main)))
+
+
+@triton.jit
 def minus_smoothing(dlogits, smooth_factor, weight_ptr, cols, mask):
     """dlogits_c - s_c."""
     if weight_ptr is not None:
@@ -129,16 +146,27 @@ def minus_smoothing(dlogits, smooth_factor, weight_ptr, cols, mask):
     return dlogits - smooth_factor
 
 
-@triton.jit(do_not_specialize=["smoothing_bits", "ignore_index"])
+@triton.jit(
+    do_not_specialize=[
+        "smoothing_bits", "ignore_index", "lam_bits", "z_loss_bits", "logit_scale_bits", "softcap_bits",
+    ]
+)  # fmt: skip
 def backward_row_kernel(
     dlogits_ptr,  # (n_rows, n_cols), classes contiguous
     dloss_ptr,  # (n_rows,) for "none", else ()
     saved_ptr,  # (4 + 3 n_rows,), see rowwise.py
     logits_ptr,  # (n_rows, n_cols), classes contiguous
     target_ptr,  # (n_rows,) int64 or uint8
+    target_b_ptr,  # the second of two labels: (n_rows,) or None
+    lam_ptr,  # share of the first: (n_rows,) or None
     weight_ptr,  # (n_cols,) or None
+    sample_weight_ptr,  # (n_rows,) or None
     smoothing_bits: "i64",  # read with HAS_SMOOTHING
     ignore_index: "i64",
+    lam_bits,  # this and the following: None where absent
+    z_loss_bits,
+    logit_scale_bits,
+    softcap_bits,
     n_rows,
     n_cols,
     dlogits_row_stride,
@@ -155,7 +183,19 @@ def backward_row_kernel(
     row = (tl.program_id(0) // blocks_per_row).to(tl.int64)  # int64: row * row_stride passes 2**31
     block = tl.program_id(0) % blocks_per_row
     target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
+    target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
+    weight_b = None
+    if target_b_ptr is not None:
+        target_b, counted, valid, target_weight, weight_b, _ = load_second_label(
+            target_b_ptr, lam_ptr, lam_bits, weight_ptr, row, row < n_rows, target, counted, valid, target_weight,
+            ignore_index, n_cols,
+        )  # fmt: skip
+    z_loss = optional_float(z_loss_bits, dtype)
+    logit_scale = optional_float(logit_scale_bits, dtype)
+    softcap = optional_float(softcap_bits, dtype)
     g = row_coefficient(saved_ptr, dloss_ptr, row, row < n_rows, n_rows, REDUCTION)
+    if sample_weight_ptr is not None:
+        g *= load_sample_weight(sample_weight_ptr, row, counted, dtype)
     read = valid & (g != 0)  # the other rows are not read
 
     row_start, head, n_main = main_columns(row, row_stride, n_cols, GROUP, SECTOR)
@@ -165,34 +205,48 @@ def backward_row_kernel(
 
     row_max = tl.load(saved_ptr + STATE + row, mask=read, other=0.0)
     rest = tl.load(saved_ptr + STATE + n_rows + row, mask=read, other=1.0)
-    x_t = tl.load(logits_ptr + row_start + target, mask=read, other=0.0).to(dtype)
+    x_t = transform_logits(tl.load(logits_ptr + row_start + target, mask=read, other=0.0).to(dtype), logit_scale, softcap)
+    e_b = None
+    if target_b_ptr is not None:
+        x_b = transform_logits(tl.load(logits_ptr + row_start + target_b, mask=read, other=0.0).to(dtype), logit_scale, softcap)
+        e_b = tl.exp(x_b - row_max)
     smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
     weight_total = tl.load(saved_ptr + 3) if HAS_SMOOTHING else None
-    p_factor, at_target, smooth_factor = gradient_factors(
-        saved_ptr, weight_ptr, target, valid, counted, g, rest, tl.exp(x_t - row_max), smoothing, weight_total, n_cols
-    )
+    p_factor, at_target, smooth_factor, at_b = gradient_factors(
+        target_weight, valid, counted, g, rest, tl.exp(x_t - row_max), smoothing, weight_total, n_cols,
+        row_max, e_b, weight_b, z_loss,
+    )  # fmt: skip
 
     group = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     in_row = in_main(group, head, n_main, GROUP, SECTOR)
-    x = tl.load(main_ptr + group, mask=in_row & read, other=0.0).to(dtype)
-    dlogits = tl.exp(x - row_max) * p_factor
+    x = transform_logits(tl.load(main_ptr + group, mask=in_row & read, other=0.0).to(dtype), logit_scale, softcap)
+    dz = tl.exp(x - row_max) * p_factor
     if HAS_SMOOTHING:
-        dlogits = minus_smoothing(dlogits, smooth_factor, weight_ptr, head + group, in_row)
-    tl.store(dlogits_main_ptr + group, dlogits, mask=in_row)
+        dz = minus_smoothing(dz, smooth_factor, weight_ptr, head + group, in_row)
+    tl.store(dlogits_main_ptr + group, through_transform(dz, x, logit_scale, softcap), mask=in_row)
     if GROUP == 1 and block == 0:
         edge_cols, in_edge = edge_columns(head, n_main, n_cols, SECTOR)
         edge_x = tl.load(logits_ptr + row_start + edge_cols, mask=in_edge & read, other=0.0).to(dtype)
-        edge_dlogits = tl.exp(edge_x - row_max) * p_factor
+        edge_x = transform_logits(edge_x, logit_scale, softcap)
+        edge_dz = tl.exp(edge_x - row_max) * p_factor
         if HAS_SMOOTHING:
-            edge_dlogits = minus_smoothing(edge_dlogits, smooth_factor, weight_ptr, edge_cols, in_edge)
+            edge_dz = minus_smoothing(edge_dz, smooth_factor, weight_ptr, edge_cols, in_edge)
+        edge_dlogits = through_transform(edge_dz, edge_x, logit_scale, softcap)
         tl.store(dlogits_ptr + dlogits_row_start + edge_cols, edge_dlogits, mask=in_edge)
 
-    # The target's own gradient is stored last, by the program that has stored its neighbours: comparing every column with the
-    # target would cost two instructions per logit.
-    col = target.to(tl.int32) - head
-    in_block = (col >= block * BLOCK_COLS) & (col < tl.minimum((block + 1) * BLOCK_COLS, n_main))
-    in_edges = (block == 0) & ((col < 0) | (col >= n_main))
+    # The labels' own gradients are stored last, by the program that has stored their neighbours: comparing every column with a
+    # label would cost two instructions per logit.
+    first_col = head + block * BLOCK_COLS
+    after = head + tl.minimum((block + 1) * BLOCK_COLS, n_main)
     if HAS_SMOOTHING:
         at_target = minus_smoothing(at_target, smooth_factor, weight_ptr, target, read)
+    at_target = through_transform(at_target, x_t, logit_scale, softcap)
+    own_target = stored_here(target, first_col, after, head, n_main, block)
     tl.debug_barrier()  # another thread stored this element with the others of its group
-    tl.store(dlogits_ptr + dlogits_row_start + target, at_target, mask=read & (in_block | in_edges))
+    tl.store(dlogits_ptr + dlogits_row_start + target, at_target, mask=read & own_target)
+    if target_b_ptr is not None:
+        if HAS_SMOOTHING:
+            at_b = minus_smoothing(at_b, smooth_factor, weight_ptr, target_b, read)
+        at_b = through_transform(at_b, x_b, logit_scale, softcap)
+        own_b = stored_here(target_b, first_col, after, head, n_main, block) & (target_b != target)
+        tl.store(dlogits_ptr + dlogits_row_start + target_b, at_b, mask=read & own_b)

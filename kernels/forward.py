@@ -9,17 +9,21 @@ An online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867) over blocks of
 
 import triton
 import triton.language as tl
-from fusedloss.kernels.reduction import reduce_batch
+from fusedloss.kernels.reduction import reduce_batch, store_stats
 from fusedloss.kernels.rowwise import (
     STATE,
     elements_in_sector,
     finite_max,
     float_from_bits,
+    load_sample_weight,
     load_scale,
+    load_second_label,
     load_target,
     load_target_weight,
+    optional_float,
     prove_alignment,
     row_loss,
+    transform_logits,
 )
 from fusedloss.kernels.slices import merge_slices, publish_slice
 
@@ -202,6 +206,15 @@ def edge_columns(head, n_main, n_cols, SECTOR: tl.constexpr):
 
 
 @triton.jit
+def load_logits(ptr, mask, logit_scale, softcap, dtype: tl.constexpr):
+    """Logits of a row as the loss sees them, -inf outside of it."""
+    x = tl.load(ptr, mask=mask, other=float("-inf")).to(dtype)
+    if logit_scale is not None or softcap is not None:
+        x = tl.where(mask, transform_logits(x, logit_scale, softcap), float("-inf"))
+    return x
+
+
+@triton.jit
 def smoothing_sums(x, cols, in_row, shift, weight_ptr, smooth_sum, weight_total):
     """Adds w_c (shift - x_c) and w_c; without weights W is known, and left to the caller."""
     if weight_ptr is not None:
@@ -243,21 +256,35 @@ def absorb(
     return new_max, rest, smooth_sum, weight_total
 
 
-@triton.jit(do_not_specialize=["scale_bits", "smoothing_bits", "ignore_index", "top_k"])
+@triton.jit(
+    do_not_specialize=[
+        "scale_bits", "smoothing_bits", "ignore_index", "top_k", "lam_bits", "z_loss_bits", "logit_scale_bits", "softcap_bits",
+    ]
+)  # fmt: skip
 def forward_row_kernel(
     loss_ptr,  # (n_rows,) for "none", else ()
     saved_ptr,  # (4 + 3 n_rows,), see rowwise.py
-    partial_ptr,  # (2, n_rows) workspace, None for "none"
+    row_stats_ptr,  # (2, n_rows), with the two that follow None without statistics
+    counts_ptr,  # (3,) int64
+    flags_ptr,  # (n_rows,) int8 workspace
+    partial_ptr,  # (2, n_rows) workspace, None for "none" without statistics
     ticket_ptr,  # () int32, likewise; with slices (1 + n_rows,): [1 + row] of which have published
     slices_ptr,  # (4, n_rows, N_SLICES) workspace, None with a single slice
     logits_ptr,  # (n_rows, n_cols), classes contiguous
     target_ptr,  # (n_rows,) int64 or uint8
+    target_b_ptr,  # the second of two labels: (n_rows,) or None
+    lam_ptr,  # share of the first: (n_rows,) or None
     weight_ptr,  # (n_cols,) or None
+    sample_weight_ptr,  # (n_rows,) or None
     scale_ptr,  # () or None
     scale_bits: "i64",
     smoothing_bits: "i64",  # read with HAS_SMOOTHING
     ignore_index: "i64",
     top_k: "i64",
+    lam_bits,  # this and the following: None where absent
+    z_loss_bits,
+    logit_scale_bits,
+    softcap_bits,
     n_rows,
     n_cols,
     row_stride,
@@ -274,6 +301,19 @@ def forward_row_kernel(
     row = (tl.program_id(0) // N_SLICES).to(tl.int64)  # int64: row * row_stride passes 2**31
     part = tl.program_id(0) % N_SLICES
     target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
+    target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
+    weight_b = None
+    if target_b_ptr is not None:
+        target_b, counted, valid, target_weight, weight_b, lam = load_second_label(
+            target_b_ptr, lam_ptr, lam_bits, weight_ptr, row, row < n_rows, target, counted, valid, target_weight,
+            ignore_index, n_cols,
+        )  # fmt: skip
+    sample_weight = None
+    if sample_weight_ptr is not None:
+        sample_weight = load_sample_weight(sample_weight_ptr, row, counted, dtype)
+    z_loss = optional_float(z_loss_bits, dtype)
+    logit_scale = optional_float(logit_scale_bits, dtype)
+    softcap = optional_float(softcap_bits, dtype)
     n_read = tl.where(valid, n_cols, 0)  # a row that does not count is not read
 
     SECTOR: tl.constexpr = elements_in_sector(logits_ptr)
@@ -281,9 +321,10 @@ def forward_row_kernel(
     row_ptr = logits_ptr + row_start
     main_ptr = logits_ptr + tl.multiple_of(row_start + head, SECTOR)
 
-    x_t = tl.load(row_ptr + target, mask=valid, other=0.0).to(dtype)
-    target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
-
+    x_t = transform_logits(tl.load(row_ptr + target, mask=valid, other=0.0).to(dtype), logit_scale, softcap)
+    x_b = None
+    if target_b_ptr is not None:
+        x_b = transform_logits(tl.load(row_ptr + target_b, mask=valid, other=0.0).to(dtype), logit_scale, softcap)
     shift = finite_max(x_t)
     row_max = tl.full((), float("-inf"), dtype)
     rest = tl.zeros((), dtype)
@@ -292,7 +333,7 @@ def forward_row_kernel(
     if GROUP == 1:
         edge_cols, in_edge = edge_columns(head, n_main, n_read, SECTOR)
         in_edge = in_edge & (part == 0)
-        edge_x = tl.load(row_ptr + edge_cols, mask=in_edge, other=float("-inf")).to(dtype)
+        edge_x = load_logits(row_ptr + edge_cols, in_edge, logit_scale, softcap, dtype)
         row_max, rest, smooth_sum, weight_total = absorb(
             edge_x, edge_cols, in_edge, target, 0, n_cols, shift, weight_ptr,
             row_max, rest, smooth_sum, weight_total, HAS_SMOOTHING,
@@ -301,7 +342,7 @@ def forward_row_kernel(
     for start in range(part * slice_cols, tl.minimum((part + 1) * slice_cols, n_main), BLOCK_COLS):
         group = start + tl.arange(0, BLOCK_COLS)
         in_row = in_main(group, head, n_main, GROUP, SECTOR)
-        x = tl.load(main_ptr + group, mask=in_row, other=float("-inf")).to(dtype)
+        x = load_logits(main_ptr + group, in_row, logit_scale, softcap, dtype)
         cols, first = head + group, head + start
         row_max, rest, smooth_sum, weight_total = absorb(
             x, cols, in_row, target, first, first + BLOCK_COLS, shift, weight_ptr,
@@ -330,14 +371,25 @@ def forward_row_kernel(
             if SAVE:
                 tl.store(saved_ptr + 3, weight_total, mask=valid)  # every row that is read stores the same value
         e_t = tl.exp(x_t - row_max)
-        loss = row_loss(row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
+        loss = row_loss(
+            row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols,
+            x_b, weight_b, z_loss, sample_weight,
+        )  # fmt: skip
         loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN, nothing was read
 
         scale = load_scale(scale_ptr, scale_bits, dtype)
         _store_rows(loss_ptr, saved_ptr, row, row, row < n_rows, counted, loss, row_max, rest, scale, n_rows, REDUCTION, SAVE)
-        if REDUCTION != "none":
-            count = target_weight if REDUCTION == "mean" else counted.to(dtype)
+        if row_stats_ptr is not None:
+            lse = tl.where(valid, row_max + tl.log(rest + e_t), float("nan"))
+            correct = valid & (x_t == row_max)
+            if target_b_ptr is not None:
+                correct = (correct & (lam >= 0.5)) | (valid & (x_b == row_max) & (lam <= 0.5))
+            store_stats(row_stats_ptr, flags_ptr, row, row < n_rows, counted, correct, lse, loss, n_rows)
+        if REDUCTION != "none" or row_stats_ptr is not None:
+            count = counted.to(dtype)
+            if REDUCTION == "mean" and target_b_ptr is None:
+                count = target_weight
             reduce_batch(
                 loss_ptr, saved_ptr, partial_ptr, ticket_ptr, loss, count, scale, top_k, row, n_rows, n_rows,
-                REDUCTION, TOP_K_IS_FRACTION, partial_ptr is None,
+                REDUCTION, TOP_K_IS_FRACTION, partial_ptr is None, counts_ptr, row_stats_ptr, flags_ptr,
             )  # fmt: skip

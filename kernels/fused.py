@@ -14,20 +14,25 @@ denominator_kernel, a launch of its own over the targets alone, leaves the coeff
 
 import triton
 import triton.language as tl
-from fusedloss.kernels.backward import minus_smoothing, store_tile
-from fusedloss.kernels.forward import absorb, absorb_tile, edge_columns, in_main, main_columns, smoothing_sums
-from fusedloss.kernels.reduction import mean_coefficient, sum_over_programs
+from fusedloss.kernels.backward import minus_smoothing, store_tile, stored_here
+from fusedloss.kernels.forward import absorb, absorb_tile, edge_columns, in_main, load_logits, main_columns, smoothing_sums
+from fusedloss.kernels.reduction import count_rows, mean_coefficient, store_stats, sum_over_programs
 from fusedloss.kernels.rowwise import (
     STATE,
     elements_in_sector,
     finite_max,
     float_from_bits,
     gradient_factors,
+    load_sample_weight,
     load_scale,
+    load_second_label,
     load_target,
     load_target_weight,
+    optional_float,
     prove_alignment,
     row_loss,
+    through_transform,
+    transform_logits,
 )
 from fusedloss.kernels.slices import merge_slices, publish_slice, wait_for_slices
 
@@ -39,6 +44,7 @@ def denominator_kernel(
     partial_ptr,  # (n_programs,) workspace, None with a single program
     ticket_ptr,  # () int32, likewise
     target_ptr,  # (n_rows,) int64 or uint8
+    target_b_ptr,  # the second of two labels, which take the weights out of the denominator: (n_rows,) or None
     weight_ptr,  # (n_cols,) or None
     scale_ptr,  # () or None
     scale_bits: "i64",
@@ -53,7 +59,11 @@ def denominator_kernel(
     for start in range(tl.program_id(0) * BLOCK_ROWS, n_rows, tl.num_programs(0) * BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
         target, counted, valid = load_target(target_ptr, rows, rows < n_rows, ignore_index, n_cols)
-        total += load_target_weight(weight_ptr, target, counted, valid, dtype)
+        if target_b_ptr is not None:
+            _, counted_b, _ = load_target(target_b_ptr, rows, rows < n_rows, ignore_index, n_cols)
+            total += (counted & counted_b).to(dtype)
+        else:
+            total += load_target_weight(weight_ptr, target, counted, valid, dtype)
         if arrived_ptr is not None:
             tl.store(arrived_ptr + 1 + rows, 0, mask=rows < n_rows)
     if arrived_ptr is not None:
@@ -157,8 +167,8 @@ def fused_tile_kernel(
     else:
         g = tl.load(saved_ptr)
     row_g = tl.where(mask, g, 0.0)
-    p_factor, at_target, smooth_factor = gradient_factors(
-        saved_ptr, weight_ptr, target, valid, counted, row_g, rest, e_t, smoothing, weight_total, n_cols
+    p_factor, at_target, smooth_factor, _ = gradient_factors(
+        target_weight, valid, counted, row_g, rest, e_t, smoothing, weight_total, n_cols
     )
     live = valid & (row_g != 0)
     if N_BLOCKS == 1:
@@ -181,22 +191,36 @@ def fused_tile_kernel(
     tl.store(loss_ptr, (g * loss_sum).to(dtype), mask=last)
 
 
-@triton.jit(do_not_specialize=["scale_bits", "smoothing_bits", "ignore_index"])
+@triton.jit(
+    do_not_specialize=[
+        "scale_bits", "smoothing_bits", "ignore_index", "lam_bits", "z_loss_bits", "logit_scale_bits", "softcap_bits",
+    ]
+)  # fmt: skip
 def fused_row_kernel(
     loss_ptr,  # ()
     saved_ptr,  # (4 + 3 n_rows,), see rowwise.py; in: [0], for the mean of several rows
     dlogits_ptr,  # (n_rows, n_cols), classes contiguous
+    row_stats_ptr,  # (2, n_rows), with the two that follow None without statistics
+    counts_ptr,  # (3,) int64
+    flags_ptr,  # (n_rows,) int8 workspace
     partial_ptr,  # (n_rows,) workspace, None with a single row
     ticket_ptr,  # () int32, likewise
     slices_ptr,  # (4, n_rows, N_SLICES) workspace, None with a single slice
     arrived_ptr,  # (1 + n_rows,) int32, 0 before: programs started; slices published of each row; None with a single slice
     logits_ptr,  # (n_rows, n_cols), classes contiguous
     target_ptr,  # (n_rows,) int64 or uint8
+    target_b_ptr,  # the second of two labels: (n_rows,) or None
+    lam_ptr,  # share of the first: (n_rows,) or None
     weight_ptr,  # (n_cols,) or None
+    sample_weight_ptr,  # (n_rows,) or None
     scale_ptr,  # () or None
     scale_bits: "i64",
     smoothing_bits: "i64",  # read with HAS_SMOOTHING
     ignore_index: "i64",
+    lam_bits,  # this and the following: None where absent
+    z_loss_bits,
+    logit_scale_bits,
+    softcap_bits,
     n_rows,
     n_cols,
     dlogits_row_stride,
@@ -225,13 +249,27 @@ def fused_row_kernel(
     row = program.to(tl.int64)  # int64: row * row_stride passes 2**31
     target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
     target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
+    weight_b = None
+    if target_b_ptr is not None:
+        target_b, counted, valid, target_weight, weight_b, lam = load_second_label(
+            target_b_ptr, lam_ptr, lam_bits, weight_ptr, row, row < n_rows, target, counted, valid, target_weight,
+            ignore_index, n_cols,
+        )  # fmt: skip
+    z_loss = optional_float(z_loss_bits, dtype)
+    logit_scale = optional_float(logit_scale_bits, dtype)
+    softcap = optional_float(softcap_bits, dtype)
     scale = load_scale(scale_ptr, scale_bits, dtype)
     if REDUCTION == "sum":
         g = scale
     elif ticket_ptr is None:
-        g = mean_coefficient(scale, target_weight)
+        g = mean_coefficient(scale, target_weight if target_b_ptr is None else counted.to(dtype))
     else:
         g = tl.load(saved_ptr)
+    sample_weight = None
+    row_g = g
+    if sample_weight_ptr is not None:
+        sample_weight = load_sample_weight(sample_weight_ptr, row, counted, dtype)
+        row_g = g * sample_weight
 
     row_start, head, n_main = main_columns(row, row_stride, n_cols, GROUP, SECTOR)
     dlogits_row_start, _, _ = main_columns(row, dlogits_row_stride, n_cols, GROUP, SECTOR)
@@ -250,22 +288,25 @@ def fused_row_kernel(
         masks = masks + (i * BLOCK_COLS + lane < n_own,)
 
     if valid:
-        x_t = tl.load(row_ptr + target).to(dtype)
+        x_t = transform_logits(tl.load(row_ptr + target).to(dtype), logit_scale, softcap)
+        x_b = None
+        if target_b_ptr is not None:
+            x_b = transform_logits(tl.load(row_ptr + target_b).to(dtype), logit_scale, softcap)
         shift = finite_max(x_t)
         row_max = tl.full((), float("-inf"), dtype)
         rest = tl.zeros((), dtype)
         smooth_sum = tl.zeros((), dtype)
         weight_total = tl.zeros((), dtype)
         if GROUP == 1:
-            edge_x = tl.load(row_ptr + edge_cols, mask=in_edge, other=float("-inf")).to(dtype)
+            edge_x = load_logits(row_ptr + edge_cols, in_edge, logit_scale, softcap, dtype)
             row_max, rest, smooth_sum, weight_total = absorb(
                 edge_x, edge_cols, in_edge, target, 0, n_cols, shift, weight_ptr,
                 row_max, rest, smooth_sum, weight_total, HAS_SMOOTHING,
             )  # fmt: skip
-        lane_max = tl.load(main_ptr + lane, mask=masks[0], other=float("-inf")).to(dtype)
+        lane_max = load_logits(main_ptr + lane, masks[0], logit_scale, softcap, dtype)
         blocks = (lane_max,)
         for i in tl.static_range(1, N_BLOCKS):
-            block = tl.load(main_ptr + i * BLOCK_COLS + lane, mask=masks[i], other=float("-inf")).to(dtype)
+            block = load_logits(main_ptr + i * BLOCK_COLS + lane, masks[i], logit_scale, softcap, dtype)
             blocks = blocks + (block,)
             lane_max = tl.maximum(lane_max, block)
         own_max = tl.maximum(row_max, tl.max(lane_max, 0))
@@ -287,13 +328,14 @@ def fused_row_kernel(
             lane_sum += e
         edge_rest = rest * tl.exp(row_max - finite)  # the target kept out already
         e_t = tl.exp(x_t - own_max)
-        own_target = (target >= first_col) & (target < first_col + n_own)
+        in_blocks = (target >= first_col) & (target < first_col + n_own)
         total = tl.sum(lane_sum, 0)
-        rest = edge_rest + tl.where(own_target, total - e_t, total)
-        if (e_t > rest) & own_target:  # the subtraction would lose digits: keep the target out of the sum
+        rest = edge_rest + tl.where(in_blocks, total - e_t, total)
+        if (e_t > rest) & in_blocks:  # the subtraction would lose digits: keep the target out of the sum
             lane_rest = tl.zeros((BLOCK_COLS,), dtype)
             for i in tl.static_range(N_BLOCKS):
-                lane_rest += tl.where(i * BLOCK_COLS + lane == (target - first_col).to(tl.int32), 0.0, exps[i])
+                e = exps[i] if softcap is None else tl.exp(blocks[i] - finite)
+                lane_rest += tl.where(i * BLOCK_COLS + lane == (target - first_col).to(tl.int32), 0.0, e)
             rest = edge_rest + tl.sum(lane_rest, 0)
 
         row_max = own_max
@@ -315,40 +357,67 @@ def fused_row_kernel(
             smoothing = float_from_bits(smoothing_bits, dtype)
             if weight_ptr is None:
                 weight_total = tl.zeros((), dtype) + n_cols
-        loss = row_loss(row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
-        p_factor, at_target, smooth_factor = gradient_factors(
-            saved_ptr, weight_ptr, target, valid, counted, g, rest, e_t, smoothing, weight_total, n_cols
+        loss = row_loss(
+            row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols,
+            x_b, weight_b, z_loss, sample_weight,
+        )  # fmt: skip
+        e_b = None
+        if target_b_ptr is not None:
+            e_b = tl.exp(x_b - row_max)
+        p_factor, at_target, smooth_factor, at_b = gradient_factors(
+            target_weight, valid, counted, row_g, rest, e_t, smoothing, weight_total, n_cols, row_max, e_b, weight_b, z_loss
         )
+        if row_stats_ptr is not None:
+            lse = row_max + tl.log(rest + e_t)
+            correct = x_t == row_max
+            if target_b_ptr is not None:
+                correct = (correct & (lam >= 0.5)) | ((x_b == row_max) & (lam <= 0.5))
         if GROUP == 1:
-            edge_dlogits = tl.exp(edge_x - finite) * p_factor
+            edge_dz = tl.exp(edge_x - finite) * p_factor
             if HAS_SMOOTHING:
-                edge_dlogits = minus_smoothing(edge_dlogits, smooth_factor, weight_ptr, edge_cols, in_edge)
-            tl.store(dlogits_row_ptr + edge_cols, edge_dlogits, mask=in_edge)
-        if N_SLICES > 1:
+                edge_dz = minus_smoothing(edge_dz, smooth_factor, weight_ptr, edge_cols, in_edge)
+            tl.store(dlogits_row_ptr + edge_cols, through_transform(edge_dz, edge_x, logit_scale, softcap), mask=in_edge)
+        if N_SLICES > 1 and softcap is None:
             p_factor *= tl.exp(own_max - finite)  # the slice's exponentials are relative to its own maximum
         for i in tl.static_range(N_BLOCKS):
-            dlogits = exps[i] * p_factor
+            # Under a cap the logits were kept, of which the gradient is a function, instead of their exponentials.
+            e = exps[i] if softcap is None else tl.exp(blocks[i] - finite)
+            dz = e * p_factor
             if HAS_SMOOTHING:
-                dlogits = minus_smoothing(dlogits, smooth_factor, weight_ptr, first_col + i * BLOCK_COLS + lane, masks[i])
+                dz = minus_smoothing(dz, smooth_factor, weight_ptr, first_col + i * BLOCK_COLS + lane, masks[i])
+            dlogits = through_transform(dz, blocks[i], logit_scale, softcap)
             tl.store(dlogits_main_ptr + i * BLOCK_COLS + lane, dlogits, mask=masks[i])
-        # The target's own gradient is stored last, by the slice that has stored its neighbours: comparing every column with the
-        # target would cost two instructions per logit.
+        # The labels' own gradients are stored last, by the slice that has stored their neighbours: comparing every column with a
+        # label would cost two instructions per logit.
         if HAS_SMOOTHING:
             at_target = minus_smoothing(at_target, smooth_factor, weight_ptr, target, valid)
-        in_edges = (target < head) | (target >= head + n_main)
+        at_target = through_transform(at_target, x_t, logit_scale, softcap)
+        own_target = stored_here(target, first_col, first_col + n_own, head, n_main, part)
         tl.debug_barrier()  # another thread stored this element with the others of its group
-        tl.store(dlogits_row_ptr + target, at_target, mask=own_target | (in_edges & (part == 0)))
+        tl.store(dlogits_row_ptr + target, at_target, mask=own_target)
+        if target_b_ptr is not None:
+            if HAS_SMOOTHING:
+                at_b = minus_smoothing(at_b, smooth_factor, weight_ptr, target_b, valid)
+            at_b = through_transform(at_b, x_b, logit_scale, softcap)
+            own_b = stored_here(target_b, first_col, first_col + n_own, head, n_main, part) & (target_b != target)
+            tl.store(dlogits_row_ptr + target_b, at_b, mask=own_b)
     else:  # nothing is read
-        missing = tl.where(counted & (g != 0), float("nan"), 0.0)  # a class index out of range, or a row that does not count
+        missing = tl.where(counted & (row_g != 0), float("nan"), 0.0)  # a class index out of range, or a row that does not count
         loss = tl.where(counted, float("nan"), 0.0).to(dtype)
+        lse = loss
+        correct = counted & False
         for i in tl.static_range(N_BLOCKS):
             tl.store(dlogits_main_ptr + i * BLOCK_COLS + lane, tl.zeros((BLOCK_COLS,), dtype) + missing, mask=masks[i])
         if GROUP == 1:
             tl.store(dlogits_row_ptr + edge_cols, tl.zeros((2 * SECTOR,), dtype) + missing, mask=in_edge)
 
     if part == 0:
+        if row_stats_ptr is not None:
+            store_stats(row_stats_ptr, flags_ptr, row, row < n_rows, counted, correct, lse, loss, n_rows)
         loss_sum, last = sum_over_programs(partial_ptr, ticket_ptr, loss, program, n_rows)
         tl.store(loss_ptr, (g * loss_sum).to(dtype), mask=last)
+        if row_stats_ptr is not None and last:
+            count_rows(counts_ptr, row_stats_ptr, flags_ptr, n_rows)
 
 
 @triton.jit

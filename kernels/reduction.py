@@ -61,6 +61,39 @@ def mean_coefficient(scale, count):
 
 
 @triton.jit
+def store_stats(row_stats_ptr, flags_ptr, rows, mask, counted, correct, lse, loss, n_rows):
+    """What a row leaves for count_rows, and for the caller: (2, n_rows) of lse and loss, 0 where the row does not count."""
+    tl.store(row_stats_ptr + rows, tl.where(counted, lse, 0.0), mask=mask)
+    tl.store(row_stats_ptr + n_rows + rows, tl.where(counted, loss, 0.0), mask=mask)
+    tl.store(flags_ptr + rows, counted.to(tl.int8) + (counted & correct).to(tl.int8), mask=mask)
+    tl.debug_barrier()  # many threads stored, one of them will say that the program is done
+
+
+@triton.jit
+def count_rows(counts_ptr, row_stats_ptr, flags_ptr, n_rows):
+    """counts: rows that count, those whose target is the largest logit, and the first with the largest loss, -1 without one."""
+    lanes = tl.arange(0, PARTIALS_BLOCK)
+    n_counted = tl.zeros((PARTIALS_BLOCK,), tl.int64)
+    n_correct = tl.zeros((PARTIALS_BLOCK,), tl.int64)
+    worst_key = sortable_bits(tl.zeros((PARTIALS_BLOCK,), row_stats_ptr.dtype.element_ty)) * 0
+    worst = tl.full((PARTIALS_BLOCK,), -1, tl.int64)
+    for start in range(0, n_rows, PARTIALS_BLOCK):
+        rows = start + lanes
+        mask = rows < n_rows
+        flags = tl.load(flags_ptr + rows, mask=mask, other=0, cache_modifier=".cg")
+        loss = tl.load(row_stats_ptr + n_rows + rows, mask=mask, other=0.0, cache_modifier=".cg")
+        n_counted += (flags > 0).to(tl.int64)
+        n_correct += (flags > 1).to(tl.int64)
+        key = tl.where(flags > 0, sortable_bits(loss), worst_key * 0)  # no loss has the key 0
+        worst = tl.where(key > worst_key, rows.to(tl.int64), worst)  # a lane meets its rows in order: the first of equal ones
+        worst_key = tl.maximum(worst_key, key)
+    first = tl.min(tl.where(worst_key == tl.max(worst_key, 0), worst, n_rows), 0)
+    tl.store(counts_ptr, tl.sum(n_counted, 0))
+    tl.store(counts_ptr + 1, tl.sum(n_correct, 0))
+    tl.store(counts_ptr + 2, first)
+
+
+@triton.jit
 def reduce_batch(
     loss_ptr,  # () out
     saved_ptr,  # (4 + 3 n_rows,) out: the coefficients at its head; in: row losses, for max and topk
@@ -76,12 +109,17 @@ def reduce_batch(
     REDUCTION: tl.constexpr,
     TOP_K_IS_FRACTION: tl.constexpr,
     SINGLE_PROGRAM: tl.constexpr,
+    counts_ptr=None,  # (3,) out, see count_rows
+    row_stats_ptr=None,
+    flags_ptr=None,
 ):
-    SELECTS: tl.constexpr = REDUCTION == "max" or REDUCTION == "topk"
-    if SELECTS:
+    """Writes the batch loss, if the reduction has one, and the counts, if they are asked for."""
+    if REDUCTION == "max" or REDUCTION == "topk":
         # Row losses were stored by many threads, and are read by others of this CTA, or published by one thread's atomic.
         tl.debug_barrier()
     if SINGLE_PROGRAM:
+        if counts_ptr is not None:
+            count_rows(counts_ptr, row_stats_ptr, flags_ptr, n_rows)
         _write_loss(
             loss_ptr,
             saved_ptr,
@@ -97,6 +135,8 @@ def reduce_batch(
         tl.store(partial_ptr + program, loss_sum)
         tl.store(partial_ptr + n_programs + program, count)
         if finishes_last(ticket_ptr, n_programs):
+            if counts_ptr is not None:
+                count_rows(counts_ptr, row_stats_ptr, flags_ptr, n_rows)
             _write_loss(
                 loss_ptr,
                 saved_ptr,
@@ -125,7 +165,9 @@ def _write_loss(
     """The batch loss and the coefficients for the backward, from float64 sums: exact counts, no error beyond the rows'."""
     dtype: tl.constexpr = saved_ptr.dtype.element_ty  # a loss in bfloat16 is rounded from float32: no target rounds float64
     scale = scale.to(tl.float64)
-    if REDUCTION == "sum":
+    if REDUCTION == "none":  # every row has its loss
+        coefficient = scale
+    elif REDUCTION == "sum":
         tl.store(loss_ptr, (scale * loss_sum).to(dtype))
         coefficient = scale
     elif REDUCTION == "mean":

@@ -8,6 +8,11 @@ For logits x of one row, target t, class weights w, smoothing eps over C classes
     loss = (1 - eps) w_t nll + eps/C sum_c w_c nll_c
     dloss/dx_c = (1 - eps) w_t (p_c - [c = t]) + eps/C (W p_c - w_c)          W = sum_c w_c
 
+The extras put a factor and a term around this, s the row's weight: loss' = s (loss + z_loss lse^2), lse = m + log d, whose
+gradient is s (dloss/dx_c + 2 z_loss lse p_c). Two labels a and b with shares lam and 1 - lam have w_t nll = lam w_a nll_a +
+(1 - lam) w_b nll_b; the one kept out of rest is a. All of this is in terms of z, where the logits are transformed: z_c is
+logit_scale x_c, then softcap tanh(z_c / softcap), and dloss/dx_c = dloss/dz_c logit_scale (1 - (z_c / softcap)^2).
+
 Three choices keep it exact. The loss is (m - x_t) + log d, never lse - x_t: a common offset of the logits, say 1e4, would
 leave no digits of the difference. The target is kept out of the sum: log1p(rest) is right down to 1e-38 where log(d) is 0.
 The gradient of the target is -rest / d for the same reason, where p_t - 1 would be 0.
@@ -59,6 +64,78 @@ def load_target_weight(weight_ptr, target, counted, valid, dtype: tl.constexpr):
 
 
 @triton.jit
+def load_second_label(
+    target_b_ptr, lam_ptr, lam_bits, weight_ptr, rows, mask, target, counted, valid, target_weight, ignore_index, n_cols
+):
+    """The second of two labels, with what it makes of the first: (target_b, counted, valid, lam w_a, (1 - lam) w_b, lam).
+
+    Where both labels are the same the first has all, and the second has the weight 0.
+    """
+    dtype: tl.constexpr = target_weight.dtype
+    target_b, counted_b, valid_b = load_target(target_b_ptr, rows, mask, ignore_index, n_cols)
+    counted = counted & counted_b
+    valid = valid & valid_b
+    lam = float_from_bits(lam_bits, dtype)
+    if lam_ptr is not None:
+        lam = tl.load(lam_ptr + rows, mask=mask, other=1.0).to(dtype)
+    weight_a = tl.where(valid, lam * target_weight, 0.0)
+    weight_b = (1.0 - lam) * load_target_weight(weight_ptr, target_b, counted, valid, dtype)
+    same = target_b == target
+    return target_b, counted, valid, tl.where(same, weight_a + weight_b, weight_a), tl.where(same, 0.0, weight_b), lam
+
+
+@triton.jit
+def load_sample_weight(sample_weight_ptr, rows, counted, dtype: tl.constexpr):
+    """The factor of each row that counts: what the others have, NaN perhaps, must not enter."""
+    return tl.load(sample_weight_ptr + rows, mask=counted, other=0.0).to(dtype)
+
+
+@triton.jit
+def optional_float(bits, dtype: tl.constexpr):
+    """An option of the host that may be absent."""
+    if bits is None:
+        return None
+    else:
+        return float_from_bits(bits, dtype)
+
+
+@triton.jit
+def transform_logits(x, logit_scale, softcap):
+    """z, see above."""
+    if logit_scale is not None:
+        x = x * logit_scale
+    if softcap is not None:
+        x = softcap * tanh(x / softcap)
+    return x
+
+
+@triton.jit
+def through_transform(dz, z, logit_scale, softcap):
+    """The gradient of x from that of z."""
+    if softcap is not None:
+        t = z / softcap
+        dz = dz * (1.0 - t * t)
+    if logit_scale is not None:
+        dz = dz * logit_scale
+    return dz
+
+
+@triton.jit
+def tanh(y):
+    """Cephes' tanhf and tanh (Moshier 1989): of a small number a polynomial, or nothing would be left of its digits."""
+    s = y * y
+    if y.dtype == tl.float64:
+        p = (-9.64399179425052238628e-1 * s - 9.92877231001918586564e1) * s - 1.61468768441708447952e3
+        q = ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3
+        p = p / q
+    else:
+        p = (-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2
+        p = (p * s + 1.33314422036e-1) * s - 3.33332819422e-1
+    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(y)) + 1.0)
+    return tl.where(tl.abs(y) < 0.625, y + y * s * p, tl.where(y < 0, -large, large))
+
+
+@triton.jit
 def prove_alignment(n_inner, n_cols, outer_stride, row_stride, col_stride, ROWS_CONTIGUOUS: tl.constexpr, VECTOR: tl.constexpr):
     """The same values, as multiples of VECTOR that the compiler can see.
 
@@ -101,13 +178,35 @@ def row_nll(row_max, rest, x_t, e_t):
 
 
 @triton.jit
-def row_loss(row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols):
-    """Loss of each row; smooth_sum = sum_c w_c (shift - x_c), used only where smoothing is not None."""
-    nll = row_nll(row_max, rest, x_t, e_t)
-    loss = target_weight * nll
+def row_loss(
+    row_max,
+    rest,
+    x_t,
+    e_t,
+    target_weight,
+    shift,
+    weight_total,
+    smooth_sum,  # sum_c w_c (shift - x_c)
+    smoothing,  # None: the three before are not read
+    n_cols,
+    x_b=None,  # the second label's logit; None: there is one label
+    weight_b=None,
+    z_loss=None,
+    sample_weight=None,
+):
+    """Loss of each row."""
+    loss = target_weight * row_nll(row_max, rest, x_t, e_t)
+    log_d = tl.log(rest + e_t)
+    if x_b is not None:
+        loss += tl.where(weight_b == 0.0, 0.0, weight_b * ((row_max - x_b) + log_d))
     if smoothing is not None:
-        log_sum = (row_max - shift) + tl.log(rest + e_t)
+        log_sum = (row_max - shift) + log_d
         loss = (1.0 - smoothing) * loss + (smoothing / n_cols) * (weight_total * log_sum + smooth_sum)
+    if z_loss is not None:
+        lse = row_max + log_d
+        loss += z_loss * lse * lse
+    if sample_weight is not None:
+        loss = sample_weight * loss
     return loss
 
 
@@ -153,25 +252,51 @@ def row_coefficient(saved_ptr, dloss_ptr, rows, mask, n_rows, REDUCTION: tl.cons
 
 
 @triton.jit
-def gradient_factors(saved_ptr, weight_ptr, target, valid, counted, g, rest, e_t, smoothing, weight_total, n_cols):
-    """What multiplies exp(x_c - m), what is the target's own gradient before s_t, and g eps/C; derivation in backward.py.
+def gradient_factors(
+    target_weight,
+    valid,
+    counted,
+    g,
+    rest,
+    e_t,
+    smoothing,
+    weight_total,
+    n_cols,
+    row_max=None,  # read with z_loss
+    e_b=None,  # exp(x_b - m); None: there is one label
+    weight_b=None,
+    z_loss=None,
+):
+    """What multiplies exp(x_c - m), the target's own gradient before s_t, g eps/C, and the second label's own.
 
-    NaN where the class index is out of range; 0 where the row does not count or has no upstream gradient.
+    Derivation in backward.py. NaN where the class index is out of range; 0 where the row does not count or g is 0.
     """
-    dtype = saved_ptr.dtype.element_ty
-    nll_factor = g
-    if weight_ptr is not None:
-        nll_factor = g * tl.load(weight_ptr + target, mask=valid, other=0.0).to(dtype)
-    smooth_factor = g * 0.0
-    smooth_total = g * 0.0
-    if smoothing is not None:
-        nll_factor *= 1.0 - smoothing
-        smooth_factor = g * (smoothing / n_cols)
-        smooth_total = smooth_factor * weight_total
-    d = rest + e_t
-    p_factor = (nll_factor + smooth_total) / d
-    at_target = smooth_total * (e_t / d) - nll_factor * (rest / d)
     # 0 times an infinite or NaN statistic would be NaN.
-    missing = tl.where(counted & (g != 0), float("nan"), 0.0)
+    missing = tl.where(counted & (g != 0), float("nan"), 0.0).to(g.dtype)
     live = valid & (g != 0)
-    return tl.where(live, p_factor, missing), tl.where(live, at_target, missing), tl.where(live, smooth_factor, missing)
+    factor_a = g * target_weight
+    factor_b = g * 0.0
+    if e_b is not None:
+        factor_b = g * weight_b
+    smooth_factor = g * 0.0
+    everywhere = g * 0.0  # what has p_c as its gradient at the target, too
+    if smoothing is not None:
+        factor_a *= 1.0 - smoothing
+        factor_b *= 1.0 - smoothing
+        smooth_factor = g * (smoothing / n_cols)
+        everywhere = smooth_factor * weight_total
+    d = rest + e_t
+    if z_loss is not None:
+        everywhere += 2.0 * g * z_loss * (row_max + tl.log(d))
+    everywhere += factor_b
+    p_factor = (factor_a + everywhere) / d
+    at_target = everywhere * (e_t / d) - factor_a * (rest / d)
+    at_b = missing
+    if e_b is not None:
+        at_b = tl.where(live, p_factor * e_b - factor_b, missing)
+    return (
+        tl.where(live, p_factor, missing),
+        tl.where(live, at_target, missing),
+        tl.where(live, smooth_factor, missing),
+        at_b,
+    )

@@ -35,24 +35,25 @@ def forward(
     keeps_workspace: bool = True,  # between calls; not where a compiled graph owns the memory
 ) -> Outputs:
     """One launch: every row's loss, and their reduction. The fused strategy writes the gradient in the same launch."""
-    logits, target, _, _, weight, _, scale = inputs
+    logits = inputs.logits
     outputs = allocate_forward(inputs, options, out_dtype, needs_grad)
-    loss, saved, dlogits, _, _ = outputs
-    if dlogits is not None:
-        _fused(loss, saved, dlogits, logits, target, weight, scale, options, keeps_workspace)
+    if outputs.dlogits is not None:
+        _fused(outputs, outputs.dlogits, inputs, options, keeps_workspace)
         return outputs
+    loss, saved = outputs.loss, outputs.saved
     (g,) = geometries(logits)
     itemsize = logits.element_size()
     tile = forward_tile(g, itemsize, device_facts(logits.device))
-    workspace = _workspace(2, tile.n_programs // tile.n_slices if options.reduction != "none" else 1, saved, keeps_workspace)
+    reduces = options.reduction != "none" or options.return_stats
+    workspace = _workspace(2, tile.n_programs // tile.n_slices if reduces else 1, saved, keeps_workspace)
     arguments: dict[str, Any] = {
         "loss_ptr": loss,
         "saved_ptr": saved,
         **workspace,
         "logits_ptr": logits,
-        "target_ptr": target.contiguous(),
-        "weight_ptr": weight.contiguous() if weight is not None else None,
-        "scale_ptr": scale,
+        "target_ptr": inputs.target.contiguous(),
+        "weight_ptr": _contiguous(inputs.weight),
+        "scale_ptr": inputs.scale,
         "scale_bits": _bits(options.scale),
         "smoothing_bits": _bits(options.label_smoothing),
         "ignore_index": options.ignore_index,
@@ -61,7 +62,7 @@ def forward(
     }
     if tile.rowwise:
         arguments.update(n_cols=g.n_cols, row_stride=g.row_stride, GROUP=row_group(g, itemsize), N_SLICES=tile.n_slices)
-        arguments["slices_ptr"] = None
+        arguments.update(_statistics(outputs, g.n_rows), **_extras(inputs, options), slices_ptr=None)
         if tile.n_slices > 1:
             arguments["slices_ptr"] = _slices(tile, g.n_rows, saved)
             arguments["ticket_ptr"] = _ticket(saved.device, keeps_workspace)
@@ -88,32 +89,23 @@ def forward(
     return outputs
 
 
-def _fused(
-    loss: Tensor,
-    saved: Tensor,
-    dlogits: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    options: Options,
-    keeps_workspace: bool,
-) -> None:
+def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, keeps_workspace: bool) -> None:
     """One launch, or two where no gradient can be written before the rows are counted, or slices need counters at zero."""
+    logits, saved = inputs.logits, outputs.saved
     g, out = geometries(logits, dlogits)
     itemsize = logits.element_size()
     facts = device_facts(logits.device)
     tile = fused_tile(g, out, itemsize, options.label_smoothing > 0, facts)
     n_partials = tile.n_programs // tile.n_slices
     arguments: dict[str, Any] = {
-        "loss_ptr": loss,
+        "loss_ptr": outputs.loss,
         "saved_ptr": saved,
         "dlogits_ptr": dlogits,
         **_workspace(1, n_partials, saved, keeps_workspace),
         "logits_ptr": logits,
-        "target_ptr": target.contiguous(),
-        "weight_ptr": weight.contiguous() if weight is not None else None,
-        "scale_ptr": scale,
+        "target_ptr": inputs.target.contiguous(),
+        "weight_ptr": _contiguous(inputs.weight),
+        "scale_ptr": inputs.scale,
         "scale_bits": _bits(options.scale),
         "smoothing_bits": _bits(options.label_smoothing),
         "ignore_index": options.ignore_index,
@@ -131,6 +123,8 @@ def _fused(
     if tile.rowwise:
         sliced = tile.n_slices > 1
         arguments.update(
+            **_statistics(outputs, g.n_rows),
+            **_extras(inputs, options),
             slices_ptr=_slices(tile, g.n_rows, saved) if sliced else None,
             arrived_ptr=saved.new_empty((1 + g.n_rows,), dtype=torch.int32) if sliced else None,
             N_SLICES=tile.n_slices,
@@ -154,6 +148,7 @@ def _launch_denominator(fused: dict[str, Any], n_rows: int, device: torch.device
         "arrived_ptr": fused.get("arrived_ptr"),
         **_workspace(1, tile.n_programs, fused["saved_ptr"], keeps_workspace),
         "target_ptr": fused["target_ptr"],
+        "target_b_ptr": fused.get("target_b_ptr"),
         "weight_ptr": fused["weight_ptr"],
         "scale_ptr": fused["scale_ptr"],
         "scale_bits": fused["scale_bits"],
@@ -173,7 +168,7 @@ def backward(
     options: Options,
 ) -> Tensor:
     """One launch: the gradient of the logits."""
-    logits, target, _, _, weight, _, _ = inputs
+    logits = inputs.logits
     dlogits = allocate_gradient(logits)
     if logits.numel() == 0:
         return dlogits
@@ -185,8 +180,8 @@ def backward(
         "dloss_ptr": dloss.contiguous(),
         "saved_ptr": saved,
         "logits_ptr": logits,
-        "target_ptr": target.contiguous(),
-        "weight_ptr": weight.contiguous() if weight is not None else None,
+        "target_ptr": inputs.target.contiguous(),
+        "weight_ptr": _contiguous(inputs.weight),
         "smoothing_bits": _bits(options.label_smoothing),
         "ignore_index": options.ignore_index,
         "n_rows": g.n_rows,
@@ -197,8 +192,11 @@ def backward(
         "HAS_SMOOTHING": options.label_smoothing > 0,
         "BLOCK_COLS": tile.block_cols,
         "num_warps": tile.num_warps,
+        **_layout_with_gradient(tile, g, out, itemsize),
     }
-    _launch(tile.kernel, tile.n_programs, logits.device, {**arguments, **_layout_with_gradient(tile, g, out, itemsize)})
+    if tile.rowwise:
+        arguments.update(_extras(inputs, options))
+    _launch(tile.kernel, tile.n_programs, logits.device, arguments)
     return dlogits
 
 
@@ -222,6 +220,29 @@ def _workspace(n_sums: int, n_programs: int, saved: Tensor, keeps_workspace: boo
     if n_programs == 1:
         return {"partial_ptr": None, "ticket_ptr": None}
     return {"partial_ptr": saved.new_empty((n_sums, n_programs)), "ticket_ptr": _ticket(saved.device, keeps_workspace)}
+
+
+def _statistics(outputs: Outputs, n_rows: int) -> dict[str, Tensor | None]:
+    """Where a launch leaves its statistics, and what it needs to count rows."""
+    flags = outputs.saved.new_empty((n_rows,), dtype=torch.int8) if outputs.counts is not None else None
+    return {"row_stats_ptr": outputs.row_stats, "counts_ptr": outputs.counts, "flags_ptr": flags}
+
+
+def _extras(inputs: Inputs, options: Options) -> dict[str, Any]:
+    """Arguments that are None in most calls, which kernels are compiled for."""
+    return {
+        "target_b_ptr": _contiguous(inputs.target_b),
+        "lam_ptr": _contiguous(inputs.lam),
+        "sample_weight_ptr": _contiguous(inputs.sample_weight),
+        "lam_bits": _bits(options.lam) if inputs.target_b is not None else None,
+        "z_loss_bits": _bits(options.z_loss) if options.z_loss != 0 else None,
+        "logit_scale_bits": _bits(options.logit_scale) if options.logit_scale != 1 else None,
+        "softcap_bits": _bits(options.softcap) if options.softcap > 0 else None,
+    }
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return tensor.contiguous() if tensor is not None else None
 
 
 def _slices(tile: Tile, n_rows: int, saved: Tensor) -> Tensor:
@@ -300,7 +321,9 @@ def _specialization(function: Any, values: list[Any], arguments: dict[str, Any])
         if isinstance(value, Tensor):
             yield value.dtype
             yield value.data_ptr() % VECTOR_BYTES == 0
-        elif not free:
+        elif free:
+            yield value is None
+        else:
             yield value
     yield arguments["num_warps"]
     yield arguments.get("maxnreg")
