@@ -103,7 +103,8 @@ def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype
 
 
 def _forward(outputs: Outputs, dlogits: Tensor | None, inputs: Inputs, options: Options, save: bool) -> None:
-    bad_row = _call(_library().forward, outputs.loss, outputs.saved, dlogits, outputs, inputs, None, options, save)
+    loss, saved, _, row_stats, counts = outputs
+    bad_row = _call(_library().forward, loss, saved, dlogits, row_stats, counts, inputs, None, options, save)
     if bad_row:
         n_classes, labels = inputs.logits.shape[1], (inputs.target, inputs.target_b)
         values = [label.reshape(-1)[bad_row - 1].item() for label in labels if label is not None]
@@ -120,7 +121,7 @@ def backward(
     dlogits = allocate_gradient(inputs.logits)
     if dlogits.numel() > 0:
         dloss = dloss.to(saved.dtype).contiguous()
-        _call(_library().backward, None, saved, dlogits, None, inputs, dloss, options, True)
+        _call(_library().backward, None, saved, dlogits, None, None, inputs, dloss, options, True)
     return dlogits
 
 
@@ -141,7 +142,8 @@ def _call(
     loss: Tensor | None,
     saved: Tensor,
     dlogits: Tensor | None,
-    stats: Outputs | None,  # whose row_stats and counts are written
+    row_stats: Tensor | None,
+    counts: Tensor | None,
     inputs: Inputs,
     dloss: Tensor | None,
     options: Options,
@@ -150,10 +152,11 @@ def _call(
     logits, target, target_b, lam, weight, sample_weight, scale = inputs
     has_probabilities = target.dim() == logits.dim()
     target = target.to(saved.dtype) if has_probabilities else target.contiguous()
-    target_b = target_b.contiguous() if target_b is not None else None
-    lam, weight, sample_weight = (
-        None if values is None else values.to(saved.dtype).contiguous() for values in (lam, weight, sample_weight)
-    )
+    # In a variable until the kernel has run: what was converted lives no longer.
+    target_b = None if target_b is None else target_b.contiguous()
+    lam = None if lam is None else lam.to(saved.dtype).contiguous()
+    weight = None if weight is None else weight.to(saved.dtype).contiguous()
+    sample_weight = None if sample_weight is None else sample_weight.to(saved.dtype).contiguous()
     library = _library()
     kind = _kind(
         logits.shape,
@@ -178,26 +181,22 @@ def _call(
         library.gomp_parallel,
     )
     call = _CALL.pack(
-        _address(loss),
+        0 if loss is None else loss.data_ptr(),
         saved.data_ptr(),
-        _address(dlogits),
-        _address(stats.row_stats) if stats is not None else 0,
-        _address(stats.counts) if stats is not None else 0,
+        0 if dlogits is None else dlogits.data_ptr(),
+        0 if row_stats is None else row_stats.data_ptr(),
+        0 if counts is None else counts.data_ptr(),
         logits.data_ptr(),
         target.data_ptr(),
-        _address(target_b),
-        _address(lam),
-        _address(weight),
-        _address(sample_weight),
-        _address(dloss),
+        0 if target_b is None else target_b.data_ptr(),
+        0 if lam is None else lam.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if sample_weight is None else sample_weight.data_ptr(),
+        0 if dloss is None else dloss.data_ptr(),
         options.scale if scale is None else options.scale * scale.item(),
         options.lam,
     )
     return function(call, kind)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=1024)
