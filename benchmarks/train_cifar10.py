@@ -34,6 +34,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import hashlib
 import http.client
 import itertools
@@ -1048,41 +1049,52 @@ def draw_curves(run: Run, config: Config, out: Path) -> None:
     write_atomically(out / CURVES, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def loss_seconds(run: Run, config: Config, data: Data) -> float:
-    """Median time of a step's losses, forward and backward down to the logits, on logits of this run."""
+def loss_seconds(run: Run, config: Config, data: Data) -> dict[str, float]:
+    """Median time of a step's losses, forward and backward down to the logits, on logits of this run: ours, and torch's.
+
+    They take turns, so that what else the machine does falls on both alike.
+    """
     device = data.train_labels.device
     rows = config.batch_size // config.accumulate // n_ranks()
     labels = data.train_labels[:rows]
-    loss = make_loss(config)
     run.model.eval()
     with torch.no_grad(), autocast(config, device):
         logits = run.model(for_test(data.train_images[:rows], data, config.model))
     run.model.train()
     logits.requires_grad_()
+    losses = {name: make_loss(dataclasses.replace(config, loss=name)) for name in ("fused", "torch")}
 
-    def once() -> None:
+    def once(loss: Loss) -> None:
         with autocast(config, device):
             value = loss(logits, labels, config.scale)
         torch.autograd.grad(value, logits)
 
+    clock = _marks_of_gpu if device.type == "cuda" else _marks_of_cpu
     for _ in range(10):
-        once()
-    repeats = 100
-    if device.type == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-        for mark in marks[:-1]:
-            mark.record()
-            once()
-        marks[-1].record()
-        torch.cuda.synchronize(device)
-        times = [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(marks)]
-    else:
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            once()
-            times.append(time.perf_counter() - start)
-    return config.accumulate * statistics.median(times)
+        for loss in losses.values():
+            once(loss)
+    marks = clock([functools.partial(once, loss) for _ in range(100) for loss in losses.values()])
+    times = [end - start for start, end in itertools.pairwise(marks)]
+    return {name: config.accumulate * statistics.median(times[i :: len(losses)]) for i, name in enumerate(losses)}
+
+
+def _marks_of_cpu(calls: list[Callable[[], None]]) -> list[float]:
+    """Seconds at the beginning of each call, and at the end of the last."""
+    marks = [time.perf_counter()]
+    for call in calls:
+        call()
+        marks.append(time.perf_counter())
+    return marks
+
+
+def _marks_of_gpu(calls: list[Callable[[], None]]) -> list[float]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+    events[0].record()
+    for call, event in zip(calls, events[1:], strict=True):
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return [events[0].elapsed_time(event) / 1e3 for event in events]
 
 
 def loss_path(config: Config, data: Data) -> str:
@@ -1114,7 +1126,9 @@ def result_table(run: Run, config: Config, data: Data, out: Path) -> str:
     last = run.history[-1]
     # The first epoch holds what happens once: allocations, cuDNN's choices, compilation.
     step = statistics.median(entry["step_seconds"] for entry in run.history[1:] or run.history)
-    loss = loss_seconds(run, config, data)
+    losses = loss_seconds(run, config, data)
+    loss = losses.pop(config.loss)
+    ((other, other_loss),) = losses.items()
     total = f"{'with the L2 terms':24}{last['train_total_loss']:12.4f}\n" if config.model == "tutorial" else ""
     return (
         f"\n{'':24}{'train':>12}{'test':>12}\n"
@@ -1122,6 +1136,8 @@ def result_table(run: Run, config: Config, data: Data, out: Path) -> str:
         f"{'accuracy':24}{last['train_accuracy']:12.2%}{last['test_accuracy']:12.2%}\n"
         f"{'time per step':24}{step * 1e3:9.2f} ms\n"
         f"{'of it in the loss':24}{loss * 1e3:9.3f} ms{loss / step:12.2%}   (cross-entropy, forward and backward)\n"
+        f"{f'with --loss {other}':24}{other_loss * 1e3:9.3f} ms{other_loss / (step - loss + other_loss):12.2%}   "
+        f"(measured in turns with it, of a step that differs in nothing else)\n"
         f"\n{out}/ holds {CHECKPOINT}, {CURVES} and {TENSORBOARD}/"
     )
 

@@ -626,6 +626,7 @@ def test_curves_scalars_and_table(tmp_path, capsys):
     assert re.search(r"^accuracy +\d+\.\d\d% +\d+\.\d\d%$", out, re.M)
     assert re.search(r"^time per step +\d+\.\d\d ms$", out, re.M)
     assert re.search(r"^of it in the loss +\d+\.\d{3} ms +\d+\.\d\d%", out, re.M)
+    assert re.search(r"^with --loss torch +\d+\.\d{3} ms +\d+\.\d\d%", out, re.M)
     assert (tmp_path / train.CURVES).read_bytes().startswith(b"\x89PNG")
     events = EventAccumulator(str(tmp_path / train.TENSORBOARD)).Reload()
     names = [f"step/{name}{kind}" for name in ("cross_entropy", "weight_loss", "total_loss") for kind in ("", "_average")]
