@@ -82,14 +82,14 @@ struct Prefetch {
   }
 };
 
-// z = exp(z - m), whole vectors; returns the sum.
+// e = exp(z - m), whole vectors, e may be z; returns the sum.
 template <class A>
-A exp_block(A* z, int64_t n, A m, const Prefetch& next) {
+A exp_block(A* e, const A* z, int64_t n, A m, const Prefetch& next) {
   const Vector<A> sum = sum_whole<A>(n, [&](int64_t i) {
     if (i % (4 * Simd<A>::W) == 0) next.at(i);
-    const Vector<A> e = exp_nonpositive(Vector<A>(load(z + i)) - m);
-    store(z + i, e);
-    return e;
+    const Vector<A> v = exp_nonpositive(Vector<A>(load(z + i)) - m);
+    store(e + i, v);
+    return v;
   });
   return horizontal_sum<A>(sum);
 }
@@ -182,7 +182,9 @@ void fill_row(T* dx, int64_t n, A value) {
 
 template <class A>
 struct Scratch {
-  A* kept;  // exp(x - the running maximum of its block), of the rows of a group; null: not kept
+  // Of the rows of a group, for the gradient: exp(x - the running maximum of its block), or with a cap, whose derivative is one of the
+  // transformed logits, those. Null: not kept.
+  A* kept;
   alignas(64) A z[BLOCK], q[BLOCK], dz[BLOCK];
   A block_maxima[kKeptCols<A> / BLOCK];  // of one row: a group of several has one block each, whose maximum is the row's
 
@@ -211,7 +213,7 @@ A load_logits(A* z, const T* x, const Columns<A>& columns, const Terms<A>& terms
   return transform_block(z, columns.n, terms);
 }
 
-// Statistics of one row. With scratch.kept the exponentials of the whole row stay there, and dx is where their gradient will go.
+// Statistics of one row. What scratch.kept is for stays there, and dx is where the gradient will go.
 template <class T, class A>
 void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, int lane, Scratch<A>& scratch, const T* x, T* dx,
                const A* p) {
@@ -236,14 +238,14 @@ void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, 
       s.x_t[lane] = z_t, z_t = -kInfinity<A>;
     }
     const Prefetch next = ahead(x + start + columns.n, kept ? dx + start : nullptr);
-    rest += double(exp_block<A>(z, padded<A>(columns.n), finite, next));
+    rest += double(exp_block<A>(terms.capped ? scratch.z : z, z, padded<A>(columns.n), finite, next));
     m = larger;
     if (kept) scratch.block_maxima[start / BLOCK] = m;
   }
   s.max[lane] = m, s.rest[lane] = A(rest), s.shift[lane] = shift, s.q_sum[lane] = A(q_sum), s.q_total[lane] = A(q_total);
 }
 
-// Writes the gradient of one row, from the exponentials that row_stats kept or from the logits.
+// Writes the gradient of one row, from what row_stats kept or from the logits.
 template <class T, class A>
 void row_gradient(const Problem& problem, const Terms<A>& terms, const GroupState<A>& s, int lane, Scratch<A>& scratch, const T* x,
                   T* dx, const A* p) {
@@ -251,12 +253,13 @@ void row_gradient(const Problem& problem, const Terms<A>& terms, const GroupStat
   const A max = s.max[lane], m = finite_max(max);
   for (int64_t start = 0; start < problem.n_cols; start += BLOCK) {
     const Columns<A> columns(problem, start);
-    A* e = kept ? kept + start : scratch.z;
+    A *z = kept ? kept + start : scratch.z, *e = z;
     A factor = s.p[lane], constant = s.constant[lane];
-    if (!kept) {
-      load_logits(e, x, columns, terms);
-      if (terms.capped) derivative_block(scratch.dz, e, padded<A>(columns.n), terms);
-      exp_block<A>(e, padded<A>(columns.n), m, ahead(x + start + columns.n, dx + start));
+    if (!kept) load_logits(z, x, columns, terms);
+    if (terms.capped) derivative_block(scratch.dz, z, padded<A>(columns.n), terms);
+    if (!kept || terms.capped) {
+      e = scratch.z;
+      exp_block<A>(e, z, padded<A>(columns.n), m, ahead(x + start + columns.n, dx + start));
     } else if (problem.n_cols > BLOCK && scratch.block_maxima[start / BLOCK] != max) {
       factor *= exp_nonpositive1(scratch.block_maxima[start / BLOCK] - m);
     }
@@ -300,8 +303,7 @@ RowSums forward_rows(const Problem& problem, int64_t begin, int64_t end, double 
   using A = typename Accumulate<T>::type;
   const Terms<A> terms(problem, weight_total);
   Scratch<A> scratch;
-  // The derivative of a cap is one of the logits: they are read again.
-  const bool keeps = problem.dlogits && !terms.capped && problem.n_cols <= kKeptCols<A>;
+  const bool keeps = problem.dlogits && problem.n_cols <= kKeptCols<A>;
   scratch.kept = keeps ? static_cast<A*>(thread_scratch()) : nullptr;
   GroupState<A> s;
   RowSums sums = {0, 0};

@@ -357,9 +357,11 @@ INLINE Simd<double>::V tanh_small(Simd<double>::V x, Simd<double>::V x2) {
 }
 template <class A>
 INLINE Vector<A> tanh_(Vector<A> x) {
-  const Vector<A> zero = {}, magnitude = x < zero ? -x : x, e = exp_nonpositive(magnitude * A(-2));
-  const Vector<A> large = (A(1) - e) / (A(1) + e);
-  return magnitude < broadcast(A(0.625)) ? tanh_small(x, x * x) : x < zero ? -large : large;
+  using U = typename Simd<A>::U;
+  const U sign = bit_cast<U>(x) & bit_cast<U>(broadcast(A(-0.0)));
+  const Vector<A> magnitude = bit_cast<Vector<A>>(bit_cast<U>(x) ^ sign), e = exp_nonpositive(magnitude * A(-2));
+  const Vector<A> large = bit_cast<Vector<A>>(bit_cast<U>((A(1) - e) / (A(1) + e)) | sign);
+  return magnitude < broadcast(A(0.625)) ? tanh_small(x, x * x) : large;
 }
 
 template <class A>
