@@ -58,13 +58,27 @@ def forward_only(
     return (loss, outputs.row_stats, outputs.counts) if options.return_stats else loss
 
 
+_NO_GRADIENTS = (None,) * 9  # of all arguments but the logits
+
+
 class CrossEntropyFunction(torch.autograd.Function):
     """What `forward_only` returns, and the loss's gradient with respect to the logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, inputs: Inputs, options: Options, out_dtype: torch.dtype, backend: str) -> Any:
-        # `logits` once more: autograd sees the tensors among the arguments, and the others have no gradient here. Each argument
-        # costs a microsecond.
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        target_b: Tensor | None,
+        lam: Tensor | None,
+        weight: Tensor | None,
+        sample_weight: Tensor | None,
+        scale: Tensor | None,
+        options: Options,
+        out_dtype: torch.dtype,
+        backend: str,
+    ) -> Any:
+        inputs = Inputs(logits, target, target_b, lam, weight, sample_weight, scale)  # torch.compile traces no tuple of tensors
         outputs = ops.forward(kernel_inputs(inputs), options, out_dtype, True, backend)
         loss, dlogits = outputs.loss, outputs.dlogits
         fused = fuses_gradient(options.reduction, logits.dtype)
@@ -86,7 +100,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         # create_graph=True: the gradient itself must be differentiable. Under vmap (is_grads_batched) no kernel serves dloss.
         differentiable = torch.is_grad_enabled() or _is_batched(dloss)
         if ctx.dlogits is not None and not differentiable:
-            return _scaled_fused_gradient(ctx, dloss), None, None, None, None
+            return _scaled_fused_gradient(ctx, dloss), *_NO_GRADIENTS
         *tensors, saved = ctx.saved_tensors
         inputs, (options, out_dtype, backend) = Inputs(*tensors), ctx.call
         if differentiable:
@@ -100,7 +114,7 @@ class CrossEntropyFunction(torch.autograd.Function):
             ops.scale_gradient(dlogits, dloss, backend)
         else:
             dlogits = ops.backward(dloss.reshape(-1), kernel_inputs(inputs), saved, options, backend).view(inputs.logits.shape)
-        return dlogits, None, None, None, None
+        return dlogits, *_NO_GRADIENTS
 
 
 def _is_batched(dloss: Tensor) -> bool:

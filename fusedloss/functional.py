@@ -260,7 +260,7 @@ def _call(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, LossS
             if target is not None:
                 check_class_indices(target, inputs.logits.shape[1], options.ignore_index)
     if inputs.logits.requires_grad and torch.is_grad_enabled():
-        result = CrossEntropyFunction.apply(inputs.logits, inputs, options, route.out_dtype, route.backend)
+        result = CrossEntropyFunction.apply(*inputs, options, route.out_dtype, route.backend)
     else:
         result = forward_only(inputs, options, route.out_dtype, route.backend)
     if not options.return_stats:
