@@ -358,7 +358,7 @@ INLINE Simd<double>::V tanh_small(Simd<double>::V x, Simd<double>::V x2) {
 template <class A>
 INLINE Vector<A> tanh_(Vector<A> x) {
   using U = typename Simd<A>::U;
-  const U sign = bit_cast<U>(x) & bit_cast<U>(broadcast(A(-0.0)));
+  const U sign = bit_cast<U>(x) & bit_cast<U>(-Vector<A>{});  // broadcast() adds to 0, which makes 0.0 of -0.0
   const Vector<A> magnitude = bit_cast<Vector<A>>(bit_cast<U>(x) ^ sign), e = exp_nonpositive(magnitude * A(-2));
   const Vector<A> large = bit_cast<Vector<A>>(bit_cast<U>((A(1) - e) / (A(1) + e)) | sign);
   return magnitude < broadcast(A(0.625)) ? tanh_small(x, x * x) : large;
