@@ -36,10 +36,10 @@ def exact_loss_and_gradient(
     label_smoothing: float,
     top_k: int | float | None,
     scale: float,
-    sample_weight: Tensor | None,  # one per row
-    z_loss: float,
-    logit_scale: float,
-    softcap: float | None,
+    sample_weight: Tensor | None = None,  # one per row
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     dloss: Tensor,  # 0-d, or one per row
     resolution: float,  # losses of rows that lie closer, relative to the largest, may be sorted otherwise
 ) -> Exact:
