@@ -307,16 +307,29 @@ INLINE void for_groups(const Problem& problem, int64_t begin, int64_t end, int64
   }
 }
 
-// Where the classes of a group's first row lie.
+// Where the classes of a group's rows lie.
 template <class T, class A>
 struct GroupPointers {
   const T* x;
   T* dx;       // null without a gradient
   const A* p;  // probabilities; null for class indices
+  int64_t x_stride, dx_stride, p_stride;
+
   GroupPointers(const Problem& problem, int64_t row)
       : x(static_cast<const T*>(problem.logits) + problem.offset(problem.logits_strides, row)),
         dx(problem.dlogits ? static_cast<T*>(problem.dlogits) + problem.offset(problem.dlogits_strides, row) : nullptr),
         p(problem.target_kind == kProbabilities
               ? static_cast<const A*>(problem.target) + problem.offset(problem.target_strides, row)
-              : nullptr) {}
+              : nullptr),
+        x_stride(problem.logits_strides.row),
+        dx_stride(problem.dlogits_strides.row),
+        p_stride(problem.target_strides.row) {}
+
+  GroupPointers row(int lane) const {  // beginning at that row
+    GroupPointers other = *this;
+    other.x += lane * x_stride;
+    if (dx) other.dx += lane * dx_stride;
+    if (p) other.p += lane * p_stride;
+    return other;
+  }
 };

@@ -215,21 +215,21 @@ A load_logits(A* z, const T* x, const Columns<A>& columns, const Terms<A>& terms
 
 // Statistics of one row. What scratch.kept is for stays there, and dx is where the gradient will go.
 template <class T, class A>
-void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, int lane, Scratch<A>& scratch, const T* x, T* dx,
-               const A* p) {
+void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, int lane, Scratch<A>& scratch,
+               const GroupPointers<T, A>& at) {
   A* kept = scratch.kept_row(problem, lane);
   A m = -kInfinity<A>, shift = 0;
   double rest = 0, q_sum = 0, q_total = 0;
   for (int64_t start = 0; start < problem.n_cols; start += BLOCK) {
     const Columns<A> columns(problem, start);
     A* z = kept ? kept + start : scratch.z;
-    const A block = load_logits(z, x, columns, terms);
+    const A block = load_logits(z, at.x, columns, terms);
     const A larger = block > m ? block : m, finite = finite_max(larger);
     if (start == 0) shift = finite;
     if (larger != m) rest *= double(exp_nonpositive1(m - finite));
     if (terms.uniform) q_sum += double(sum_q<A, false>(z, nullptr, columns.n, shift));
     if (terms.per_class) {
-      q_total += double(load_q<A>(scratch.q, columns.of(p), columns.of(terms.weight), columns.n, terms));
+      q_total += double(load_q<A>(scratch.q, columns.of(at.p), columns.of(terms.weight), columns.n, terms));
       q_sum += double(sum_q<A, true>(z, scratch.q, columns.n, shift));
     }
     if (terms.two_labels && columns.has(s.target_b[lane])) s.x_b[lane] = z[s.target_b[lane] - start];
@@ -237,7 +237,7 @@ void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, 
       A& z_t = z[s.target[lane] - start];
       s.x_t[lane] = z_t, z_t = -kInfinity<A>;
     }
-    const Prefetch next = ahead(x + start + columns.n, kept ? dx + start : nullptr);
+    const Prefetch next = ahead(at.x + start + columns.n, kept ? at.dx + start : nullptr);
     rest += double(exp_block<A>(terms.capped ? scratch.z : z, z, padded<A>(columns.n), finite, next));
     m = larger;
     if (kept) scratch.block_maxima[start / BLOCK] = m;
@@ -247,33 +247,33 @@ void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, 
 
 // Writes the gradient of one row, from what row_stats kept or from the logits.
 template <class T, class A>
-void row_gradient(const Problem& problem, const Terms<A>& terms, const GroupState<A>& s, int lane, Scratch<A>& scratch, const T* x,
-                  T* dx, const A* p) {
+void row_gradient(const Problem& problem, const Terms<A>& terms, const GroupState<A>& s, int lane, Scratch<A>& scratch,
+                  const GroupPointers<T, A>& at) {
   A* kept = scratch.kept_row(problem, lane);
   const A max = s.max[lane], m = finite_max(max);
   for (int64_t start = 0; start < problem.n_cols; start += BLOCK) {
     const Columns<A> columns(problem, start);
     A *z = kept ? kept + start : scratch.z, *e = z;
     A factor = s.p[lane], constant = s.constant[lane];
-    if (!kept) load_logits(z, x, columns, terms);
+    if (!kept) load_logits(z, at.x, columns, terms);
     if (terms.capped) derivative_block(scratch.dz, z, padded<A>(columns.n), terms);
     if (!kept || terms.capped) {
       e = scratch.z;
-      exp_block<A>(e, z, padded<A>(columns.n), m, ahead(x + start + columns.n, dx + start));
+      exp_block<A>(e, z, padded<A>(columns.n), m, ahead(at.x + start + columns.n, at.dx + start));
     } else if (problem.n_cols > BLOCK && scratch.block_maxima[start / BLOCK] != max) {
       factor *= exp_nonpositive1(scratch.block_maxima[start / BLOCK] - m);
     }
-    if (terms.per_class) load_q<A>(scratch.q, columns.of(p), columns.of(terms.weight), columns.n, terms);
+    if (terms.per_class) load_q<A>(scratch.q, columns.of(at.p), columns.of(terms.weight), columns.n, terms);
     if (terms.per_class || terms.capped) {
       gradient_block<A>(e, terms.per_class ? scratch.q : nullptr, terms.capped ? scratch.dz : nullptr, padded<A>(columns.n), factor,
                         constant, s.q[lane]);
       factor = 1, constant = 0;
     }
-    store_gradient<T, A>(dx + start, e, columns.n, factor, constant);
+    store_gradient<T, A>(at.dx + start, e, columns.n, factor, constant);
   }
   if (terms.soft) return;
-  store1(dx + s.target[lane], s.at_t[lane]);
-  if (terms.two_labels && s.target_b[lane] >= 0) store1(dx + s.target_b[lane], s.at_b[lane]);
+  store1(at.dx + s.target[lane], s.at_t[lane]);
+  if (terms.two_labels && s.target_b[lane] >= 0) store1(at.dx + s.target_b[lane], s.at_b[lane]);
 }
 
 // Rows of a group: their logs and divisions share vectors, and their exponentials stay in L1 until they are needed again.
@@ -288,12 +288,10 @@ template <class T, class A>
 void group_gradients(const Problem& problem, const Terms<A>& terms, const GroupState<A>& s, int n, Scratch<A>& scratch,
                      const GroupPointers<T, A>& at) {
   for (int lane = 0; lane < n; ++lane) {
-    T* dx = at.dx + lane * problem.dlogits_strides.row;
     if (s.live[lane]) {
-      row_gradient<T, A>(problem, terms, s, lane, scratch, at.x + lane * problem.logits_strides.row, dx,
-                         at.p + lane * problem.target_strides.row);
+      row_gradient<T, A>(problem, terms, s, lane, scratch, at.row(lane));
     } else {
-      fill_row<T, A>(dx, problem.n_cols, s.at_t[lane]);
+      fill_row<T, A>(at.row(lane).dx, problem.n_cols, s.at_t[lane]);
     }
   }
 }
@@ -310,11 +308,8 @@ RowSums forward_rows(const Problem& problem, int64_t begin, int64_t end, double 
   for_groups(problem, begin, end, rows_per_group<A>(problem), [&](int64_t row, int n) {
     const GroupPointers<T, A> at(problem, row);
     s.begin_forward(problem, terms, row, n, Simd<A>::W, A(coefficient));
-    for (int lane = 0; lane < n; ++lane) {
-      if (!s.live[lane]) continue;  // not read: its logits may be NaN
-      row_stats<T, A>(problem, terms, s, lane, scratch, at.x + lane * problem.logits_strides.row,
-                      at.dx + lane * problem.dlogits_strides.row, at.p + lane * problem.target_strides.row);
-    }
+    for (int lane = 0; lane < n; ++lane)
+      if (s.live[lane]) row_stats<T, A>(problem, terms, s, lane, scratch, at.row(lane));  // else its logits may be NaN
     s.finish_forward(problem, terms, row, n, sums);
     if (!problem.dlogits) return;
     s.factors(problem, terms, n);
