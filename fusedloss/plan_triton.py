@@ -19,13 +19,13 @@ MAX_SHARED_ROW_COLS = 512
 # Columns of one row that a program holds at a time.
 ROW_BLOCK = 8192
 # A fused row stays in registers, in blocks of so many columns per thread. How many blocks fit into the registers without a spill
-# was found by compiling (test_compiled.py), by bytes of a logit; float64 takes two registers for a value. With label smoothing
-# its weights are under way at the same time as the row. A row takes the fewest threads that can hold it, since each costs the
-# same instructions whatever it holds: 6 to 11 blocks of bfloat16.
+# was found by compiling (test_compiled.py), by bytes of a logit; float64 takes two registers for a value. Fewer do where more is
+# under way at the same time as the row (holds_more). A row takes the fewest threads that can hold it, since each costs the same
+# instructions whatever it holds: 6 to 11 blocks of bfloat16.
 FUSED_COLS_PER_THREAD = 8
 FUSED_ROW_BLOCKS = {2: 11, 4: 9, 8: 2}
-FUSED_ROW_BLOCKS_SMOOTHING = {2: 4, 4: 4, 8: 3}
-FUSED_ROW_REGISTERS = 128  # as many as 512 threads can have; with smoothing 255, as many as 256 can have
+FUSED_ROW_BLOCKS_MORE = {2: 3, 4: 3, 8: 1}
+FUSED_ROW_REGISTERS = 128  # as many as 512 threads can have; with fewer blocks 255, as many as 256 can have
 FUSED_ROW_THREADS = 512
 # A longer row is cut into slices: programs that wait for each other, of few threads, so that an SM has room for four and some
 # load while others wait.
@@ -139,12 +139,17 @@ def backward_tile(g: Geometry, grad: Geometry, itemsize: int, device: DeviceFact
     return _shared_tile("backward_tile_kernel", g, itemsize, TILE_ELEMENTS, device)
 
 
+def holds_more(options: Options, itemsize: int) -> bool:
+    """Whether a fused row shares the registers with more than its exponentials: smoothing's weights, a cap's tanh, statistics."""
+    return options.label_smoothing > 0 or options.softcap > 0 or options.return_stats or (itemsize > 2 and options.has_extras)
+
+
 @lru_cache(maxsize=1024)
-def fused_tile(g: Geometry, grad: Geometry, itemsize: int, smoothing: bool, device: DeviceFacts) -> Tile:
-    """Cuts the forward that also writes the gradient."""
+def fused_tile(g: Geometry, grad: Geometry, itemsize: int, more: bool, device: DeviceFacts) -> Tile:
+    """Cuts the forward that also writes the gradient; `more`: see holds_more."""
     # The kernel of one program per row masks no row: an empty batch, which still needs a loss, is the tile kernel's.
     if g.n_rows > 0 and _one_program_per_row(g) and _same_alignment(g, grad, itemsize):
-        tile = _fused_row_tile(g, itemsize, smoothing, device)
+        tile = _fused_row_tile(g, itemsize, more, device)
         if tile.n_slices <= min(MAX_SLICES, device.n_sms):
             return tile
     return _shared_tile("fused_tile_kernel", g, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
@@ -166,14 +171,14 @@ def scale_tile(n_elements: int, device: DeviceFacts) -> Tile:
     return Tile("scale_gradient_kernel", 1, block, _warps(128, device), n_programs, rowwise=False)
 
 
-def _fused_row_tile(g: Geometry, itemsize: int, smoothing: bool, device: DeviceFacts) -> Tile:
-    fitting = (FUSED_ROW_BLOCKS_SMOOTHING if smoothing else FUSED_ROW_BLOCKS)[itemsize]
+def _fused_row_tile(g: Geometry, itemsize: int, more: bool, device: DeviceFacts) -> Tile:
+    fitting = (FUSED_ROW_BLOCKS_MORE if more else FUSED_ROW_BLOCKS)[itemsize]
     n_cols = _row_cols(g, itemsize)
     filling = _slices_that_fill(g, device)
     threads = device.warp_size
     while threads * FUSED_COLS_PER_THREAD * fitting < n_cols:
         threads *= 2
-    if filling > 1 or threads > (FUSED_ROW_THREADS // 2 if smoothing else FUSED_ROW_THREADS):
+    if filling > 1 or threads > (FUSED_ROW_THREADS // 2 if more else FUSED_ROW_THREADS):
         threads = SLICE_THREADS
     block_cols = threads * FUSED_COLS_PER_THREAD
     blocks = -(-n_cols // block_cols)
@@ -188,7 +193,7 @@ def _fused_row_tile(g: Geometry, itemsize: int, smoothing: bool, device: DeviceF
         rowwise=True,
         n_blocks=n_blocks,
         n_slices=n_slices,
-        max_registers=None if smoothing or device.warp_size != 32 else FUSED_ROW_REGISTERS,  # an option of Triton's for NVIDIA
+        max_registers=None if more or device.warp_size != 32 else FUSED_ROW_REGISTERS,  # an option of Triton's for NVIDIA
     )
 
 
@@ -253,7 +258,7 @@ def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool,
         tile = forward_tile(g, itemsize, device)
         return Plan("triton", reason, "forward only", tile, None, copies, read_bytes=one_pass, write_bytes=0, launches=1)
     if fuses_gradient(options.reduction, logits.dtype):
-        tile = fused_tile(g, gradient, itemsize, options.label_smoothing > 0, device)
+        tile = fused_tile(g, gradient, itemsize, holds_more(options, itemsize), device)
         counts = tile.n_slices > 1 or (options.reduction == "mean" and tile.n_programs > 1)
         return Plan(
             "triton",
@@ -278,3 +283,10 @@ def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool,
         write_bytes=one_pass,
         launches=2,
     )
+
+
+def serves_extras(logits: Tensor, options: Options, needs_grad: bool, device: DeviceFacts) -> bool:
+    """Whether all launches would be of the kernels of rows: those of tiles do not have the extras yet."""
+    plan = triton_plan("", logits, options, needs_grad, device)
+    tiles = [tile for tile in (plan.forward, plan.backward) if tile is not None]
+    return all(tile.rowwise or tile.kernel == "scale_gradient_kernel" for tile in tiles)

@@ -15,6 +15,7 @@ from fusedloss.kernels.rowwise import (
     elements_in_sector,
     finite_max,
     float_from_bits,
+    has_largest,
     load_sample_weight,
     load_scale,
     load_second_label,
@@ -302,7 +303,7 @@ def forward_row_kernel(
     part = tl.program_id(0) % N_SLICES
     target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
     target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
-    weight_b = None
+    weight_b, lam = None, None
     if target_b_ptr is not None:
         target_b, counted, valid, target_weight, weight_b, lam = load_second_label(
             target_b_ptr, lam_ptr, lam_bits, weight_ptr, row, row < n_rows, target, counted, valid, target_weight,
@@ -381,9 +382,7 @@ def forward_row_kernel(
         _store_rows(loss_ptr, saved_ptr, row, row, row < n_rows, counted, loss, row_max, rest, scale, n_rows, REDUCTION, SAVE)
         if row_stats_ptr is not None:
             lse = tl.where(valid, row_max + tl.log(rest + e_t), float("nan"))
-            correct = valid & (x_t == row_max)
-            if target_b_ptr is not None:
-                correct = (correct & (lam >= 0.5)) | (valid & (x_b == row_max) & (lam <= 0.5))
+            correct = has_largest(x_t, row_max, lse, x_b, lam)
             store_stats(row_stats_ptr, flags_ptr, row, row < n_rows, counted, correct, lse, loss, n_rows)
         if REDUCTION != "none" or row_stats_ptr is not None:
             count = counted.to(dtype)

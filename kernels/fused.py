@@ -23,6 +23,7 @@ from fusedloss.kernels.rowwise import (
     finite_max,
     float_from_bits,
     gradient_factors,
+    has_largest,
     load_sample_weight,
     load_scale,
     load_second_label,
@@ -249,7 +250,7 @@ def fused_row_kernel(
     row = program.to(tl.int64)  # int64: row * row_stride passes 2**31
     target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
     target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
-    weight_b = None
+    weight_b, lam = None, None
     if target_b_ptr is not None:
         target_b, counted, valid, target_weight, weight_b, lam = load_second_label(
             target_b_ptr, lam_ptr, lam_bits, weight_ptr, row, row < n_rows, target, counted, valid, target_weight,
@@ -369,9 +370,7 @@ def fused_row_kernel(
         )
         if row_stats_ptr is not None:
             lse = row_max + tl.log(rest + e_t)
-            correct = x_t == row_max
-            if target_b_ptr is not None:
-                correct = (correct & (lam >= 0.5)) | ((x_b == row_max) & (lam <= 0.5))
+            correct = has_largest(x_t, row_max, lse, x_b, lam)
         if GROUP == 1:
             edge_dz = tl.exp(edge_x - finite) * p_factor
             if HAS_SMOOTHING:

@@ -211,6 +211,16 @@ def row_loss(
 
 
 @triton.jit
+def has_largest(x_t, row_max, lse, x_b=None, lam=None):
+    """Whether the target, or that of two labels which has the larger share, has the largest logit; a NaN, which `row_max` passes
+    over and `lse` does not, would be larger."""
+    largest = x_t == row_max
+    if x_b is not None:
+        largest = (largest & (lam >= 0.5)) | ((x_b == row_max) & (lam <= 0.5))
+    return largest & (lse == lse)
+
+
+@triton.jit
 def sortable_bits(loss):
     """Unsigned integers in the order of the losses; every NaN is the greatest, -0.0 equals 0.0."""
     loss += 0.0

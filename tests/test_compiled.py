@@ -11,6 +11,7 @@ from fusedloss.backends import triton as launcher
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
+ROW_EXTRAS: dict[str, Any] = {"two_labels": True, "sample_weight": True, "z_loss": 1e-3}
 # Each case is here for the code it selects; together they reach every branch on a constexpr.
 CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "single program": ((64, 10), FP32, {}),
@@ -51,6 +52,22 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "recompute, 16-byte rows, all options": ((4096, 100), FP32, {"reduction": "none", "weight": True, "label_smoothing": 0.1}),
     "recompute, long rows": ((64, 32000), BF16, {"reduction": "none"}),
     "recompute, long ragged rows": ((64, 50257), BF16, {"reduction": "none", "weight": True, "label_smoothing": 0.1}),
+    "all extras": ((256, 45041), BF16, {"logit_scale": 0.5, **ROW_EXTRAS}),
+    "all extras, fp32": ((256, 6129), FP32, {"logit_scale": 0.5, **ROW_EXTRAS}),
+    "slices, all extras": ((256, 151937), BF16, {"logit_scale": 0.5, **ROW_EXTRAS}),
+    "softcap": ((256, 6129), BF16, {"softcap": 30.0, "return_stats": True}),
+    "softcap, all extras, smoothing": (
+        (256, 50257),
+        BF16,
+        {"softcap": 30.0, "label_smoothing": 0.1, "weight": True, **ROW_EXTRAS},
+    ),
+    "softcap, fp32": ((256, 6129), FP32, {"softcap": 30.0, **ROW_EXTRAS}),
+    "softcap, fp64": ((256, 2033), FP64, {"softcap": 30.0, **ROW_EXTRAS}),
+    "recompute, all extras": (
+        (64, 50257),
+        BF16,
+        {"reduction": "none", "softcap": 30.0, "return_stats": True, **ROW_EXTRAS},
+    ),
     "recompute, slices": ((1, 128256), BF16, {"reduction": "none"}),
     "recompute, slices, all options": ((3, 50257), FP32, {"reduction": "max", "weight": True, "label_smoothing": 0.1}),
     "recompute, long rows, fp32": ((64, 128256), FP32, {"reduction": "none"}),
@@ -82,7 +99,12 @@ def _call(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]) -
     if options.pop("scale", False):
         options["scale"] = torch.ones(())
     weight = torch.ones(shape[1], dtype=dtype) if options.pop("weight", False) else None
-    return fusedloss.cross_entropy(logits, target, weight, **options)
+    if options.pop("two_labels", False):
+        target = (target, target, 0.5)
+    if options.pop("sample_weight", False):
+        options["sample_weight"] = torch.ones(shape[0])
+    result = fusedloss.cross_entropy(logits, target, weight, **options)
+    return result[0] if options.get("return_stats") else result
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -173,3 +173,62 @@ def test_same_bits_every_time(kernels: Path) -> None:
     again = fusedloss.cross_entropy(logits, target)
     assert torch.equal(first, again)
     assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in (first, again)))
+
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "z_loss": {"z_loss": 1e-2},
+    "logit_scale": {"logit_scale": -0.5},
+    "softcap": {"softcap": 5.0},
+    "sample_weight": {"sample_weight": True},
+    "all": {"z_loss": 1e-2, "logit_scale": 0.5, "softcap": 5.0, "sample_weight": True},
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none", "max"])
+@pytest.mark.parametrize("labels", ["one label", "two labels", "shares per row"])
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+@pytest.mark.parametrize("shape", [(4, 1000), (3, 1001)], ids=str)
+def test_extras_of_rows(kernels: Path, shape: tuple[int, int], extras: dict[str, Any], labels: str, reduction: str) -> None:
+    """Rows that begin inside a sector, ragged rows. Four roundings: a tanh or a square is a few roundings off."""
+    a, b = (make_target(shape[0], n_classes=shape[1], ignored=-100, seed=seed) for seed in (1, 2))
+    b[1] = a[1]
+    target = {"one label": a, "two labels": (a, b, 0.3), "shares per row": (a, b, torch.linspace(0, 1, shape[0]))}[labels]
+    options = {**extras, "sample_weight": make_weight(shape[0])} if "sample_weight" in extras else extras
+    check_against_torch(make_logits(*shape), target, reduction=reduction, dloss=1.5, roundings=4, **options)
+    if extras is EXTRAS["all"]:
+        weight = make_weight(shape[1])
+        check_against_torch(
+            make_logits(*shape), target, weight, reduction=reduction, label_smoothing=0.1, dloss=1.5, roundings=4, **options
+        )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_extras_of_slices(kernels: Path, reduction: str, smoothing: float) -> None:
+    labels = [make_target(2, n_classes=33001, seed=seed) for seed in (1, 2)]
+    options = {**EXTRAS["all"], "sample_weight": make_weight(2), "label_smoothing": smoothing}
+    check_against_torch(make_logits(2, 33001), (*labels, 0.3), reduction=reduction, dloss=1.5, roundings=4, **options)
+
+
+@pytest.mark.parametrize("labels", ["one label", "two labels"])
+@pytest.mark.parametrize("reduction", ["mean", "none", "max"])
+@pytest.mark.parametrize("shape", [(1, 1000), (23, 600), (2, 33001)], ids=str)
+def test_statistics_of_rows(kernels: Path, shape: tuple[int, int], reduction: str, labels: str) -> None:
+    """The reference has the definition: a NaN is the worst, the first of equal ones counts, and two labels share the target."""
+    n_rows, n_cols = shape
+    logits = make_logits(min(n_rows, 11), n_cols).repeat(-(-n_rows // 11), 1)[:n_rows] if n_rows > 1 else make_logits(*shape)
+    target = torch.arange(n_rows, device=logits.device) % 11
+    target[::7] = logits[::7].argmax(1)
+    target[2::5] = -100
+    labels = (target, target.roll(1), torch.linspace(0, 1, n_rows, device=logits.device)) if labels == "two labels" else target
+    for poisoned in (False, True):
+        if poisoned:
+            logits[n_rows // 2, 5] = torch.nan
+            target[n_rows // 2] = logits[n_rows // 2].nan_to_num(-torch.inf).argmax()
+        loss, stats = fusedloss.cross_entropy(logits.requires_grad_(), labels, reduction=reduction, return_stats=True)
+        with fusedloss.backend("reference"):
+            _, expected = fusedloss.cross_entropy(logits.detach(), labels, reduction=reduction, return_stats=True)
+        assert stats[2:] == expected[2:]
+        torch.testing.assert_close(stats[:2], expected[:2], rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert poisoned == loss.isnan().any()
+        logits = logits.detach().clone()

@@ -93,6 +93,23 @@ def test_options(shape: tuple[int, ...], options: dict[str, Any]) -> None:
         check_against_torch(logits, target, make_weight(shape[1]), **options)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none", "max"])
+@pytest.mark.parametrize("shape", [(11, 1003), (1100, 520), (3, 33001)], ids=str)
+def test_extras_of_rows(shape: tuple[int, int], reduction: str) -> None:
+    """Two labels and all options; more rows than the last program counts at a time."""
+    a, b = (make_target(shape[0], n_classes=shape[1], ignored=-100, seed=seed) for seed in (1, 2))
+    b[1] = a[1]
+    options = {"sample_weight": make_weight(shape[0]), "z_loss": 1e-2, "softcap": 9.0, "logit_scale": 0.5}
+    with emulated(order=3):
+        check_against_torch(make_logits(*shape), (a, b, 0.3), reduction=reduction, roundings=4, **options)
+        logits = make_logits(*shape).requires_grad_()
+        _, stats = fusedloss.cross_entropy(logits, (a, b, 0.3), reduction=reduction, return_stats=True, **options)
+    with fusedloss.backend("reference"):
+        _, expected = fusedloss.cross_entropy(logits.detach(), (a, b, 0.3), reduction=reduction, return_stats=True, **options)
+    assert stats[2:] == expected[2:]
+    torch.testing.assert_close(stats[:2], expected[:2], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(300, 1003), (5, 40001)], ids=str)
 def test_order_does_not_change_a_bit(shape: tuple[int, int]) -> None:
     logits = make_logits(*shape).requires_grad_()
@@ -137,13 +154,14 @@ def test_slices_wait() -> None:
 def test_the_wait_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it a slice reads statistics that nobody has written yet."""
     logits = make_logits(5, 40001, dtype=BF16).requires_grad_()
-    launch = launcher._launch
+    launch, slices = launcher._launch, launcher._slices
 
     def without_wait(kernel: str, n_programs: int, device: torch.device, arguments: dict[str, Any]) -> None:
         launch(kernel, n_programs, device, {**arguments, "WAITS": False} if "WAITS" in arguments else arguments)
 
     monkeypatch.setattr(launcher, "_launch", without_wait)
-    with ptxsim.emulated_gpu("sm_90"), fusedloss.backend("triton"):  # one program after the other; fresh memory holds NaN
+    monkeypatch.setattr(launcher, "_slices", lambda *arguments: slices(*arguments).fill_(torch.nan))
+    with ptxsim.emulated_gpu("sm_90"), fusedloss.backend("triton"):  # one program after the other
         fusedloss.cross_entropy(logits, make_target(5, n_classes=40001)).backward()
     assert logits.grad.isnan().any()
 

@@ -19,6 +19,7 @@ from fusedloss.plan_triton import (
     forward_tile,
     fused_tile,
     geometries,
+    holds_more,
     row_group,
     scale_tile,
 )
@@ -95,7 +96,7 @@ def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, 
     g, out = geometries(logits, dlogits)
     itemsize = logits.element_size()
     facts = device_facts(logits.device)
-    tile = fused_tile(g, out, itemsize, options.label_smoothing > 0, facts)
+    tile = fused_tile(g, out, itemsize, holds_more(options, itemsize), facts)
     n_partials = tile.n_programs // tile.n_slices
     arguments: dict[str, Any] = {
         "loss_ptr": outputs.loss,
