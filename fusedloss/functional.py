@@ -233,10 +233,10 @@ def _tiles_cannot(inputs: Inputs, options: Options) -> str | None:
     if requested != "triton" and (requested != "auto" or logits.device.type != "cuda"):
         return None
     if torch.compiler.is_compiling() or not 1 <= logits.dim() <= 2:
-        return "the extras have a kernel for the rows of a matrix only"
+        return "the extras have no kernel but for the rows of a matrix"
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
     if not serves_extras(logits if logits.dim() == 2 else logits[None], options, needs_grad, device_facts(logits.device)):
-        return "the extras have a kernel for rows of many contiguous classes only"
+        return "the extras have no kernel but for rows of many contiguous classes"
     return None
 
 
