@@ -226,7 +226,7 @@ void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, 
     const A block = load_logits(z, at.x, columns, terms);
     const A larger = block > m ? block : m, finite = finite_max(larger);
     if (start == 0) shift = finite;
-    if (larger != m) rest *= double(exp_nonpositive1(m - finite));
+    if (rest != 0 && larger != m) rest *= double(exp_nonpositive1(m - finite));
     if (terms.uniform) q_sum += double(sum_q<A, false>(z, nullptr, columns.n, shift));
     if (terms.per_class) {
       q_total += double(load_q<A>(scratch.q, columns.of(at.p), columns.of(terms.weight), columns.n, terms));

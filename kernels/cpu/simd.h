@@ -253,6 +253,29 @@ template <>
 INLINE float horizontal_max<float>(F::V v) {
   return _mm512_reduce_max_ps((__m512)v);
 }
+#elif FUSEDLOSS_VECTOR_BYTES == 32
+// Through memory, as above, these cost more than the sums of a row of 100 classes.
+INLINE __m256i first_lanes(int64_t n) { return (__m256i)(iota<float>() < int32_t(n)); }
+template <>
+INLINE Vector<float> load_partial<float, float>(const float* x, int64_t n) {
+  return (F::V)_mm256_maskload_ps(x, first_lanes(n));
+}
+template <>
+INLINE void store_partial<float, float>(float* x, int64_t n, F::V v) {
+  _mm256_maskstore_ps(x, first_lanes(n), (__m256)v);
+}
+template <>
+INLINE float horizontal_sum<float>(F::V v) {
+  const __m128 halves = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 pairs = _mm_add_ps(halves, _mm_movehl_ps(halves, halves));
+  return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));
+}
+template <>
+INLINE float horizontal_max<float>(F::V v) {  // of no NaN: max_ has left them out
+  const __m128 halves = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 pairs = _mm_max_ps(halves, _mm_movehl_ps(halves, halves));
+  return _mm_cvtss_f32(_mm_max_ss(pairs, _mm_movehdup_ps(pairs)));
+}
 #endif
 
 // ---- exp, log ----
