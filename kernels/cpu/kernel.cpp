@@ -95,10 +95,10 @@ TargetSummary summarise_targets(const Problem& problem) {
   return total;
 }
 
-// Asks for 2 MB pages under a large gradient that no page belongs to yet. Filling it with 4 KB pages costs more than computing it:
-// 2048 x 32000 float32 on 2 cores took 80 ms with them, 49 with this advice (27 into a buffer used before); MADV_POPULATE_WRITE and
-// stores past the caches gained nothing more. From 32 MB on glibc gives every allocation a mapping of its own, so that nobody else's
-// memory is affected.
+// Asks for 2 MB pages under a large gradient that no page belongs to yet. Filling it with 4 KB pages costs more than computing
+// it: 2048 x 32000 float32 on 2 cores took 80 ms with them, 49 with this advice (27 into a buffer used before);
+// MADV_POPULATE_WRITE and stores past the caches gained nothing more. From 32 MB on glibc gives every allocation a mapping of
+// its own, so that nobody else's memory is affected.
 void advise_fresh_gradient(const Problem& problem) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = 4096;

@@ -34,7 +34,7 @@ void backward_typed(const Problem& problem, int64_t begin, int64_t end) {
 
 RowSums forward(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
 #ifdef FUSEDLOSS_HAS_BF16
-  return forward_typed<bfloat16>(problem, begin, end, coefficient, weight_total);  // the only type that gains by these instructions
+  return forward_typed<bfloat16>(problem, begin, end, coefficient, weight_total);  // the only type that gains by them
 #else
   switch (problem.logits_dtype) {
     case kFloat32: return forward_typed<float>(problem, begin, end, coefficient, weight_total);

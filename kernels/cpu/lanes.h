@@ -1,9 +1,9 @@
 // Many rows side by side, one per SIMD lane: few classes (CIFAR-10), or classes that are not contiguous ((N, C, d1, ...)).
 //
-// A group is up to MAX_LANES rows of one outer block. A block of its logits is copied into a tile on the stack, class by class, where
-// it is overwritten by exp(x - m), then by the gradient, which is copied out. Where all classes fit the tile, each logit is read once
-// and each gradient written once; else groups of WIDE_LANES rows take block after block, as rows.h does, and the gradient reads the
-// logits once more: 64 rows of 1000 float32 classes are 256 KB, which L2 holds between the passes.
+// A group is up to MAX_LANES rows of one outer block. A block of its logits is copied into a tile on the stack, class by class,
+// where it is overwritten by exp(x - m), then by the gradient, which is copied out. Where all classes fit the tile, each logit
+// is read once and each gradient written once; else groups of WIDE_LANES rows take block after block, as rows.h does, and the
+// gradient reads the logits once more: 64 rows of 1000 float32 classes are 256 KB, which L2 holds between the passes.
 //
 // Included once per instruction set, like simd.h.
 
@@ -61,7 +61,8 @@ void store_tile(T* to, const A* from, int lanes, int64_t row, int64_t col, int n
 
 // Fills tile.q with q of classes [start, start + n).
 template <class A>
-void load_tile_q(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const A* p, int n_lanes, int64_t start, int64_t n) {
+void load_tile_q(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const A* p, int n_lanes, int64_t start,
+                 int64_t n) {
   const Strides& strides = problem.target_strides;
   if (terms.soft) load_tile<A, A>(tile.q, tile.lanes, p + start * strides.col, strides.row, strides.col, n_lanes, n);
   for (int64_t c = 0; c < n; ++c) {
@@ -75,7 +76,8 @@ void load_tile_q(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, c
 
 // Fills tile.z with the transformed logits of classes [start, start + n), and tile.dz with dz/dx where it differs between them.
 template <class T, class A>
-void load_logits(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const T* x, int n_lanes, int64_t start, int64_t n) {
+void load_logits(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const T* x, int n_lanes, int64_t start,
+                 int64_t n) {
   const Strides& strides = problem.logits_strides;
   load_tile<T, A>(tile.z, tile.lanes, x + start * strides.col, strides.row, strides.col, n_lanes, n);
   if (!terms.transformed) return;

@@ -1,5 +1,5 @@
-// The C ABI between fusedloss/backends/cpu.py and the kernel: two packed structs of 8-byte fields, all pointers owned by the caller.
-// What shapes, dtypes and options decide is a Kind, packed once for all calls alike; the rest is a Call.
+// The C ABI between fusedloss/backends/cpu.py and the kernel: two packed structs of 8-byte fields, all pointers owned by the
+// caller. What shapes, dtypes and options decide is a Kind, packed once for all calls alike; the rest is a Call.
 //
 // Nothing here is validated but the class indices, and nothing is allocated.
 #pragma once
@@ -20,8 +20,8 @@ struct Strides {
 struct Call {
   // outputs; "A" is the accumulation type: double for kFloat64, else float
   void* loss;       // (n_rows,) of loss_dtype for kNone, else ()
-  void* saved;      // A: 4 + 3 n_rows values, described in kernels/rowwise.py, and n_rows times Q for kProbabilities; only the first 4
-                    // where neither save nor the reduction needs rows
+  void* saved;      // A: 4 + 3 n_rows values, described in kernels/rowwise.py, and n_rows times Q for kProbabilities; only the
+                    // first 4 where neither save nor the reduction needs rows
   void* dlogits;    // logits_dtype; forward: null unless the strategy is fused; may be the logits themselves, with their strides
   void* row_stats;  // A (2, n_rows): log-sum-exp and loss of every row, or null
   int64_t* counts;  // (3,): rows counted, rows correct, the row of the largest loss or -1; or null, with row_stats
@@ -73,7 +73,7 @@ struct Problem : Call, Kind {
 
 constexpr int64_t kState = 4;  // scalars at the head of `saved`
 
-// Memory of the calling thread for the rows that it works on: a row of 262144 float32, 128256 of them the largest common vocabulary.
+// Memory of the calling thread for the rows that it works on: one of 262144 float32, the largest common vocabulary.
 constexpr int64_t kKeptBytes = 1 << 20;
 void* thread_scratch();
 
@@ -82,8 +82,8 @@ struct RowSums {
   int64_t n_correct;  // 0 without row_stats
 };
 
-// Rows [begin, end), once per instruction set. coefficient is d(loss)/d(row loss) but for the row's sample weight, used where dlogits is
-// written; weight_total is the sum of the class weights, used with smoothing.
+// Rows [begin, end), once per instruction set. coefficient is d(loss)/d(row loss) but for the row's sample weight, used where
+// dlogits is written; weight_total is the sum of the class weights, used with smoothing.
 using ForwardRows = RowSums (*)(const Problem&, int64_t begin, int64_t end, double coefficient, double weight_total);
 using BackwardRows = void (*)(const Problem&, int64_t begin, int64_t end);
 

@@ -5,21 +5,21 @@
 //     loss = sum_c q_c (shift - x_c) + Q ((m - shift) + log d)        d = rest, the sum over all classes
 //     dloss/dx_c = Q exp(x_c - m) / d - q_c
 //
-// Two labels a and b with shares lam and 1 - lam: each with its part of the loss and of the gradient, `rest` excluding a alone. With
-// k_a = lam (1 - eps) w_a, k_b likewise and Z = 2 z_loss lse:
+// Two labels a and b with shares lam and 1 - lam: each with its part of the loss and of the gradient, `rest` excluding a alone.
+// With k_a = lam (1 - eps) w_a, k_b likewise and Z = 2 z_loss lse:
 //
 //     loss = k_a nll_a + k_b nll_b + eps/C sum_c w_c nll_c + z_loss lse^2
 //     dloss/dx_c = (k_a + k_b + eps/C W + Z) p_c - eps/C w_c - k_a [c = a] - k_b [c = b]
 //
-// All of it is of the transformed logits, z = cap tanh(logit_scale x / cap): the loops see no others, but for the gradient's factor
-// dz/dx = logit_scale (1 - (z / cap)^2).
+// All of it is of the transformed logits, z = cap tanh(logit_scale x / cap): the loops see no others, but for the gradient's
+// factor dz/dx = logit_scale (1 - (z / cap)^2).
 //
 // Included once per instruction set, like simd.h.
 
 // What the loss has besides the logarithm of the target's probability, the same for all rows of a problem.
 //
-// Every class c has a factor q_c: it is 0 for plain index targets; 1, times smoothing / C, for smoothing; the class weight w_c, times
-// the same, for both; and for probabilities as above. The loops know three cases: none, all alike, one per class.
+// Every class c has a factor q_c: it is 0 for plain index targets; 1, times smoothing / C, for smoothing; the class weight w_c,
+// times the same, for both; and for probabilities as above. The loops know three cases: none, all alike, one per class.
 template <class A>
 struct Terms {
   bool soft;       // class probabilities as target

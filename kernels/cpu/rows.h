@@ -1,15 +1,15 @@
 // Rows whose classes are contiguous, one at a time, in blocks of columns that pass through a scratch block in L1:
 //
-//     forward    load the block, widened to the accumulation type, and its maximum; overwrite it by exp(x - running maximum) and add
-//                up; the running sum is rescaled once per block (Milakov and Gimelshein, arXiv:1805.02867)
+//     forward    load the block, widened to the accumulation type, and its maximum; overwrite it by exp(x - running maximum)
+//                and add up; the running sum is rescaled once per block (Milakov and Gimelshein, arXiv:1805.02867)
 //     gradient   the exponentials, kept for rows of up to kKeptBytes, else the logits once more; one write per logit
 //
-// Only the load and the last step know the logits' type: all else is compiled for float and for double alone. The scratch is filled up
-// with -inf to whole vectors. The target is set to -inf in it before the sum, so that `rest` excludes it exactly.
+// Only the load and the last step know the logits' type: all else is compiled for float and for double alone. The scratch is
+// filled up with -inf to whole vectors. The target is set to -inf in it before the sum, so that `rest` excludes it exactly.
 //
 // Included once per instruction set, like simd.h.
 
-constexpr int64_t BLOCK = 2048;  // 8 KB of float, twice with factors per class: in an L1 of 32 KB there is room for what comes next
+constexpr int64_t BLOCK = 2048;  // 8 KB of float, twice with factors per class: an L1 of 32 KB has room for what comes next
 
 // Vectors added to one partial sum before it goes to the sum of the block: a lane that holds a large value rounds every small one
 // added to it, which over a whole block would be 30 roundings more.
@@ -182,8 +182,8 @@ void fill_row(T* dx, int64_t n, A value) {
 
 template <class A>
 struct Scratch {
-  // Of the rows of a group, for the gradient: exp(x - the running maximum of its block), or with a cap, whose derivative is one of the
-  // transformed logits, those. Null: not kept.
+  // Of the rows of a group, for the gradient: exp(x - the running maximum of its block), or with a cap, whose derivative is one
+  // of the transformed logits, those. Null: not kept.
   A* kept;
   alignas(64) A z[BLOCK], q[BLOCK], dz[BLOCK];
   A block_maxima[kKeptCols<A> / BLOCK];  // of one row: a group of several has one block each, whose maximum is the row's
@@ -265,8 +265,8 @@ void row_gradient(const Problem& problem, const Terms<A>& terms, const GroupStat
     }
     if (terms.per_class) load_q<A>(scratch.q, columns.of(at.p), columns.of(terms.weight), columns.n, terms);
     if (terms.per_class || terms.capped) {
-      gradient_block<A>(e, terms.per_class ? scratch.q : nullptr, terms.capped ? scratch.dz : nullptr, padded<A>(columns.n), factor,
-                        constant, s.q[lane]);
+      gradient_block<A>(e, terms.per_class ? scratch.q : nullptr, terms.capped ? scratch.dz : nullptr, padded<A>(columns.n),
+                        factor, constant, s.q[lane]);
       factor = 1, constant = 0;
     }
     store_gradient<T, A>(at.dx + start, e, columns.n, factor, constant);

@@ -1,12 +1,12 @@
 // Vectors of the accumulation type A, loads and stores of the four logit types, and exp.
 //
-// Written with the vector extensions that GCC and Clang share: the compiler lowers them to AVX-512, AVX2, SSE2 or NEON. Where GCC 12
-// makes ten instructions of what is one (maxima, conversions of 16-bit floats), an intrinsic stands beside.
-// Included once per instruction set, in a namespace of its own and after the target pragma; nothing here has external linkage,
-// or the linker might keep an AVX-512 copy of an inline function for a machine without it.
+// Written with the vector extensions that GCC and Clang share: the compiler lowers them to AVX-512, AVX2, SSE2 or NEON. Where
+// GCC 12 makes ten instructions of what is one (maxima, conversions of 16-bit floats), an intrinsic stands beside. Included
+// once per instruction set, in a namespace of its own and after the target pragma; nothing here has external linkage, or the
+// linker might keep an AVX-512 copy of an inline function for a machine without it.
 //
-// exp(x), x <= 0: n = round(x log2 e), r = x - n ln 2 in two parts, |r| <= ln(2)/2, exp(x) = 2^n p(r) with 2^n from the bits of n.
-// Near the smallest normal number and below the result is 0. NaN stays NaN.
+// exp(x), x <= 0: n = round(x log2 e), r = x - n ln 2 in two parts, |r| <= ln(2)/2, exp(x) = 2^n p(r) with 2^n from the bits of
+// n. Near the smallest normal number and below the result is 0. NaN stays NaN.
 
 struct bfloat16 {
   uint16_t bits;
@@ -180,10 +180,14 @@ using Integers = typename Simd<A>::I;
 // a > b ? a : b, which is b where either is NaN. GCC 12 makes a comparison and a blend of the ternary.
 #if FUSEDLOSS_VECTOR_BYTES == 64
 INLINE F::V max_(F::V a, F::V b) { return (F::V)_mm512_max_ps((__m512)a, (__m512)b); }
-INLINE Simd<double>::V max_(Simd<double>::V a, Simd<double>::V b) { return (Simd<double>::V)_mm512_max_pd((__m512d)a, (__m512d)b); }
+INLINE Simd<double>::V max_(Simd<double>::V a, Simd<double>::V b) {
+  return (Simd<double>::V)_mm512_max_pd((__m512d)a, (__m512d)b);
+}
 #elif FUSEDLOSS_VECTOR_BYTES == 32
 INLINE F::V max_(F::V a, F::V b) { return (F::V)_mm256_max_ps((__m256)a, (__m256)b); }
-INLINE Simd<double>::V max_(Simd<double>::V a, Simd<double>::V b) { return (Simd<double>::V)_mm256_max_pd((__m256d)a, (__m256d)b); }
+INLINE Simd<double>::V max_(Simd<double>::V a, Simd<double>::V b) {
+  return (Simd<double>::V)_mm256_max_pd((__m256d)a, (__m256d)b);
+}
 #else
 template <class V>
 INLINE V max_(V a, V b) {
@@ -362,7 +366,8 @@ INLINE Simd<double>::V log1p_(Simd<double>::V x) {
   return x;
 }
 
-// tanh after Cephes: an odd polynomial, or quotient of two, keeps the digits of small values; beyond, (1 - e) / (1 + e), e = exp(-2 |x|).
+// tanh after Cephes: an odd polynomial, or quotient of two, keeps the digits of small values; beyond, (1 - e) / (1 + e), e =
+// exp(-2 |x|).
 INLINE F::V tanh_small(F::V x, F::V x2) {
   F::V p = x2 * -5.70498872745e-3f + 2.06390887954e-2f;
   p = p * x2 - 5.37397155531e-2f;
