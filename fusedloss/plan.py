@@ -61,6 +61,7 @@ class Tile:
     n_blocks: int = 0  # fused: blocks of columns that stay in registers between loss and gradient; 0: rows are read twice
     n_slices: int = 1  # programs that share a row
     max_registers: int | None = None  # per thread, None: as many as the compiler likes
+    row_group: int = 0  # tiles of packed rows: so many rows together are whole 16-byte groups; 0: rows may lie anywhere
 
 
 @dataclass(frozen=True)

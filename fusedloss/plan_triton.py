@@ -46,9 +46,22 @@ TILE_ELEMENTS = 1024
 TILE_ELEMENTS_PER_THREAD = 32
 # Up to this many elements one program does everything, so that no ticket is needed.
 SINGLE_PROGRAM_ELEMENTS = 8192
-# Warps and elements per thread of a tile of contiguous rows (pixels): each thread owns whole rows, so that nothing is reduced
-# across threads, and its accesses are as wide as its rows are many.
-SPATIAL_WARPS = 2
+# Threads of a program whose threads hold whole rows, packed ones or pixels: so few that they hardly wait for each other; and the
+# most, in a program that does everything.
+OWNER_THREADS = 64
+MAX_OWNER_THREADS = 256
+# Logits that such a thread holds between loss and gradient: at least, so that its other work is worth while; at most of packed
+# rows, and of pixels, or it would spill (test_compiled.py).
+THREAD_ELEMENTS = 16
+MAX_RUN_ELEMENTS = 64
+MAX_PIXEL_ELEMENTS = 104
+# Longer packed rows are cut into parts of so many.
+PART_ELEMENTS = 32
+# Pixels with more classes are shared by threads that lie along the classes; MIN_PIXEL_THREADS lie along the pixels, 256 bytes of
+# them.
+MAX_THREADS_PER_PIXEL = 32
+MIN_PIXEL_THREADS = 16
+# What still does not fit is read twice, so many logits per thread at a time.
 SPATIAL_ELEMENTS_PER_THREAD = 16
 
 
@@ -124,7 +137,7 @@ def forward_tile(g: Geometry, itemsize: int, device: DeviceFacts) -> Tile:
         n_slices = min(_slices_that_fill(g, device), -(-g.n_cols // block_cols))
         n_programs = max(1, g.n_rows) * n_slices
         return Tile("forward_row_kernel", 1, block_cols, num_warps, n_programs, rowwise=True, n_slices=n_slices)
-    return _shared_tile("forward_tile_kernel", g, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
+    return _shared_tile("forward_tile_kernel", g, g, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
 
 
 @lru_cache(maxsize=1024)
@@ -136,7 +149,7 @@ def backward_tile(g: Geometry, grad: Geometry, itemsize: int, device: DeviceFact
         n_programs = g.n_rows * -(-n_cols // block_cols)
         return Tile("backward_row_kernel", 1, block_cols, num_warps, max(1, n_programs), rowwise=True)
     # No reduction over the batch here, so no gain from a single program.
-    return _shared_tile("backward_tile_kernel", g, itemsize, TILE_ELEMENTS, device)
+    return _shared_tile("backward_tile_kernel", g, grad, itemsize, TILE_ELEMENTS, device)
 
 
 def holds_more(options: Options, itemsize: int) -> bool:
@@ -152,13 +165,14 @@ def fused_tile(g: Geometry, grad: Geometry, itemsize: int, more: bool, device: D
         tile = _fused_row_tile(g, itemsize, more, device)
         if tile.n_slices <= min(MAX_SLICES, device.n_sms):
             return tile
-    return _shared_tile("fused_tile_kernel", g, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
+    return _shared_tile("fused_tile_kernel", g, grad, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
 
 
 @lru_cache(maxsize=1024)
 def denominator_tile(n_rows: int, device: DeviceFacts) -> Tile:
     """Cuts the sum of the targets' weights, before a fused mean."""
-    block_rows = 1024
+    # Not PARTIALS_BLOCK of reduction.py: loads of one shape get one layout, and two targets are a thread's 16 bytes, not four.
+    block_rows = 512
     n_programs = max(1, min(device.n_sms, -(-n_rows // block_rows)))
     return Tile("denominator_kernel", block_rows, 1, _warps(128, device), n_programs, rowwise=False)
 
@@ -213,7 +227,7 @@ def _same_alignment(g: Geometry, grad: Geometry, itemsize: int) -> bool:
     return (g.row_stride - grad.row_stride) % (SECTOR_BYTES // itemsize) == 0 and grad.col_stride == 1
 
 
-def _next_power_of_2(n: int) -> int:
+def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -222,29 +236,61 @@ def _one_program_per_row(g: Geometry) -> bool:
 
 
 def _row_block(n_cols: int, itemsize: int, device: DeviceFacts) -> tuple[int, int]:
-    block_cols = min(_next_power_of_2(n_cols), ROW_BLOCK if itemsize < 8 else ROW_BLOCK // 2)  # float64 takes two registers
+    block_cols = min(next_power_of_2(n_cols), ROW_BLOCK if itemsize < 8 else ROW_BLOCK // 2)  # float64 takes two registers
     return block_cols, _warps(block_cols * itemsize // (ACCESSES_PER_THREAD * VECTOR_BYTES), device)
 
 
-def _shared_tile(kernel: str, g: Geometry, itemsize: int, max_elements: int, device: DeviceFacts) -> Tile:
-    cols = _next_power_of_2(g.n_cols)
-    # The recompute forward keeps each row's statistics in every thread that shares the row, and would spill.
-    per_thread = TILE_ELEMENTS_PER_THREAD // 2 if kernel == "forward_tile_kernel" else TILE_ELEMENTS_PER_THREAD
-    if g.rows_contiguous:
+def _shared_tile(kernel: str, g: Geometry, grad: Geometry, itemsize: int, max_elements: int, device: DeviceFacts) -> Tile:
+    """Cuts rows among programs of many rows. `grad` is g where no gradient is written."""
+    row_group = _packed_row_group(g, itemsize) if _is_packed(g) and _is_packed(grad) else 0
+    one_program = next_power_of_2(g.n_rows) * next_power_of_2(g.n_cols) <= max_elements
+    if row_group > 0:
+        vector = g.vector(itemsize) if row_group == 1 else 1
+        block_cols = 1 if row_group * g.n_cols <= MAX_RUN_ELEMENTS else next_power_of_2(-(-g.n_cols // PART_ELEMENTS))
+        n_blocks = -(-g.n_cols // (block_cols * vector)) * vector
+        runs_per_thread = next_power_of_2(max(1, THREAD_ELEMENTS // (row_group * n_blocks)))
+        block_rows = OWNER_THREADS * runs_per_thread * row_group // block_cols
+        if one_program:
+            block_rows = max(row_group, next_power_of_2(g.n_rows))
+        threads = min(MAX_OWNER_THREADS, block_rows // row_group * block_cols)
+    elif g.rows_contiguous:
         vector = g.vector(itemsize)
-        block_rows = min(_next_power_of_2(g.n_inner), SPATIAL_WARPS * device.warp_size * vector)
-        block_cols = min(cols, SPATIAL_ELEMENTS_PER_THREAD // vector)
-        threads = block_rows // vector
-    elif _next_power_of_2(g.n_rows) * cols <= max_elements:
-        block_rows, block_cols = _next_power_of_2(g.n_inner), cols
-        threads = block_rows * block_cols // per_thread
+        block_cols = 1
+        while vector * -(-g.n_cols // block_cols) > _max_pixel_elements(itemsize) and block_cols < MAX_THREADS_PER_PIXEL:
+            block_cols *= 2
+        n_blocks = -(-g.n_cols // block_cols)
+        block_rows = min(next_power_of_2(g.n_inner), max(OWNER_THREADS // block_cols, MIN_PIXEL_THREADS) * vector)
+        threads = block_rows // vector * block_cols
+        if vector * n_blocks > _max_pixel_elements(itemsize):  # too many classes for the registers: read twice
+            block_cols, n_blocks = min(next_power_of_2(g.n_cols), SPATIAL_ELEMENTS_PER_THREAD // vector), 0
+            block_rows = min(next_power_of_2(g.n_inner), OWNER_THREADS * vector)
+            threads = block_rows // vector
     else:
-        block_cols = min(cols, TILE_ELEMENTS)
-        block_rows = min(TILE_ELEMENTS // block_cols, _next_power_of_2(g.n_inner))
+        # The recompute forward keeps each row's statistics in every thread that shares the row, and would spill.
+        per_thread = TILE_ELEMENTS_PER_THREAD // 2 if kernel == "forward_tile_kernel" else TILE_ELEMENTS_PER_THREAD
+        block_cols = next_power_of_2(g.n_cols) if one_program else min(next_power_of_2(g.n_cols), TILE_ELEMENTS)
+        block_rows = next_power_of_2(g.n_inner) if one_program else min(TILE_ELEMENTS // block_cols, next_power_of_2(g.n_inner))
+        n_blocks = 1 if block_cols >= g.n_cols else 0
         threads = block_rows * block_cols // per_thread
     n_programs = max(1, g.n_outer * -(-g.n_inner // block_rows))
-    n_blocks = 1 if block_cols >= g.n_cols else 0
-    return Tile(kernel, block_rows, block_cols, _warps(threads, device), n_programs, rowwise=False, n_blocks=n_blocks)
+    return Tile(kernel, block_rows, block_cols, _warps(threads, device), n_programs, False, n_blocks, row_group=row_group)
+
+
+def _is_packed(g: Geometry) -> bool:
+    """Narrow rows that lie end to end, class by class."""
+    return g.n_outer == 1 and g.col_stride == 1 and g.row_stride == g.n_cols <= MAX_SHARED_ROW_COLS
+
+
+def _packed_row_group(g: Geometry, itemsize: int) -> int:
+    """How many packed rows together are whole groups of 16 bytes, or of fewer if one thread cannot hold so many rows."""
+    vector = VECTOR_BYTES // itemsize
+    while vector > 1 and vector // gcd(vector, g.n_cols) * g.n_cols > MAX_RUN_ELEMENTS:
+        vector //= 2
+    return vector // gcd(vector, g.n_cols)
+
+
+def _max_pixel_elements(itemsize: int) -> int:
+    return MAX_PIXEL_ELEMENTS if itemsize < 8 else MAX_PIXEL_ELEMENTS // 2  # float64 takes two registers
 
 
 def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool, device: DeviceFacts) -> Plan:

@@ -21,6 +21,7 @@ import triton.language as tl
 from fusedloss.kernels.forward import edge_columns, in_main, main_columns
 from fusedloss.kernels.rowwise import (
     STATE,
+    check_target,
     elements_in_sector,
     float_from_bits,
     gradient_factors,
@@ -34,36 +35,17 @@ from fusedloss.kernels.rowwise import (
     through_transform,
     transform_logits,
 )
-
-
-@triton.jit
-def store_tile(
-    dlogits_row_ptr,  # (BLOCK_ROWS,) first gradient of each row
-    dlogits_col_stride,
-    mask,  # (BLOCK_ROWS,)
-    live,  # (BLOCK_ROWS,) rows that have a gradient
-    cols,  # (BLOCK_COLS,)
-    n_cols,
-    target,  # (BLOCK_ROWS,)
-    weight_ptr,
-    e,  # (BLOCK_ROWS, BLOCK_COLS) exp(x - m)
-    p_factor,
-    at_target,
-    smooth_factor,
-    HAS_SMOOTHING: tl.constexpr,
-):
-    """Writes the gradients of a tile."""
-    in_row = cols < n_cols
-    # A row that is not live may have been read with its neighbours, NaN and all.
-    dlogits = tl.where(live[:, None], e, 0.0) * p_factor[:, None]
-    dlogits = tl.where(cols[None, :] == target.to(tl.int32)[:, None], at_target[:, None], dlogits)
-    if HAS_SMOOTHING:
-        w = in_row.to(e.dtype)
-        if weight_ptr is not None:
-            w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(e.dtype)
-        dlogits -= smooth_factor[:, None] * w[None, :]
-    offsets = cols.to(tl.int64) * dlogits_col_stride
-    tl.store(dlogits_row_ptr[:, None] + offsets[None, :], dlogits, mask=mask[:, None] & in_row[None, :])
+from fusedloss.kernels.tile import (
+    by_turn,
+    exponentials,
+    load_blocks,
+    load_packed,
+    store_blocks,
+    store_packed,
+    target_logit,
+    tile_gradient,
+    tile_rows,
+)
 
 
 @triton.jit(do_not_specialize=["smoothing_bits", "ignore_index"])
@@ -89,47 +71,79 @@ def backward_tile_kernel(
     HAS_SMOOTHING: tl.constexpr,
     ROWS_CONTIGUOUS: tl.constexpr,  # both row strides are 1: neighbouring rows, not classes, lie side by side
     VECTOR: tl.constexpr,  # all strides and the contiguous size are multiples of it; at most 16 bytes
+    ROW_GROUP: tl.constexpr,  # packed rows that are whole 16-byte groups together; 0: rows may lie anywhere
+    PADDED: tl.constexpr,  # elements of a packed row group, or of a thread's part of a packed row, to the next power of 2
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    N_BLOCKS: tl.constexpr,  # blocks of columns on chip at a time, which are the whole row; 0: a block at a time
 ):
-    """Gradient of BLOCK_ROWS rows of one outer block, BLOCK_COLS classes at a time."""
+    """Gradient of BLOCK_ROWS rows of one outer block."""
     dtype = saved_ptr.dtype.element_ty
-    _, _, dlogits_outer_stride, dlogits_row_stride, dlogits_col_stride = prove_alignment(
-        n_inner, n_cols, dlogits_outer_stride, dlogits_row_stride, dlogits_col_stride, ROWS_CONTIGUOUS, VECTOR
-    )
-    n_inner, n_cols, outer_stride, row_stride, col_stride = prove_alignment(
-        n_inner, n_cols, outer_stride, row_stride, col_stride, ROWS_CONTIGUOUS, VECTOR
-    )
-    tiles_per_outer = tl.cdiv(n_inner, BLOCK_ROWS)
-    outer = (tl.program_id(0) // tiles_per_outer).to(tl.int64)  # int64: offsets pass 2**31
-    inner = (tl.program_id(0) % tiles_per_outer) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    mask = inner < n_inner  # the last tile of an outer block is rarely full
-    rows = outer * n_inner + inner
-    target, counted, valid = load_target(target_ptr, rows, mask, ignore_index, n_cols)
-    g = row_coefficient(saved_ptr, dloss_ptr, rows, mask, n_rows, REDUCTION)
-    read = valid & (g != 0)  # the other rows are not read
-
-    row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
-    dlogits_row_ptr = dlogits_ptr + outer * dlogits_outer_stride + inner.to(tl.int64) * dlogits_row_stride
-    row_max = tl.load(saved_ptr + STATE + rows, mask=read, other=0.0)
-    rest = tl.load(saved_ptr + STATE + n_rows + rows, mask=read, other=1.0)
-    x_t = tl.load(row_ptr + target * col_stride, mask=read, other=0.0).to(dtype)
     smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
     weight_total = tl.load(saved_ptr + 3) if HAS_SMOOTHING else None
-    p_factor, at_target, smooth_factor, _ = gradient_factors(
-        load_target_weight(weight_ptr, target, counted, valid, dtype), valid, counted, g, rest, tl.exp(x_t - row_max),
-        smoothing, weight_total, n_cols,
-    )  # fmt: skip
-    for start in range(0, n_cols, BLOCK_COLS):
-        cols = start + tl.arange(0, BLOCK_COLS)
-        offsets = cols.to(tl.int64) * col_stride  # int64: classes may lie far apart; free where col_stride is 1
+    N_TURNS: tl.constexpr = ROW_GROUP if ROW_GROUP > 0 else 1
+    PART: tl.constexpr = N_BLOCKS if ROW_GROUP > 0 else 0
+    if ROW_GROUP > 0:
+        n_cols = N_BLOCKS if BLOCK_COLS == 1 else (n_cols // VECTOR) * VECTOR
+    else:
+        _, _, dlogits_outer_stride, dlogits_row_stride, dlogits_col_stride = prove_alignment(
+            n_inner, n_cols, dlogits_outer_stride, dlogits_row_stride, dlogits_col_stride, ROWS_CONTIGUOUS, VECTOR
+        )
+        n_inner, n_cols, outer_stride, row_stride, col_stride = prove_alignment(
+            n_inner, n_cols, outer_stride, row_stride, col_stride, ROWS_CONTIGUOUS, VECTOR
+        )
+    outer, inner, mask, rows = tile_rows(n_inner, BLOCK_ROWS, ROW_GROUP)
+    row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
+    dlogits_row_ptr = dlogits_ptr + outer * dlogits_outer_stride + inner.to(tl.int64) * dlogits_row_stride
+    targets = by_turn(tl.load(target_ptr + rows, mask=mask, other=ignore_index).to(tl.int64), N_TURNS)
+    coefficient = row_coefficient(saved_ptr, dloss_ptr, rows, mask, n_rows, REDUCTION)
+    coefficients = by_turn(coefficient, N_TURNS)
+    maxima = by_turn(tl.load(saved_ptr + STATE + rows, mask=mask, other=0.0), N_TURNS)
+    rests = by_turn(tl.load(saved_ptr + STATE + n_rows + rows, mask=mask, other=1.0), N_TURNS)
+
+    if ROW_GROUP > 0:
+        # Packed rows are read with their neighbours, unless none of them has a gradient, the usual case for max and topk.
+        n_read = tl.where(tl.max((coefficient != 0).to(tl.int32), 0) > 0, n_rows, 0)
+        held = load_packed(logits_ptr, n_read, n_cols, ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
+
+    gradients = ()
+    for i in tl.static_range(N_TURNS):
+        counted, valid = check_target(targets[i], ignore_index, n_cols)
+        label = targets[i].to(tl.int32)
+        live = valid & (coefficients[i] != 0)
         # Rows without gradient are not read, unless they share their 16 bytes with rows that have one.
-        load_mask = mask if ROWS_CONTIGUOUS else read
-        x = tl.load(row_ptr[:, None] + offsets[None, :], mask=load_mask[:, None] & (cols < n_cols)[None, :], other=0.0).to(dtype)
-        store_tile(
-            dlogits_row_ptr, dlogits_col_stride, mask, read, cols, n_cols, target, weight_ptr,
-            tl.exp(x - row_max[:, None]), p_factor, at_target, smooth_factor, HAS_SMOOTHING,
-        )  # fmt: skip
+        read = mask if ROWS_CONTIGUOUS else live
+        if N_BLOCKS > 0:
+            if ROW_GROUP > 0:
+                blocks = held[i]
+            else:
+                blocks = load_blocks(row_ptr, col_stride, read, 0, n_cols, 0.0, BLOCK_COLS, N_BLOCKS, True)
+            x_t = target_logit(blocks, label, dtype, BLOCK_COLS, PART)
+        else:
+            x_t = tl.load(row_ptr + targets[i] * col_stride, mask=live, other=0.0).to(dtype)
+        target_weight = load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
+        p_factor, at_target, smooth_factor, _ = gradient_factors(
+            target_weight, valid, counted, coefficients[i], rests[i], tl.exp(x_t - maxima[i]), smoothing, weight_total, n_cols
+        )
+        if N_BLOCKS > 0:
+            dlogits = tile_gradient(
+                exponentials(blocks, maxima[i], BLOCK_COLS), 0, n_cols, label, live, weight_ptr,
+                p_factor, at_target, smooth_factor, dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
+            )  # fmt: skip
+            if ROW_GROUP > 0:
+                gradients = gradients + (dlogits,)
+            else:
+                store_blocks(dlogits_row_ptr, dlogits_col_stride, dlogits, mask, 0, n_cols, BLOCK_COLS, True)
+        else:
+            for start in range(0, n_cols, BLOCK_COLS):
+                block = load_blocks(row_ptr, col_stride, read, start, n_cols, 0.0, BLOCK_COLS, 1, False)
+                dlogits = tile_gradient(
+                    exponentials(block, maxima[i], BLOCK_COLS), start, n_cols, label, live, weight_ptr,
+                    p_factor, at_target, smooth_factor, dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
+                )  # fmt: skip
+                store_blocks(dlogits_row_ptr, dlogits_col_stride, dlogits, mask, start, n_cols, BLOCK_COLS, False)
+    if ROW_GROUP > 0:
+        store_packed(dlogits_ptr, gradients, n_rows, n_cols, ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
 
 
 @triton.jit

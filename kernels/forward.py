@@ -12,6 +12,7 @@ import triton.language as tl
 from fusedloss.kernels.reduction import reduce_batch, store_stats
 from fusedloss.kernels.rowwise import (
     STATE,
+    check_target,
     elements_in_sector,
     finite_max,
     float_from_bits,
@@ -27,6 +28,7 @@ from fusedloss.kernels.rowwise import (
     transform_logits,
 )
 from fusedloss.kernels.slices import merge_slices, publish_slice
+from fusedloss.kernels.tile import absorb_tile, by_row, by_turn, load_blocks, load_packed, tile_rows
 
 
 @triton.jit
@@ -56,40 +58,6 @@ def _store_rows(
         tl.store(saved_ptr + STATE + 2 * n_rows + rows, tl.where(counted, loss, float("-inf")), mask=mask)
 
 
-@triton.jit
-def absorb_tile(
-    row_ptr,  # (BLOCK_ROWS,) first logit of each row
-    col_stride,
-    read,  # (BLOCK_ROWS,)
-    cols,  # (BLOCK_COLS,)
-    n_cols,
-    target,  # (BLOCK_ROWS,)
-    weight_ptr,
-    row_max,
-    rest,
-    shift,
-    smooth_sum,
-    weight_total,
-    HAS_SMOOTHING: tl.constexpr,
-):
-    """One step of a tile's online softmax: statistics with BLOCK_COLS more columns, and their exp(x - m), 0 at the target."""
-    in_row = cols < n_cols
-    offsets = cols.to(tl.int64) * col_stride  # int64: classes may lie far apart; free where col_stride is 1
-    x = tl.load(row_ptr[:, None] + offsets[None, :], mask=read[:, None] & in_row[None, :], other=float("-inf")).to(rest.dtype)
-    new_max = tl.maximum(row_max, tl.max(x, 1))
-    finite = finite_max(new_max)
-    e = tl.where(cols[None, :] == target.to(tl.int32)[:, None], 0.0, tl.exp(x - finite[:, None]))
-    rest = rest * tl.exp(row_max - finite) + tl.sum(e, 1)
-    if HAS_SMOOTHING:
-        shift = tl.where(row_max == float("-inf"), finite, shift)  # the first maximum: any fixed logit of the row will do
-        w = in_row.to(rest.dtype)
-        if weight_ptr is not None:
-            w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(rest.dtype)
-        smooth_sum += tl.sum(tl.where(in_row[None, :], w[None, :] * (shift[:, None] - x), 0.0), 1)
-        weight_total += tl.sum(w, 0)
-    return new_max, rest, shift, smooth_sum, weight_total, e
-
-
 @triton.jit(do_not_specialize=["scale_bits", "smoothing_bits", "ignore_index", "top_k"])
 def forward_tile_kernel(
     loss_ptr,  # (n_rows,) for "none", else ()
@@ -116,50 +84,76 @@ def forward_tile_kernel(
     SAVE: tl.constexpr,
     ROWS_CONTIGUOUS: tl.constexpr,  # row_stride is 1: neighbouring rows, not classes, lie side by side
     VECTOR: tl.constexpr,  # the strides and the contiguous size are multiples of it; at most 16 bytes
+    ROW_GROUP: tl.constexpr,  # packed rows that are whole 16-byte groups together; 0: rows may lie anywhere
+    PADDED: tl.constexpr,  # elements of a packed row group, or of a thread's part of a packed row, to the next power of 2
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    N_BLOCKS: tl.constexpr,  # blocks of columns on chip at a time, which are the whole row; 0: a block at a time
 ):
-    """Losses of BLOCK_ROWS rows of one outer block, BLOCK_COLS classes at a time."""
+    """Losses of BLOCK_ROWS rows of one outer block."""
     dtype = saved_ptr.dtype.element_ty
-    n_inner, n_cols, outer_stride, row_stride, col_stride = prove_alignment(
-        n_inner, n_cols, outer_stride, row_stride, col_stride, ROWS_CONTIGUOUS, VECTOR
-    )
-    tiles_per_outer = tl.cdiv(n_inner, BLOCK_ROWS)
-    outer = (tl.program_id(0) // tl.maximum(tiles_per_outer, 1)).to(tl.int64)  # int64: offsets pass 2**31
-    inner = (tl.program_id(0) % tl.maximum(tiles_per_outer, 1)) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    mask = inner < n_inner  # the last tile of an outer block is rarely full
-    rows = outer * n_inner + inner
-    target, counted, valid = load_target(target_ptr, rows, mask, ignore_index, n_cols)
-
-    row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
-    x_t = tl.load(row_ptr + target * col_stride, mask=valid, other=0.0).to(dtype)
-    row_max = tl.full((BLOCK_ROWS,), float("-inf"), dtype)
-    rest = tl.zeros((BLOCK_ROWS,), dtype)
-    shift = tl.zeros((BLOCK_ROWS,), dtype)
-    smooth_sum = tl.zeros((BLOCK_ROWS,), dtype)
-    weight_total = tl.zeros((1,), dtype)
-    # Rows that do not count are not read, unless they share their 16 bytes with rows that do.
-    read = mask if ROWS_CONTIGUOUS else valid
-    for start in range(0, n_cols, BLOCK_COLS):
-        cols = start + tl.arange(0, BLOCK_COLS)
-        row_max, rest, shift, smooth_sum, weight_total, _block_e = absorb_tile(
-            row_ptr, col_stride, read, cols, n_cols, target, weight_ptr,
-            row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
-        )  # fmt: skip
-
-    target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
-    smoothing = None
-    if HAS_SMOOTHING:
-        smoothing = float_from_bits(smoothing_bits, dtype)
-        if SAVE:
-            tl.store(saved_ptr + 3 + tl.arange(0, 1), weight_total, mask=(tl.program_id(0) + tl.arange(0, 1)) == 0)
-    loss = row_loss(row_max, rest, x_t, tl.exp(x_t - row_max), target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
-    loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN, nothing was read
-
+    smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
     scale = load_scale(scale_ptr, scale_bits, dtype)
-    _store_rows(loss_ptr, saved_ptr, tl.program_id(0), rows, mask, counted, loss, row_max, rest, scale, n_rows, REDUCTION, SAVE)
+    N_TURNS: tl.constexpr = ROW_GROUP if ROW_GROUP > 0 else 1
+    TURN_ROWS: tl.constexpr = BLOCK_ROWS // N_TURNS
+    PART: tl.constexpr = N_BLOCKS if ROW_GROUP > 0 else 0
+    if ROW_GROUP > 0:
+        n_cols = N_BLOCKS if BLOCK_COLS == 1 else (n_cols // VECTOR) * VECTOR
+        held = load_packed(logits_ptr, n_rows, n_cols, ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
+    else:
+        n_inner, n_cols, outer_stride, row_stride, col_stride = prove_alignment(
+            n_inner, n_cols, outer_stride, row_stride, col_stride, ROWS_CONTIGUOUS, VECTOR
+        )
+    outer, inner, mask, rows = tile_rows(n_inner, BLOCK_ROWS, ROW_GROUP)
+    row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
+    target = tl.load(target_ptr + rows, mask=mask, other=ignore_index).to(tl.int64)
+    targets = by_turn(target, N_TURNS)
+
+    losses, maxima, rests = (), (), ()
+    count = tl.zeros((TURN_ROWS,), dtype)
+    for i in tl.static_range(N_TURNS):
+        counted, valid = check_target(targets[i], ignore_index, n_cols)
+        target_weight = load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
+        label = targets[i].to(tl.int32)
+        row_max = tl.full((TURN_ROWS,), float("-inf"), dtype)
+        rest = tl.zeros((TURN_ROWS,), dtype)
+        x_t = tl.zeros((TURN_ROWS,), dtype)
+        shift = tl.zeros((TURN_ROWS,), dtype)
+        smooth_sum = tl.zeros((TURN_ROWS,), dtype)
+        weight_total = tl.zeros((), dtype)
+        # Rows that do not count are not read, unless they share their 16 bytes with rows that do.
+        read = mask if ROWS_CONTIGUOUS else valid
+        if N_BLOCKS > 0:
+            if ROW_GROUP > 0:
+                blocks = held[i]
+            else:
+                blocks = load_blocks(row_ptr, col_stride, read, 0, n_cols, float("-inf"), BLOCK_COLS, N_BLOCKS, True)
+            row_max, rest, x_t, shift, smooth_sum, weight_total, _exps = absorb_tile(
+                blocks, 0, n_cols, label, weight_ptr,
+                row_max, rest, x_t, shift, smooth_sum, weight_total, BLOCK_COLS, PART, HAS_SMOOTHING,
+            )  # fmt: skip
+        else:
+            for start in range(0, n_cols, BLOCK_COLS):
+                block = load_blocks(row_ptr, col_stride, read, start, n_cols, float("-inf"), BLOCK_COLS, 1, False)
+                row_max, rest, x_t, shift, smooth_sum, weight_total, _exps = absorb_tile(
+                    block, start, n_cols, label, weight_ptr,
+                    row_max, rest, x_t, shift, smooth_sum, weight_total, BLOCK_COLS, PART, HAS_SMOOTHING,
+                )  # fmt: skip
+        loss = row_loss(
+            row_max, rest, x_t, tl.exp(x_t - row_max), target_weight, shift, weight_total, smooth_sum, smoothing, n_cols
+        )
+        loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN
+        losses, maxima, rests = losses + (loss,), maxima + (row_max,), rests + (rest,)
+        count += target_weight if REDUCTION == "mean" else counted.to(dtype)
+    if HAS_SMOOTHING and SAVE:
+        tl.store(saved_ptr + 3, weight_total, mask=tl.program_id(0) == 0)
+
+    loss = by_row(losses)
+    _store_rows(
+        loss_ptr, saved_ptr, tl.program_id(0), rows, mask, target != ignore_index, loss, by_row(maxima), by_row(rests), scale,
+        n_rows, REDUCTION, SAVE,
+    )  # fmt: skip
     if REDUCTION != "none":
-        count = target_weight if REDUCTION == "mean" else counted.to(dtype)
         reduce_batch(
             loss_ptr, saved_ptr, partial_ptr, ticket_ptr, tl.sum(loss, 0), tl.sum(count, 0), scale, top_k,
             tl.program_id(0), tl.num_programs(0), n_rows, REDUCTION, TOP_K_IS_FRACTION, partial_ptr is None,

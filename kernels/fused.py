@@ -14,11 +14,11 @@ denominator_kernel, a launch of its own over the targets alone, leaves the coeff
 
 import triton
 import triton.language as tl
-from fusedloss.kernels.backward import minus_smoothing, store_tile, stored_here
-from fusedloss.kernels.forward import absorb, absorb_tile, edge_columns, in_main, load_logits, main_columns, smoothing_sums
+from fusedloss.kernels.backward import minus_smoothing, stored_here
+from fusedloss.kernels.forward import absorb, edge_columns, in_main, load_logits, main_columns, smoothing_sums
 from fusedloss.kernels.reduction import count_rows, mean_coefficient, store_stats, sum_over_programs
 from fusedloss.kernels.rowwise import (
-    STATE,
+    check_target,
     elements_in_sector,
     finite_max,
     float_from_bits,
@@ -36,6 +36,18 @@ from fusedloss.kernels.rowwise import (
     transform_logits,
 )
 from fusedloss.kernels.slices import merge_slices, publish_slice, wait_for_slices
+from fusedloss.kernels.tile import (
+    absorb_tile,
+    by_turn,
+    exponentials,
+    load_blocks,
+    load_packed,
+    one_thread_each,
+    store_blocks,
+    store_packed,
+    tile_gradient,
+    tile_rows,
+)
 
 
 @triton.jit(do_not_specialize=["scale_bits", "ignore_index"])
@@ -100,96 +112,110 @@ def fused_tile_kernel(
     HAS_SMOOTHING: tl.constexpr,
     ROWS_CONTIGUOUS: tl.constexpr,  # both row strides are 1: neighbouring rows, not classes, lie side by side
     VECTOR: tl.constexpr,  # all strides and the contiguous size are multiples of it; at most 16 bytes
+    ROW_GROUP: tl.constexpr,  # packed rows that are whole 16-byte groups together; 0: rows may lie anywhere
+    PADDED: tl.constexpr,  # elements of a packed row group, or of a thread's part of a packed row, to the next power of 2
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
-    N_BLOCKS: tl.constexpr,  # 1: BLOCK_COLS >= n_cols, the rows stay in registers; 0: they are read twice
+    N_BLOCKS: tl.constexpr,  # the rows stay in registers, in so many blocks of columns; 0: they are read twice
 ):
     """Losses and gradients of BLOCK_ROWS rows of one outer block."""
     dtype = saved_ptr.dtype.element_ty
-    _, _, dlogits_outer_stride, dlogits_row_stride, dlogits_col_stride = prove_alignment(
-        n_inner, n_cols, dlogits_outer_stride, dlogits_row_stride, dlogits_col_stride, ROWS_CONTIGUOUS, VECTOR
-    )
-    n_inner, n_cols, outer_stride, row_stride, col_stride = prove_alignment(
-        n_inner, n_cols, outer_stride, row_stride, col_stride, ROWS_CONTIGUOUS, VECTOR
-    )
-    tiles_per_outer = tl.maximum(tl.cdiv(n_inner, BLOCK_ROWS), 1)
-    outer = (tl.program_id(0) // tiles_per_outer).to(tl.int64)  # int64: offsets pass 2**31
-    inner = (tl.program_id(0) % tiles_per_outer) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    mask = inner < n_inner  # the last tile of an outer block is rarely full
-    rows = outer * n_inner + inner
-    target, counted, valid = load_target(target_ptr, rows, mask, ignore_index, n_cols)
-    target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
-
+    smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
+    scale = load_scale(scale_ptr, scale_bits, dtype)
+    N_TURNS: tl.constexpr = ROW_GROUP if ROW_GROUP > 0 else 1
+    TURN_ROWS: tl.constexpr = BLOCK_ROWS // N_TURNS
+    PART: tl.constexpr = N_BLOCKS if ROW_GROUP > 0 else 0
+    if ROW_GROUP > 0:
+        n_cols = N_BLOCKS if BLOCK_COLS == 1 else (n_cols // VECTOR) * VECTOR
+        held = load_packed(logits_ptr, n_rows, n_cols, ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
+    else:
+        _, _, dlogits_outer_stride, dlogits_row_stride, dlogits_col_stride = prove_alignment(
+            n_inner, n_cols, dlogits_outer_stride, dlogits_row_stride, dlogits_col_stride, ROWS_CONTIGUOUS, VECTOR
+        )
+        n_inner, n_cols, outer_stride, row_stride, col_stride = prove_alignment(
+            n_inner, n_cols, outer_stride, row_stride, col_stride, ROWS_CONTIGUOUS, VECTOR
+        )
+    outer, inner, mask, rows = tile_rows(n_inner, BLOCK_ROWS, ROW_GROUP)
     row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
     dlogits_row_ptr = dlogits_ptr + outer * dlogits_outer_stride + inner.to(tl.int64) * dlogits_row_stride
-    x_t = tl.load(row_ptr + target * col_stride, mask=valid, other=0.0).to(dtype)
-    # Rows that do not count are not read, unless they share their 16 bytes with rows that do.
-    read = mask if ROWS_CONTIGUOUS else valid
-    row_max = tl.full((BLOCK_ROWS,), float("-inf"), dtype)
-    rest = tl.zeros((BLOCK_ROWS,), dtype)
-    shift = tl.zeros((BLOCK_ROWS,), dtype)
-    smooth_sum = tl.zeros((BLOCK_ROWS,), dtype)
-    weight_total = tl.zeros((1,), dtype)
-    if N_BLOCKS == 1:
-        cols = tl.arange(0, BLOCK_COLS)
-        row_max, rest, shift, smooth_sum, weight_total, e = absorb_tile(
-            row_ptr, col_stride, read, cols, n_cols, target, weight_ptr,
-            row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
-        )  # fmt: skip
-    else:
-        for start in range(0, n_cols, BLOCK_COLS):
-            block_cols = start + tl.arange(0, BLOCK_COLS)
-            row_max, rest, shift, smooth_sum, weight_total, _block_e = absorb_tile(
-                row_ptr, col_stride, read, block_cols, n_cols, target, weight_ptr,
-                row_max, rest, shift, smooth_sum, weight_total, HAS_SMOOTHING,
-            )  # fmt: skip
+    targets = by_turn(tl.load(target_ptr + rows, mask=mask, other=ignore_index).to(tl.int64), N_TURNS)
 
-    tl.store(saved_ptr + STATE + rows, row_max, mask=mask)  # for a second backward
-    tl.store(saved_ptr + STATE + n_rows + rows, rest, mask=mask)
-    if not ROWS_CONTIGUOUS:
-        # Each thread holds a few columns of several rows, and each row's statistics are in as many threads as share it. Read
-        # back, a row is in one thread, so that all that follows is computed once: a third of the kernel's instructions.
-        tl.debug_barrier()  # other threads stored them
-        row_max = tl.load(saved_ptr + STATE + rows, mask=mask, other=0.0)
-        rest = tl.load(saved_ptr + STATE + n_rows + rows, mask=mask, other=0.0)
-    smoothing = None
-    if HAS_SMOOTHING:
-        smoothing = float_from_bits(smoothing_bits, dtype)
-        tl.store(saved_ptr + 3 + tl.arange(0, 1), weight_total, mask=(tl.program_id(0) + tl.arange(0, 1)) == 0)
-    e_t = tl.exp(x_t - row_max)
-    loss = row_loss(row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
-    loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN, nothing was read
-
-    scale = load_scale(scale_ptr, scale_bits, dtype)
+    weight_sum = tl.zeros((TURN_ROWS,), dtype)
+    for i in tl.static_range(N_TURNS):
+        counted, valid = check_target(targets[i], ignore_index, n_cols)
+        weight_sum += load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
+    weight_sum = tl.sum(weight_sum, 0)
     if REDUCTION == "sum":
         g = scale
     elif ticket_ptr is None:
-        g = mean_coefficient(scale, tl.sum(target_weight, 0))
+        g = mean_coefficient(scale, weight_sum)
     else:
         g = tl.load(saved_ptr)
-    row_g = tl.where(mask, g, 0.0)
-    p_factor, at_target, smooth_factor, _ = gradient_factors(
-        target_weight, valid, counted, row_g, rest, e_t, smoothing, weight_total, n_cols
-    )
-    live = valid & (row_g != 0)
-    if N_BLOCKS == 1:
-        store_tile(
-            dlogits_row_ptr, dlogits_col_stride, mask, live, cols, n_cols, target, weight_ptr,
-            e, p_factor, at_target, smooth_factor, HAS_SMOOTHING,
-        )  # fmt: skip
-    else:
-        finite = finite_max(row_max)
-        for start in range(0, n_cols, BLOCK_COLS):
-            again = start + tl.arange(0, BLOCK_COLS)
-            offsets = again.to(tl.int64) * col_stride
-            x = tl.load(row_ptr[:, None] + offsets[None, :], mask=read[:, None] & (again < n_cols)[None, :], other=0.0).to(dtype)
-            store_tile(
-                dlogits_row_ptr, dlogits_col_stride, mask, live, again, n_cols, target, weight_ptr,
-                tl.exp(x - finite[:, None]), p_factor, at_target, smooth_factor, HAS_SMOOTHING,
-            )  # fmt: skip
 
-    loss_sum, last = sum_over_programs(partial_ptr, ticket_ptr, tl.sum(loss, 0), tl.program_id(0), tl.num_programs(0))
-    tl.store(loss_ptr, (g * loss_sum).to(dtype), mask=last)
+    loss_sum = tl.zeros((TURN_ROWS,), dtype)
+    gradients = ()
+    for i in tl.static_range(N_TURNS):
+        counted, valid = check_target(targets[i], ignore_index, n_cols)
+        target_weight = load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
+        label = targets[i].to(tl.int32)
+        row_max = tl.full((TURN_ROWS,), float("-inf"), dtype)
+        rest = tl.zeros((TURN_ROWS,), dtype)
+        x_t = tl.zeros((TURN_ROWS,), dtype)
+        shift = tl.zeros((TURN_ROWS,), dtype)
+        smooth_sum = tl.zeros((TURN_ROWS,), dtype)
+        weight_total = tl.zeros((), dtype)
+        # Rows that do not count are not read, unless they share their 16 bytes with rows that do.
+        read = mask if ROWS_CONTIGUOUS else valid
+        if N_BLOCKS > 0:
+            if ROW_GROUP > 0:
+                blocks = held[i]
+            else:
+                blocks = load_blocks(row_ptr, col_stride, read, 0, n_cols, float("-inf"), BLOCK_COLS, N_BLOCKS, True)
+            row_max, rest, x_t, shift, smooth_sum, weight_total, exps = absorb_tile(
+                blocks, 0, n_cols, label, weight_ptr,
+                row_max, rest, x_t, shift, smooth_sum, weight_total, BLOCK_COLS, PART, HAS_SMOOTHING,
+            )  # fmt: skip
+        else:
+            for start in range(0, n_cols, BLOCK_COLS):
+                block = load_blocks(row_ptr, col_stride, read, start, n_cols, float("-inf"), BLOCK_COLS, 1, False)
+                row_max, rest, x_t, shift, smooth_sum, weight_total, _exps = absorb_tile(
+                    block, start, n_cols, label, weight_ptr,
+                    row_max, rest, x_t, shift, smooth_sum, weight_total, BLOCK_COLS, PART, HAS_SMOOTHING,
+                )  # fmt: skip
+
+        if BLOCK_COLS > 1 and ROWS_CONTIGUOUS:  # a row's threads are many
+            row_max, rest, x_t = one_thread_each(row_max), one_thread_each(rest), one_thread_each(x_t)
+        e_t = tl.exp(x_t - row_max)
+        loss = row_loss(row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
+        loss_sum += tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN
+        row_g = tl.where(counted, g, 0.0)
+        p_factor, at_target, smooth_factor, _ = gradient_factors(
+            target_weight, valid, counted, row_g, rest, e_t, smoothing, weight_total, n_cols
+        )
+        live = valid & (row_g != 0)
+        if N_BLOCKS > 0:
+            dlogits = tile_gradient(
+                exps, 0, n_cols, label, live, weight_ptr, p_factor, at_target, smooth_factor,
+                dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
+            )  # fmt: skip
+            if ROW_GROUP > 0:
+                gradients = gradients + (dlogits,)
+            else:
+                store_blocks(dlogits_row_ptr, dlogits_col_stride, dlogits, mask, 0, n_cols, BLOCK_COLS, True)
+        else:
+            finite = finite_max(row_max)
+            for start in range(0, n_cols, BLOCK_COLS):
+                again = load_blocks(row_ptr, col_stride, read, start, n_cols, 0.0, BLOCK_COLS, 1, False)
+                dlogits = tile_gradient(
+                    exponentials(again, finite, BLOCK_COLS), start, n_cols, label, live, weight_ptr,
+                    p_factor, at_target, smooth_factor, dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
+                )  # fmt: skip
+                store_blocks(dlogits_row_ptr, dlogits_col_stride, dlogits, mask, start, n_cols, BLOCK_COLS, False)
+    if ROW_GROUP > 0:
+        store_packed(dlogits_ptr, gradients, n_rows, n_cols, ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
+
+    total, last = sum_over_programs(partial_ptr, ticket_ptr, tl.sum(loss_sum, 0), tl.program_id(0), tl.num_programs(0))
+    tl.store(loss_ptr, (g * total).to(dtype), mask=last)
 
 
 @triton.jit(

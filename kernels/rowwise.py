@@ -50,9 +50,15 @@ def load_scale(scale_ptr, scale_bits, dtype: tl.constexpr):
 def load_target(target_ptr, rows, mask, ignore_index, n_cols):
     """Class index of each row, whether the row counts, and whether its index may be used as an address."""
     target = tl.load(target_ptr + rows, mask=mask, other=0).to(tl.int64)  # uint8 156 stays 156, it is not -100
-    counted = mask & (target != ignore_index)
-    valid = counted & (target >= 0) & (target < n_cols)
-    return target, counted, valid
+    counted, valid = check_target(target, ignore_index, n_cols)
+    return target, mask & counted, mask & valid
+
+
+@triton.jit
+def check_target(target, ignore_index, n_cols):
+    """Whether a row counts, and whether its class index may be used as an address."""
+    counted = target != ignore_index
+    return counted, counted & (target >= 0) & (target < n_cols)
 
 
 @triton.jit

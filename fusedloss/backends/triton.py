@@ -20,6 +20,7 @@ from fusedloss.plan_triton import (
     fused_tile,
     geometries,
     holds_more,
+    next_power_of_2,
     row_group,
     scale_tile,
 )
@@ -76,7 +77,7 @@ def forward(
             col_stride=g.col_stride,
             ROWS_CONTIGUOUS=g.rows_contiguous,
             VECTOR=g.vector(itemsize),
-            BLOCK_ROWS=tile.block_rows,
+            **_tile_layout(tile),
         )
     arguments.update(
         REDUCTION=options.reduction,
@@ -117,7 +118,6 @@ def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, 
         "REDUCTION": options.reduction,
         "HAS_SMOOTHING": options.label_smoothing > 0,
         "BLOCK_COLS": tile.block_cols,
-        "N_BLOCKS": tile.n_blocks,
         "num_warps": tile.num_warps,
         **_layout_with_gradient(tile, g, out, itemsize),
     }
@@ -128,6 +128,7 @@ def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, 
             **_extras(inputs, options),
             slices_ptr=_slices(tile, g.n_rows, saved) if sliced else None,
             arrived_ptr=saved.new_empty((1 + g.n_rows,), dtype=torch.int32) if sliced else None,
+            N_BLOCKS=tile.n_blocks,
             N_SLICES=tile.n_slices,
             WAITS=not _interprets(),
         )
@@ -264,8 +265,14 @@ def _layout_with_gradient(tile: Tile, g: Geometry, out: Geometry, itemsize: int)
         "col_stride": g.col_stride,
         "ROWS_CONTIGUOUS": g.rows_contiguous and out.rows_contiguous,
         "VECTOR": min(g.vector(itemsize), out.vector(itemsize)) if same_order else 1,
-        "BLOCK_ROWS": tile.block_rows,
+        **_tile_layout(tile),
     }
+
+
+def _tile_layout(tile: Tile) -> dict[str, int]:
+    """How a tile of several rows is held on chip."""
+    padded = next_power_of_2(tile.row_group * tile.n_blocks)
+    return {"ROW_GROUP": tile.row_group, "PADDED": padded, "BLOCK_ROWS": tile.block_rows, "N_BLOCKS": tile.n_blocks}
 
 
 @cache
