@@ -45,19 +45,27 @@ from fusedloss.kernels.tile import (
     target_logit,
     tile_gradient,
     tile_rows,
+    transform_blocks,
 )
 
 
-@triton.jit(do_not_specialize=["smoothing_bits", "ignore_index"])
+@triton.jit(do_not_specialize=["smoothing_bits", "ignore_index", "lam_bits", "z_loss_bits", "logit_scale_bits", "softcap_bits"])
 def backward_tile_kernel(
     dlogits_ptr,  # (n_outer, n_inner, n_cols)
     dloss_ptr,  # (n_rows,) for "none", else ()
     saved_ptr,  # (4 + 3 n_rows,), see rowwise.py
     logits_ptr,  # (n_outer, n_inner, n_cols)
     target_ptr,  # (n_rows,) int64 or uint8
+    target_b_ptr,  # the second of two labels: (n_rows,) or None
+    lam_ptr,  # share of the first: (n_rows,) or None
     weight_ptr,  # (n_cols,) or None
+    sample_weight_ptr,  # (n_rows,) or None
     smoothing_bits: "i64",  # read with HAS_SMOOTHING
     ignore_index: "i64",
+    lam_bits,  # this and the following: None where absent
+    z_loss_bits,
+    logit_scale_bits,
+    softcap_bits,
     n_rows,
     n_inner,
     n_cols,
@@ -81,6 +89,9 @@ def backward_tile_kernel(
     dtype = saved_ptr.dtype.element_ty
     smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
     weight_total = tl.load(saved_ptr + 3) if HAS_SMOOTHING else None
+    z_loss = optional_float(z_loss_bits, dtype)
+    logit_scale = optional_float(logit_scale_bits, dtype)
+    softcap = optional_float(softcap_bits, dtype)
     N_TURNS: tl.constexpr = ROW_GROUP if ROW_GROUP > 0 else 1
     PART: tl.constexpr = N_BLOCKS if ROW_GROUP > 0 else 0
     if ROW_GROUP > 0:
@@ -96,6 +107,8 @@ def backward_tile_kernel(
     row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
     dlogits_row_ptr = dlogits_ptr + outer * dlogits_outer_stride + inner.to(tl.int64) * dlogits_row_stride
     targets = by_turn(tl.load(target_ptr + rows, mask=mask, other=ignore_index).to(tl.int64), N_TURNS)
+    # Of rows that do not exist: the index of no row.
+    turn_rows = by_turn(tl.where(mask, rows, n_rows), N_TURNS)
     coefficient = row_coefficient(saved_ptr, dloss_ptr, rows, mask, n_rows, REDUCTION)
     coefficients = by_turn(coefficient, N_TURNS)
     maxima = by_turn(tl.load(saved_ptr + STATE + rows, mask=mask, other=0.0), N_TURNS)
@@ -109,8 +122,19 @@ def backward_tile_kernel(
     gradients = ()
     for i in tl.static_range(N_TURNS):
         counted, valid = check_target(targets[i], ignore_index, n_cols)
+        target_weight = load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
+        label_b, weight_b = None, None
+        if target_b_ptr is not None:
+            target_b, counted, valid, target_weight, weight_b, _ = load_second_label(
+                target_b_ptr, lam_ptr, lam_bits, weight_ptr, turn_rows[i], turn_rows[i] < n_rows, targets[i], counted, valid,
+                target_weight, ignore_index, n_cols,
+            )  # fmt: skip
+            label_b = target_b.to(tl.int32)
+        g = coefficients[i]
+        if sample_weight_ptr is not None:
+            g *= load_sample_weight(sample_weight_ptr, turn_rows[i], counted, dtype)
         label = targets[i].to(tl.int32)
-        live = valid & (coefficients[i] != 0)
+        live = valid & (g != 0)
         # Rows without gradient are not read, unless they share their 16 bytes with rows that have one.
         read = mask if ROWS_CONTIGUOUS else live
         if N_BLOCKS > 0:
@@ -118,17 +142,28 @@ def backward_tile_kernel(
                 blocks = held[i]
             else:
                 blocks = load_blocks(row_ptr, col_stride, read, 0, n_cols, 0.0, BLOCK_COLS, N_BLOCKS, True)
+            blocks = transform_blocks(blocks, 0, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
             x_t = target_logit(blocks, label, dtype, BLOCK_COLS, PART)
         else:
             x_t = tl.load(row_ptr + targets[i] * col_stride, mask=live, other=0.0).to(dtype)
-        target_weight = load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
-        p_factor, at_target, smooth_factor, _ = gradient_factors(
-            target_weight, valid, counted, coefficients[i], rests[i], tl.exp(x_t - maxima[i]), smoothing, weight_total, n_cols
-        )
+            x_t = transform_logits(x_t, logit_scale, softcap)
+        e_b = None
+        if target_b_ptr is not None:
+            if N_BLOCKS > 0:
+                x_b = target_logit(blocks, label_b, dtype, BLOCK_COLS, PART)
+            else:
+                x_b = tl.load(row_ptr + target_b * col_stride, mask=live, other=0.0).to(dtype)
+                x_b = transform_logits(x_b, logit_scale, softcap)
+            e_b = tl.exp(x_b - maxima[i])
+        p_factor, at_target, smooth_factor, at_b = gradient_factors(
+            target_weight, valid, counted, g, rests[i], tl.exp(x_t - maxima[i]), smoothing, weight_total, n_cols,
+            maxima[i], e_b, weight_b, z_loss,
+        )  # fmt: skip
         if N_BLOCKS > 0:
             dlogits = tile_gradient(
-                exponentials(blocks, maxima[i], BLOCK_COLS), 0, n_cols, label, live, weight_ptr,
-                p_factor, at_target, smooth_factor, dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
+                exponentials(blocks, maxima[i], BLOCK_COLS), blocks, 0, n_cols, label, live, weight_ptr,
+                p_factor, at_target, smooth_factor, label_b, at_b, logit_scale, softcap,
+                dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
             )  # fmt: skip
             if ROW_GROUP > 0:
                 gradients = gradients + (dlogits,)
@@ -137,9 +172,11 @@ def backward_tile_kernel(
         else:
             for start in range(0, n_cols, BLOCK_COLS):
                 block = load_blocks(row_ptr, col_stride, read, start, n_cols, 0.0, BLOCK_COLS, 1, False)
+                block = transform_blocks(block, start, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
                 dlogits = tile_gradient(
-                    exponentials(block, maxima[i], BLOCK_COLS), start, n_cols, label, live, weight_ptr,
-                    p_factor, at_target, smooth_factor, dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
+                    exponentials(block, maxima[i], BLOCK_COLS), block, start, n_cols, label, live, weight_ptr,
+                    p_factor, at_target, smooth_factor, label_b, at_b, logit_scale, softcap,
+                    dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
                 )  # fmt: skip
                 store_blocks(dlogits_row_ptr, dlogits_col_stride, dlogits, mask, start, n_cols, BLOCK_COLS, False)
     if ROW_GROUP > 0:

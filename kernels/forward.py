@@ -28,7 +28,16 @@ from fusedloss.kernels.rowwise import (
     transform_logits,
 )
 from fusedloss.kernels.slices import merge_slices, publish_slice
-from fusedloss.kernels.tile import absorb_tile, by_row, by_turn, load_blocks, load_packed, tile_rows
+from fusedloss.kernels.tile import (
+    absorb_tile,
+    by_row,
+    by_turn,
+    load_blocks,
+    load_packed,
+    target_logit,
+    tile_rows,
+    transform_blocks,
+)
 
 
 @triton.jit
@@ -58,20 +67,34 @@ def _store_rows(
         tl.store(saved_ptr + STATE + 2 * n_rows + rows, tl.where(counted, loss, float("-inf")), mask=mask)
 
 
-@triton.jit(do_not_specialize=["scale_bits", "smoothing_bits", "ignore_index", "top_k"])
+@triton.jit(
+    do_not_specialize=[
+        "scale_bits", "smoothing_bits", "ignore_index", "top_k", "lam_bits", "z_loss_bits", "logit_scale_bits", "softcap_bits",
+    ]
+)  # fmt: skip
 def forward_tile_kernel(
     loss_ptr,  # (n_rows,) for "none", else ()
     saved_ptr,  # (4 + 3 n_rows,), see rowwise.py
+    row_stats_ptr,  # (2, n_rows), with the two that follow None without statistics
+    counts_ptr,  # (3,) int64
+    flags_ptr,  # (n_rows,) int8 workspace
     partial_ptr,  # (2, n_programs) workspace, None with a single program or "none"
     ticket_ptr,  # () int32, likewise
     logits_ptr,  # (n_outer, n_inner, n_cols)
     target_ptr,  # (n_rows,) int64 or uint8
+    target_b_ptr,  # the second of two labels: (n_rows,) or None
+    lam_ptr,  # share of the first: (n_rows,) or None
     weight_ptr,  # (n_cols,) or None
+    sample_weight_ptr,  # (n_rows,) or None
     scale_ptr,  # () or None
     scale_bits: "i64",
     smoothing_bits: "i64",  # read with HAS_SMOOTHING
     ignore_index: "i64",
     top_k: "i64",
+    lam_bits,  # this and the following: None where absent
+    z_loss_bits,
+    logit_scale_bits,
+    softcap_bits,
     n_rows,
     n_inner,
     n_cols,
@@ -93,6 +116,9 @@ def forward_tile_kernel(
     """Losses of BLOCK_ROWS rows of one outer block."""
     dtype = saved_ptr.dtype.element_ty
     smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
+    z_loss = optional_float(z_loss_bits, dtype)
+    logit_scale = optional_float(logit_scale_bits, dtype)
+    softcap = optional_float(softcap_bits, dtype)
     scale = load_scale(scale_ptr, scale_bits, dtype)
     N_TURNS: tl.constexpr = ROW_GROUP if ROW_GROUP > 0 else 1
     TURN_ROWS: tl.constexpr = BLOCK_ROWS // N_TURNS
@@ -108,12 +134,24 @@ def forward_tile_kernel(
     row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
     target = tl.load(target_ptr + rows, mask=mask, other=ignore_index).to(tl.int64)
     targets = by_turn(target, N_TURNS)
+    # Of rows that do not exist: the index of no row.
+    turn_rows = by_turn(tl.where(mask, rows, n_rows), N_TURNS)
 
-    losses, maxima, rests = (), (), ()
+    losses, maxima, rests, lses, counts, corrects = (), (), (), (), (), ()
     count = tl.zeros((TURN_ROWS,), dtype)
     for i in tl.static_range(N_TURNS):
         counted, valid = check_target(targets[i], ignore_index, n_cols)
         target_weight = load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
+        label_b, weight_b, lam = None, None, None
+        if target_b_ptr is not None:
+            target_b, counted, valid, target_weight, weight_b, lam = load_second_label(
+                target_b_ptr, lam_ptr, lam_bits, weight_ptr, turn_rows[i], turn_rows[i] < n_rows, targets[i], counted, valid,
+                target_weight, ignore_index, n_cols,
+            )  # fmt: skip
+            label_b = target_b.to(tl.int32)
+        sample_weight = None
+        if sample_weight_ptr is not None:
+            sample_weight = load_sample_weight(sample_weight_ptr, turn_rows[i], counted, dtype)
         label = targets[i].to(tl.int32)
         row_max = tl.full((TURN_ROWS,), float("-inf"), dtype)
         rest = tl.zeros((TURN_ROWS,), dtype)
@@ -128,6 +166,7 @@ def forward_tile_kernel(
                 blocks = held[i]
             else:
                 blocks = load_blocks(row_ptr, col_stride, read, 0, n_cols, float("-inf"), BLOCK_COLS, N_BLOCKS, True)
+            blocks = transform_blocks(blocks, 0, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
             row_max, rest, x_t, shift, smooth_sum, weight_total, _exps = absorb_tile(
                 blocks, 0, n_cols, label, weight_ptr,
                 row_max, rest, x_t, shift, smooth_sum, weight_total, BLOCK_COLS, PART, HAS_SMOOTHING,
@@ -135,28 +174,48 @@ def forward_tile_kernel(
         else:
             for start in range(0, n_cols, BLOCK_COLS):
                 block = load_blocks(row_ptr, col_stride, read, start, n_cols, float("-inf"), BLOCK_COLS, 1, False)
+                block = transform_blocks(block, start, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
                 row_max, rest, x_t, shift, smooth_sum, weight_total, _exps = absorb_tile(
                     block, start, n_cols, label, weight_ptr,
                     row_max, rest, x_t, shift, smooth_sum, weight_total, BLOCK_COLS, PART, HAS_SMOOTHING,
                 )  # fmt: skip
+        x_b = None
+        if target_b_ptr is not None:
+            if N_BLOCKS > 0:
+                x_b = target_logit(blocks, label_b, dtype, BLOCK_COLS, PART)
+            else:
+                x_b = tl.load(row_ptr + target_b * col_stride, mask=valid, other=0.0).to(dtype)
+                x_b = transform_logits(x_b, logit_scale, softcap)
+        e_t = tl.exp(x_t - row_max)
         loss = row_loss(
-            row_max, rest, x_t, tl.exp(x_t - row_max), target_weight, shift, weight_total, smooth_sum, smoothing, n_cols
-        )
+            row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols,
+            x_b, weight_b, z_loss, sample_weight,
+        )  # fmt: skip
         loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN
         losses, maxima, rests = losses + (loss,), maxima + (row_max,), rests + (rest,)
-        count += target_weight if REDUCTION == "mean" else counted.to(dtype)
+        if row_stats_ptr is not None:
+            lses = lses + (tl.where(valid, row_max + tl.log(rest + e_t), float("nan")),)
+            correct = x_t == row_max
+            if target_b_ptr is not None:
+                correct = (correct & (lam >= 0.5)) | ((x_b == row_max) & (lam <= 0.5))
+            corrects = corrects + ((valid & correct).to(tl.int32),)
+        counts = counts + (counted.to(tl.int32),)  # integers, since bits are not moved between threads as well
+        count += target_weight if REDUCTION == "mean" and target_b_ptr is None else counted.to(dtype)
     if HAS_SMOOTHING and SAVE:
         tl.store(saved_ptr + 3, weight_total, mask=tl.program_id(0) == 0)
 
-    loss = by_row(losses)
+    loss, counted = by_row(losses), by_row(counts) != 0
     _store_rows(
-        loss_ptr, saved_ptr, tl.program_id(0), rows, mask, target != ignore_index, loss, by_row(maxima), by_row(rests), scale,
+        loss_ptr, saved_ptr, tl.program_id(0), rows, mask, counted, loss, by_row(maxima), by_row(rests), scale,
         n_rows, REDUCTION, SAVE,
     )  # fmt: skip
-    if REDUCTION != "none":
+    if row_stats_ptr is not None:
+        store_stats(row_stats_ptr, flags_ptr, rows, mask, counted, by_row(corrects) != 0, by_row(lses), loss, n_rows)
+    if REDUCTION != "none" or row_stats_ptr is not None:
         reduce_batch(
             loss_ptr, saved_ptr, partial_ptr, ticket_ptr, tl.sum(loss, 0), tl.sum(count, 0), scale, top_k,
             tl.program_id(0), tl.num_programs(0), n_rows, REDUCTION, TOP_K_IS_FRACTION, partial_ptr is None,
+            counts_ptr, row_stats_ptr, flags_ptr,
         )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ from fusedloss.kernels.rowwise import (
 from fusedloss.kernels.slices import merge_slices, publish_slice, wait_for_slices
 from fusedloss.kernels.tile import (
     absorb_tile,
+    by_row,
     by_turn,
     exponentials,
     load_blocks,
@@ -45,8 +46,10 @@ from fusedloss.kernels.tile import (
     one_thread_each,
     store_blocks,
     store_packed,
+    target_logit,
     tile_gradient,
     tile_rows,
+    transform_blocks,
 )
 
 
@@ -85,20 +88,34 @@ def denominator_kernel(
     tl.store(saved_ptr, mean_coefficient(load_scale(scale_ptr, scale_bits, dtype), denominator), mask=last)
 
 
-@triton.jit(do_not_specialize=["scale_bits", "smoothing_bits", "ignore_index"])
+@triton.jit(
+    do_not_specialize=[
+        "scale_bits", "smoothing_bits", "ignore_index", "lam_bits", "z_loss_bits", "logit_scale_bits", "softcap_bits",
+    ]
+)  # fmt: skip
 def fused_tile_kernel(
     loss_ptr,  # ()
     saved_ptr,  # (4 + 3 n_rows,), see rowwise.py; in: [0], for the mean with several programs
     dlogits_ptr,  # (n_outer, n_inner, n_cols)
+    row_stats_ptr,  # (2, n_rows), with the two that follow None without statistics
+    counts_ptr,  # (3,) int64
+    flags_ptr,  # (n_rows,) int8 workspace
     partial_ptr,  # (n_programs,) workspace, None with a single program
     ticket_ptr,  # () int32, likewise
     logits_ptr,  # (n_outer, n_inner, n_cols)
     target_ptr,  # (n_rows,) int64 or uint8
+    target_b_ptr,  # the second of two labels: (n_rows,) or None
+    lam_ptr,  # share of the first: (n_rows,) or None
     weight_ptr,  # (n_cols,) or None
+    sample_weight_ptr,  # (n_rows,) or None
     scale_ptr,  # () or None
     scale_bits: "i64",
     smoothing_bits: "i64",  # read with HAS_SMOOTHING
     ignore_index: "i64",
+    lam_bits,  # this and the following: None where absent
+    z_loss_bits,
+    logit_scale_bits,
+    softcap_bits,
     n_rows,
     n_inner,
     n_cols,
@@ -121,6 +138,9 @@ def fused_tile_kernel(
     """Losses and gradients of BLOCK_ROWS rows of one outer block."""
     dtype = saved_ptr.dtype.element_ty
     smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
+    z_loss = optional_float(z_loss_bits, dtype)
+    logit_scale = optional_float(logit_scale_bits, dtype)
+    softcap = optional_float(softcap_bits, dtype)
     scale = load_scale(scale_ptr, scale_bits, dtype)
     N_TURNS: tl.constexpr = ROW_GROUP if ROW_GROUP > 0 else 1
     TURN_ROWS: tl.constexpr = BLOCK_ROWS // N_TURNS
@@ -139,24 +159,39 @@ def fused_tile_kernel(
     row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
     dlogits_row_ptr = dlogits_ptr + outer * dlogits_outer_stride + inner.to(tl.int64) * dlogits_row_stride
     targets = by_turn(tl.load(target_ptr + rows, mask=mask, other=ignore_index).to(tl.int64), N_TURNS)
+    # Of rows that do not exist: the index of no row.
+    turn_rows = by_turn(tl.where(mask, rows, n_rows), N_TURNS)
 
-    weight_sum = tl.zeros((TURN_ROWS,), dtype)
-    for i in tl.static_range(N_TURNS):
-        counted, valid = check_target(targets[i], ignore_index, n_cols)
-        weight_sum += load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
-    weight_sum = tl.sum(weight_sum, 0)
     if REDUCTION == "sum":
         g = scale
     elif ticket_ptr is None:
-        g = mean_coefficient(scale, weight_sum)
+        weight_sum = tl.zeros((TURN_ROWS,), dtype)
+        for i in tl.static_range(N_TURNS):
+            counted, valid = check_target(targets[i], ignore_index, n_cols)
+            if target_b_ptr is not None:
+                _, counted_b, _ = load_target(target_b_ptr, turn_rows[i], turn_rows[i] < n_rows, ignore_index, n_cols)
+                weight_sum += (counted & counted_b).to(dtype)
+            else:
+                weight_sum += load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
+        g = mean_coefficient(scale, tl.sum(weight_sum, 0))
     else:
         g = tl.load(saved_ptr)
 
     loss_sum = tl.zeros((TURN_ROWS,), dtype)
-    gradients = ()
+    gradients, losses, lses, counts, corrects = (), (), (), (), ()
     for i in tl.static_range(N_TURNS):
         counted, valid = check_target(targets[i], ignore_index, n_cols)
         target_weight = load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
+        label_b, weight_b, lam = None, None, None
+        if target_b_ptr is not None:
+            target_b, counted, valid, target_weight, weight_b, lam = load_second_label(
+                target_b_ptr, lam_ptr, lam_bits, weight_ptr, turn_rows[i], turn_rows[i] < n_rows, targets[i], counted, valid,
+                target_weight, ignore_index, n_cols,
+            )  # fmt: skip
+            label_b = target_b.to(tl.int32)
+        sample_weight = None
+        if sample_weight_ptr is not None:
+            sample_weight = load_sample_weight(sample_weight_ptr, turn_rows[i], counted, dtype)
         label = targets[i].to(tl.int32)
         row_max = tl.full((TURN_ROWS,), float("-inf"), dtype)
         rest = tl.zeros((TURN_ROWS,), dtype)
@@ -171,6 +206,7 @@ def fused_tile_kernel(
                 blocks = held[i]
             else:
                 blocks = load_blocks(row_ptr, col_stride, read, 0, n_cols, float("-inf"), BLOCK_COLS, N_BLOCKS, True)
+            blocks = transform_blocks(blocks, 0, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
             row_max, rest, x_t, shift, smooth_sum, weight_total, exps = absorb_tile(
                 blocks, 0, n_cols, label, weight_ptr,
                 row_max, rest, x_t, shift, smooth_sum, weight_total, BLOCK_COLS, PART, HAS_SMOOTHING,
@@ -178,25 +214,47 @@ def fused_tile_kernel(
         else:
             for start in range(0, n_cols, BLOCK_COLS):
                 block = load_blocks(row_ptr, col_stride, read, start, n_cols, float("-inf"), BLOCK_COLS, 1, False)
+                block = transform_blocks(block, start, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
                 row_max, rest, x_t, shift, smooth_sum, weight_total, _exps = absorb_tile(
                     block, start, n_cols, label, weight_ptr,
                     row_max, rest, x_t, shift, smooth_sum, weight_total, BLOCK_COLS, PART, HAS_SMOOTHING,
                 )  # fmt: skip
 
+        x_b, e_b = None, None
+        if target_b_ptr is not None:
+            if N_BLOCKS > 0:
+                x_b = target_logit(blocks, label_b, dtype, BLOCK_COLS, PART)
+            else:
+                x_b = tl.load(row_ptr + target_b * col_stride, mask=valid, other=0.0).to(dtype)
+                x_b = transform_logits(x_b, logit_scale, softcap)
         if BLOCK_COLS > 1 and ROWS_CONTIGUOUS:  # a row's threads are many
             row_max, rest, x_t = one_thread_each(row_max), one_thread_each(rest), one_thread_each(x_t)
         e_t = tl.exp(x_t - row_max)
-        loss = row_loss(row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols)
-        loss_sum += tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN
-        row_g = tl.where(counted, g, 0.0)
-        p_factor, at_target, smooth_factor, _ = gradient_factors(
-            target_weight, valid, counted, row_g, rest, e_t, smoothing, weight_total, n_cols
+        if target_b_ptr is not None:
+            e_b = tl.exp(x_b - row_max)
+        loss = row_loss(
+            row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols,
+            x_b, weight_b, z_loss, sample_weight,
+        )  # fmt: skip
+        loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN
+        loss_sum += loss
+        if row_stats_ptr is not None:
+            losses = losses + (loss,)
+            lses = lses + (tl.where(valid, row_max + tl.log(rest + e_t), float("nan")),)
+            correct = x_t == row_max
+            if target_b_ptr is not None:
+                correct = (correct & (lam >= 0.5)) | ((x_b == row_max) & (lam <= 0.5))
+            # Integers, since bits are not moved between threads as well.
+            counts, corrects = counts + (counted.to(tl.int32),), corrects + ((valid & correct).to(tl.int32),)
+        row_g = tl.where(counted, g if sample_weight_ptr is None else g * sample_weight, 0.0)
+        p_factor, at_target, smooth_factor, at_b = gradient_factors(
+            target_weight, valid, counted, row_g, rest, e_t, smoothing, weight_total, n_cols, row_max, e_b, weight_b, z_loss
         )
         live = valid & (row_g != 0)
         if N_BLOCKS > 0:
             dlogits = tile_gradient(
-                exps, 0, n_cols, label, live, weight_ptr, p_factor, at_target, smooth_factor,
-                dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
+                exps, blocks, 0, n_cols, label, live, weight_ptr, p_factor, at_target, smooth_factor, label_b, at_b,
+                logit_scale, softcap, dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
             )  # fmt: skip
             if ROW_GROUP > 0:
                 gradients = gradients + (dlogits,)
@@ -206,16 +264,24 @@ def fused_tile_kernel(
             finite = finite_max(row_max)
             for start in range(0, n_cols, BLOCK_COLS):
                 again = load_blocks(row_ptr, col_stride, read, start, n_cols, 0.0, BLOCK_COLS, 1, False)
+                again = transform_blocks(again, start, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
                 dlogits = tile_gradient(
-                    exponentials(again, finite, BLOCK_COLS), start, n_cols, label, live, weight_ptr,
-                    p_factor, at_target, smooth_factor, dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
+                    exponentials(again, finite, BLOCK_COLS), again, start, n_cols, label, live, weight_ptr,
+                    p_factor, at_target, smooth_factor, label_b, at_b, logit_scale, softcap,
+                    dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
                 )  # fmt: skip
                 store_blocks(dlogits_row_ptr, dlogits_col_stride, dlogits, mask, start, n_cols, BLOCK_COLS, False)
     if ROW_GROUP > 0:
         store_packed(dlogits_ptr, gradients, n_rows, n_cols, ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
 
+    if row_stats_ptr is not None:
+        store_stats(
+            row_stats_ptr, flags_ptr, rows, mask, by_row(counts) != 0, by_row(corrects) != 0, by_row(lses), by_row(losses), n_rows
+        )
     total, last = sum_over_programs(partial_ptr, ticket_ptr, tl.sum(loss_sum, 0), tl.program_id(0), tl.num_programs(0))
     tl.store(loss_ptr, (g * total).to(dtype), mask=last)
+    if row_stats_ptr is not None and last:
+        count_rows(counts_ptr, row_stats_ptr, flags_ptr, n_rows)
 
 
 @triton.jit(

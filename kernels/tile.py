@@ -12,7 +12,7 @@ memory between the 16 bytes that a thread reads and its run: Triton wants both h
 
 import triton
 import triton.language as tl
-from fusedloss.kernels.rowwise import finite_max
+from fusedloss.kernels.rowwise import finite_max, through_transform, transform_logits
 
 
 @triton.jit
@@ -225,6 +225,30 @@ def load_blocks(
 
 
 @triton.jit
+def transform_blocks(
+    blocks,
+    first,
+    n_cols,
+    logit_scale,
+    softcap,
+    dtype: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    PART: tl.constexpr,  # see _columns
+):
+    """The logits as the loss sees them, -inf beyond the last column."""
+    if logit_scale is None and softcap is None:
+        transformed = blocks
+    else:
+        transformed = ()
+        for i in tl.static_range(len(blocks)):
+            z = transform_logits(blocks[i].to(dtype), logit_scale, softcap)
+            if BLOCK_COLS > 1:
+                z = tl.where(_columns(first, i, BLOCK_COLS, PART) < n_cols, z, float("-inf"))
+            transformed = transformed + (z,)
+    return transformed
+
+
+@triton.jit
 def absorb_tile(
     blocks,  # of columns from `first` on
     first,
@@ -302,6 +326,7 @@ def _column_weights(weight_ptr, cols, n_cols, dtype: tl.constexpr):
 @triton.jit
 def tile_gradient(
     exps,  # exp(x - m) of blocks of columns from `first` on
+    blocks,  # x, read with softcap
     first,
     n_cols,
     label,  # (BLOCK_ROWS,) int32 target
@@ -310,6 +335,10 @@ def tile_gradient(
     p_factor,
     at_target,
     smooth_factor,
+    label_b,  # None: there is one label
+    at_b,
+    logit_scale,
+    softcap,
     dtype: tl.constexpr,  # rounded at once: a wide value takes a register until the tile is stored
     BLOCK_COLS: tl.constexpr,
     PART: tl.constexpr,  # see _columns
@@ -321,9 +350,12 @@ def tile_gradient(
         cols = _columns(first, i, BLOCK_COLS, PART)
         # A row that is not live may have been read with its neighbours, NaN and all.
         dlogits = tl.where(_spread(live, BLOCK_COLS), exps[i], 0.0) * _spread(p_factor, BLOCK_COLS)
+        if label_b is not None:
+            dlogits = tl.where(cols == _spread(label_b, BLOCK_COLS), _spread(at_b, BLOCK_COLS), dlogits)
         dlogits = tl.where(cols == _spread(label, BLOCK_COLS), _spread(at_target, BLOCK_COLS), dlogits)
         if HAS_SMOOTHING:
             dlogits -= _spread(smooth_factor, BLOCK_COLS) * _column_weights(weight_ptr, cols, n_cols, dlogits.dtype)
+        dlogits = through_transform(dlogits, blocks[i], logit_scale, softcap)
         gradients = gradients + (dlogits.to(dtype),)
     return gradients
 

@@ -61,10 +61,12 @@ def forward(
         "ignore_index": options.ignore_index,
         "top_k": options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS),
         "n_rows": g.n_rows,
+        **_statistics(outputs, g.n_rows),
+        **_extras(inputs, options),
     }
     if tile.rowwise:
         arguments.update(n_cols=g.n_cols, row_stride=g.row_stride, GROUP=row_group(g, itemsize), N_SLICES=tile.n_slices)
-        arguments.update(_statistics(outputs, g.n_rows), **_extras(inputs, options), slices_ptr=None)
+        arguments["slices_ptr"] = None
         if tile.n_slices > 1:
             arguments["slices_ptr"] = _slices(tile, g.n_rows, saved)
             arguments["ticket_ptr"] = _ticket(saved.device, keeps_workspace)
@@ -119,13 +121,13 @@ def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, 
         "HAS_SMOOTHING": options.label_smoothing > 0,
         "BLOCK_COLS": tile.block_cols,
         "num_warps": tile.num_warps,
+        **_statistics(outputs, g.n_rows),
+        **_extras(inputs, options),
         **_layout_with_gradient(tile, g, out, itemsize),
     }
     if tile.rowwise:
         sliced = tile.n_slices > 1
         arguments.update(
-            **_statistics(outputs, g.n_rows),
-            **_extras(inputs, options),
             slices_ptr=_slices(tile, g.n_rows, saved) if sliced else None,
             arrived_ptr=saved.new_empty((1 + g.n_rows,), dtype=torch.int32) if sliced else None,
             N_BLOCKS=tile.n_blocks,
@@ -150,7 +152,7 @@ def _launch_denominator(fused: dict[str, Any], n_rows: int, device: torch.device
         "arrived_ptr": fused.get("arrived_ptr"),
         **_workspace(1, tile.n_programs, fused["saved_ptr"], keeps_workspace),
         "target_ptr": fused["target_ptr"],
-        "target_b_ptr": fused.get("target_b_ptr"),
+        "target_b_ptr": fused["target_b_ptr"],
         "weight_ptr": fused["weight_ptr"],
         "scale_ptr": fused["scale_ptr"],
         "scale_bits": fused["scale_bits"],
@@ -194,10 +196,9 @@ def backward(
         "HAS_SMOOTHING": options.label_smoothing > 0,
         "BLOCK_COLS": tile.block_cols,
         "num_warps": tile.num_warps,
+        **_extras(inputs, options),
         **_layout_with_gradient(tile, g, out, itemsize),
     }
-    if tile.rowwise:
-        arguments.update(_extras(inputs, options))
     _launch(tile.kernel, tile.n_programs, logits.device, arguments)
     return dlogits
 
