@@ -66,20 +66,20 @@ def emulator() -> ModuleType | None:
     return ptxsim
 
 
-def problem(n_rows: int, n_cols: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits and targets; one row in seven is ignored."""
+def problem(n_rows: int, n_cols: int, dtype: torch.dtype, *pixels: int) -> tuple[Tensor, Tensor]:
+    """Logits and targets, one in seven of them ignored."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(n_rows, n_cols, generator=generator).mul_(2).to(dtype).requires_grad_()
-    target = torch.randint(n_cols, (n_rows,), generator=generator)
-    target[::7] = -100
+    logits = torch.randn(n_rows, n_cols, *pixels, generator=generator).mul_(2).to(dtype).requires_grad_()
+    target = torch.randint(n_cols, (n_rows, *pixels), generator=generator)
+    target.view(-1)[::7] = -100
     return logits, target
 
 
-def measure(loss: Any, n_rows: int, n_cols: int, dtype: torch.dtype) -> Mark:
+def measure(loss: Any, n_rows: int, n_cols: int, dtype: torch.dtype, *pixels: int) -> Mark:
     """Runs `loss` and its backward on an emulated sm_90."""
     ptxsim = emulator()
     assert ptxsim is not None
-    logits, target = problem(n_rows, n_cols, dtype)
+    logits, target = problem(n_rows, n_cols, dtype, *pixels)
     one_pass = logits.numel() * logits.element_size()
     with ExitStack() as stack:
         # The emulator leaves files to the garbage collector.

@@ -10,9 +10,9 @@ to S in the same way, and has dlogits_b = (A + A_b + S) p_b - s_b - A_b. A trans
 all by its derivative.
 
 Traffic: each logit of a row with g != 0 is read once and every gradient written once; other rows are written as zeros,
-without reading them, so that their logits may hold NaN.
+without reading them, so that their logits may hold NaN. Packed rows and pixels (tile.py) are read with their neighbours.
 
-    backward_tile_kernel  BLOCK_ROWS rows per program, any strides
+    backward_tile_kernel  BLOCK_ROWS rows per program (tile.py), any strides
     backward_row_kernel   one block of one row per program, classes contiguous: 16-byte accesses at any row start
 """
 

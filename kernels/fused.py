@@ -1,13 +1,14 @@
 """The fused strategy: loss, batch reduction and gradient while the row is on chip. Derivations in rowwise.py and backward.py.
 
-Traffic: each logit of a counted row is read once and every gradient written once. Only a tile whose rows do not fit its
-registers is read twice. The gradient is that for an upstream gradient of 1; scale_gradient_kernel makes it right for another.
+Traffic: each logit of a counted row is read once and every gradient written once; packed rows and pixels (tile.py) are read with
+their neighbours, whether they count or not. Only a tile whose rows do not fit its registers is read twice. The gradient is that
+for an upstream gradient of 1; scale_gradient_kernel makes it right for another.
 
 The mean's denominator must be known before the first gradient is written. A single program has all rows in its tile; otherwise
 denominator_kernel, a launch of its own over the targets alone, leaves the coefficient in saved[0].
 
     denominator_kernel     scale / sum of the counted rows' weights
-    fused_tile_kernel      BLOCK_ROWS rows per program, any strides
+    fused_tile_kernel      BLOCK_ROWS rows per program (tile.py), any strides
     fused_row_kernel       one row per program, or one slice of it (slices.py), classes contiguous: 16-byte accesses at any start
     scale_gradient_kernel  dlogits *= dloss, where dloss is not 1
 """

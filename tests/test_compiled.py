@@ -17,7 +17,11 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "single program": ((64, 10), FP32, {}),
     "ticket": ((4096, 10), FP32, {}),
     "ticket, bf16": ((4096, 10), BF16, {"reduction": "sum"}),
+    "packed rows, 8 to a thread": ((4096, 7), BF16, {"weight": True, "label_smoothing": 0.1}),
+    "packed rows, as many columns as a thread holds": ((4096, 64), FP32, {"weight": True, "label_smoothing": 0.1}),
     "shared tile, 16-byte rows": ((4096, 100), FP32, {}),
+    "rows of 16 parts": ((4096, 512), BF16, {"weight": True, "label_smoothing": 0.1}),
+    "rows of a padded tensor": ((4096, 100), FP32, {"padded": True}),
     "shared tile, all options": ((4096, 100), FP32, {"weight": True, "label_smoothing": 0.1, "scale": True}),
     "one row a program": ((64, 1000), BF16, {}),
     "ragged rows": ((64, 1001), BF16, {}),
@@ -75,18 +79,14 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "recompute, pixels": ((4, 19, 64, 64), BF16, {"reduction": "none"}),
     "recompute, pixels, all options": ((4, 150, 64, 64), FP32, {"reduction": "none", "weight": True, "label_smoothing": 0.1}),
     "pixels": ((4, 19, 64, 64), BF16, {}),
+    "pixels, fp32": ((4, 19, 64, 64), FP32, {"weight": True}),
+    "pixels of many classes": ((4, 150, 64, 64), BF16, {}),
+    "pixels of more classes than registers hold": ((1, 4000, 16, 16), BF16, {}),
     "pixels, all options": ((4, 150, 64, 64), FP32, {"weight": True, "label_smoothing": 0.1}),
     "pixels, fp64, max": ((4, 19, 64, 64), FP64, {"reduction": "max"}),
 }
-# Columns or pixels that cannot be read 16 bytes at a time: a row of 10 floats, few of them in a tile.
-NARROW = {
-    "single program",
-    "ticket",
-    "ticket, bf16",
-    "ragged shared tile",
-    "topk of a fraction, shared tile",
-    "recompute, shared tile",
-}
+# Columns that cannot be read 16 bytes at a time: rows of 101, of which no thread can hold four.
+NARROW = {"ragged shared tile"}
 
 
 def _call(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]) -> torch.Tensor:
@@ -94,6 +94,8 @@ def _call(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]) -
     logits = torch.randn(shape, dtype=dtype)
     if options.pop("transpose", False):
         logits, shape = logits.t(), shape[::-1]
+    if options.pop("padded", False):
+        logits = torch.randn(shape[0], shape[1] + 28, dtype=dtype)[:, : shape[1]]
     logits.requires_grad_()
     target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
     if options.pop("scale", False):

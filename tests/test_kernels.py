@@ -25,6 +25,9 @@ SHAPES = {
     "one row": (1, 10),
     "rows off the tile": (7, 10),
     "several programs": (2049, 10),
+    "rows of an odd number of columns": (7, 7),
+    "more columns than a thread holds": (5, 70),
+    "whole parts": (9, 128),
     "columns off the tile": (5, 100),
     "whole 16-byte groups": (3, 1024),
     "groups, off the block": (3, 1000),
@@ -35,6 +38,8 @@ SHAPES = {
     "slices that begin inside a sector": (2, 33012),
     "pixels": (2, 5, 6, 7),
     "many pixels": (1, 3, 20, 32),
+    "pixels of many classes": (1, 150, 4, 8),
+    "pixels of more classes than registers hold": (1, 3500, 4),
     "three dims": (3, 4, 9),
 }
 
