@@ -18,7 +18,7 @@ from fusedloss.checks import Facts, InputFacts, autocast_dtype, check_class_indi
 from fusedloss.ops import nobody_watches
 from fusedloss.plan import Inputs, Options, Plan
 from fusedloss.plan_cpu import cpu_plan
-from fusedloss.plan_triton import DeviceFacts, serves_extras, triton_plan
+from fusedloss.plan_triton import DeviceFacts, triton_plan
 from fusedloss.stats import LossStats
 
 _CHECK_TARGETS = os.environ.get("FUSEDLOSS_CHECK_TARGETS", "0") not in ("", "0")
@@ -167,11 +167,11 @@ def _route(inputs: Inputs, options: Options) -> Route:
     )
     # All but values decides: once per kind of call, unless somebody traces it, with sizes that are symbols.
     choose = _checked_route if nobody_watches(logits) else _checked_route.__wrapped__
-    return choose(facts, options, backends.requested(), _transform() or _tiles_cannot(inputs, options), _autocast(logits))
+    return choose(facts, options, backends.requested(), _transform(), _autocast(logits))
 
 
 @lru_cache(maxsize=1024)
-def _checked_route(facts: InputFacts, options: Options, requested: str, obstacle: str | None, autocast: bool) -> Route:
+def _checked_route(facts: InputFacts, options: Options, requested: str, transform: str | None, autocast: bool) -> Route:
     check_tensors(facts, options, autocast)
     out_dtype = _out_dtype(facts, autocast)
     device = facts.logits.device.type
@@ -180,7 +180,7 @@ def _checked_route(facts: InputFacts, options: Options, requested: str, obstacle
     name = {"cuda": "triton", "cpu": "cpu"}.get(device) if requested == "auto" else requested
     if name is None:
         return Route("reference", f"no kernel serves device {device!r}", out_dtype)
-    uncovered = _not_covered(name, facts, options, out_dtype) or obstacle
+    uncovered = _not_covered(name, facts, options, out_dtype) or transform
     if requested != "auto":
         if uncovered:
             raise RuntimeError(f"backend {requested!r} was asked for, but {uncovered}")
@@ -221,22 +221,6 @@ def _transform() -> str | None:
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    return None
-
-
-def _tiles_cannot(inputs: Inputs, options: Options) -> str | None:
-    """Why the Triton kernels do not serve the extras, if they are asked to: a question of strides."""
-    if inputs.target_b is None and inputs.sample_weight is None and not options.has_extras:
-        return None
-    logits = inputs.logits
-    requested = backends.requested()
-    if requested != "triton" and (requested != "auto" or logits.device.type != "cuda"):
-        return None
-    if torch.compiler.is_compiling() or not 1 <= logits.dim() <= 2:
-        return "the extras have no kernel but for the rows of a matrix"
-    needs_grad = logits.requires_grad and torch.is_grad_enabled()
-    if not serves_extras(logits if logits.dim() == 2 else logits[None], options, needs_grad, device_facts(logits.device)):
-        return "the extras have no kernel but for rows of many contiguous classes"
     return None
 
 

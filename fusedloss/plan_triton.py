@@ -329,10 +329,3 @@ def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool,
         write_bytes=one_pass,
         launches=2,
     )
-
-
-def serves_extras(logits: Tensor, options: Options, needs_grad: bool, device: DeviceFacts) -> bool:
-    """Whether all launches would be of the kernels of rows: those of tiles do not have the extras yet."""
-    plan = triton_plan("", logits, options, needs_grad, device)
-    tiles = [tile for tile in (plan.forward, plan.backward) if tile is not None]
-    return all(tile.rowwise or tile.kernel == "scale_gradient_kernel" for tile in tiles)

@@ -194,11 +194,10 @@ def forward_tile_kernel(
         loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN
         losses, maxima, rests = losses + (loss,), maxima + (row_max,), rests + (rest,)
         if row_stats_ptr is not None:
-            lses = lses + (tl.where(valid, row_max + tl.log(rest + e_t), float("nan")),)
-            correct = x_t == row_max
-            if target_b_ptr is not None:
-                correct = (correct & (lam >= 0.5)) | ((x_b == row_max) & (lam <= 0.5))
-            corrects = corrects + ((valid & correct).to(tl.int32),)
+            lse = tl.where(valid, row_max + tl.log(rest + e_t), float("nan"))
+            correct = has_largest(x_t, row_max, lse, x_b, lam)
+            lses = lses + (lse,)
+            corrects = corrects + (correct.to(tl.int32),)
         counts = counts + (counted.to(tl.int32),)  # integers, since bits are not moved between threads as well
         count += target_weight if REDUCTION == "mean" and target_b_ptr is None else counted.to(dtype)
     if HAS_SMOOTHING and SAVE:

@@ -241,12 +241,11 @@ def fused_tile_kernel(
         loss_sum += loss
         if row_stats_ptr is not None:
             losses = losses + (loss,)
-            lses = lses + (tl.where(valid, row_max + tl.log(rest + e_t), float("nan")),)
-            correct = x_t == row_max
-            if target_b_ptr is not None:
-                correct = (correct & (lam >= 0.5)) | ((x_b == row_max) & (lam <= 0.5))
+            lse = tl.where(valid, row_max + tl.log(rest + e_t), float("nan"))
+            correct = has_largest(x_t, row_max, lse, x_b, lam)
+            lses = lses + (lse,)
             # Integers, since bits are not moved between threads as well.
-            counts, corrects = counts + (counted.to(tl.int32),), corrects + ((valid & correct).to(tl.int32),)
+            counts, corrects = counts + (counted.to(tl.int32),), corrects + (correct.to(tl.int32),)
         row_g = tl.where(counted, g if sample_weight_ptr is None else g * sample_weight, 0.0)
         p_factor, at_target, smooth_factor, at_b = gradient_factors(
             target_weight, valid, counted, row_g, rest, e_t, smoothing, weight_total, n_cols, row_max, e_b, weight_b, z_loss
