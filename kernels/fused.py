@@ -190,6 +190,7 @@ def fused_tile_kernel(
                 target_weight, ignore_index, n_cols,
             )  # fmt: skip
             label_b = target_b.to(tl.int32)
+            lam += tl.zeros((TURN_ROWS,), dtype)  # it may be a number
         sample_weight = None
         if sample_weight_ptr is not None:
             sample_weight = load_sample_weight(sample_weight_ptr, turn_rows[i], counted, dtype)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import check_against_torch
-from conftest import AUTO, GPU, REFERENCE, Path, entered
+from conftest import AUTO, GPU, INTERPRETER, REFERENCE, Path, entered
 from oracle import torch_loss
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor
@@ -59,7 +59,7 @@ def _with(extras: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
     return options
 
 
-@pytest.fixture(params=[REFERENCE, AUTO, GPU])
+@pytest.fixture(params=[REFERENCE, AUTO, INTERPRETER, GPU])
 def path(request: pytest.FixtureRequest) -> Iterator[Path]:
     with entered(request.param):
         yield request.param
