@@ -26,7 +26,6 @@ BF16, FP32 = torch.bfloat16, torch.float32
 # rows and pixels are read with their ignored neighbours: 2 is their floor, and an int64 target per row, read twice for the mean.
 BOUNDS = {
     (4096, 10, FP32): (36, 2.5, 16),
-    (4095, 10, FP32): (38, 2.95, 16),
     (4096, 10, BF16): (36, 2.9, 16),
     (1024, 100, FP32): (32, 2.25, 16),
     (1024, 100, BF16): (36, 2.55, 8),
