@@ -29,7 +29,6 @@ from fusedloss.kernels.rowwise import (
     load_second_label,
     load_target,
     load_target_weight,
-    optional_float,
     prove_alignment,
     row_coefficient,
     through_transform,
@@ -89,9 +88,9 @@ def backward_tile_kernel(
     dtype = saved_ptr.dtype.element_ty
     smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
     weight_total = tl.load(saved_ptr + 3) if HAS_SMOOTHING else None
-    z_loss = optional_float(z_loss_bits, dtype)
-    logit_scale = optional_float(logit_scale_bits, dtype)
-    softcap = optional_float(softcap_bits, dtype)
+    z_loss = float_from_bits(z_loss_bits, dtype) if z_loss_bits is not None else None
+    logit_scale = float_from_bits(logit_scale_bits, dtype) if logit_scale_bits is not None else None
+    softcap = float_from_bits(softcap_bits, dtype) if softcap_bits is not None else None
     N_TURNS: tl.constexpr = ROW_GROUP if ROW_GROUP > 0 else 1
     PART: tl.constexpr = N_BLOCKS if ROW_GROUP > 0 else 0
     if ROW_GROUP > 0:
@@ -241,9 +240,9 @@ def backward_row_kernel(
             target_b_ptr, lam_ptr, lam_bits, weight_ptr, row, row < n_rows, target, counted, valid, target_weight,
             ignore_index, n_cols,
         )  # fmt: skip
-    z_loss = optional_float(z_loss_bits, dtype)
-    logit_scale = optional_float(logit_scale_bits, dtype)
-    softcap = optional_float(softcap_bits, dtype)
+    z_loss = float_from_bits(z_loss_bits, dtype) if z_loss_bits is not None else None
+    logit_scale = float_from_bits(logit_scale_bits, dtype) if logit_scale_bits is not None else None
+    softcap = float_from_bits(softcap_bits, dtype) if softcap_bits is not None else None
     g = row_coefficient(saved_ptr, dloss_ptr, row, row < n_rows, n_rows, REDUCTION)
     if sample_weight_ptr is not None:
         g *= load_sample_weight(sample_weight_ptr, row, counted, dtype)

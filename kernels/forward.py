@@ -22,7 +22,6 @@ from fusedloss.kernels.rowwise import (
     load_second_label,
     load_target,
     load_target_weight,
-    optional_float,
     prove_alignment,
     row_loss,
     transform_logits,
@@ -116,9 +115,9 @@ def forward_tile_kernel(
     """Losses of BLOCK_ROWS rows of one outer block."""
     dtype = saved_ptr.dtype.element_ty
     smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
-    z_loss = optional_float(z_loss_bits, dtype)
-    logit_scale = optional_float(logit_scale_bits, dtype)
-    softcap = optional_float(softcap_bits, dtype)
+    z_loss = float_from_bits(z_loss_bits, dtype) if z_loss_bits is not None else None
+    logit_scale = float_from_bits(logit_scale_bits, dtype) if logit_scale_bits is not None else None
+    softcap = float_from_bits(softcap_bits, dtype) if softcap_bits is not None else None
     scale = load_scale(scale_ptr, scale_bits, dtype)
     N_TURNS: tl.constexpr = ROW_GROUP if ROW_GROUP > 0 else 1
     TURN_ROWS: tl.constexpr = BLOCK_ROWS // N_TURNS
@@ -365,9 +364,9 @@ def forward_row_kernel(
     sample_weight = None
     if sample_weight_ptr is not None:
         sample_weight = load_sample_weight(sample_weight_ptr, row, counted, dtype)
-    z_loss = optional_float(z_loss_bits, dtype)
-    logit_scale = optional_float(logit_scale_bits, dtype)
-    softcap = optional_float(softcap_bits, dtype)
+    z_loss = float_from_bits(z_loss_bits, dtype) if z_loss_bits is not None else None
+    logit_scale = float_from_bits(logit_scale_bits, dtype) if logit_scale_bits is not None else None
+    softcap = float_from_bits(softcap_bits, dtype) if softcap_bits is not None else None
     n_read = tl.where(valid, n_cols, 0)  # a row that does not count is not read
 
     SECTOR: tl.constexpr = elements_in_sector(logits_ptr)

@@ -30,7 +30,6 @@ from fusedloss.kernels.rowwise import (
     load_second_label,
     load_target,
     load_target_weight,
-    optional_float,
     prove_alignment,
     row_loss,
     through_transform,
@@ -139,9 +138,9 @@ def fused_tile_kernel(
     """Losses and gradients of BLOCK_ROWS rows of one outer block."""
     dtype = saved_ptr.dtype.element_ty
     smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
-    z_loss = optional_float(z_loss_bits, dtype)
-    logit_scale = optional_float(logit_scale_bits, dtype)
-    softcap = optional_float(softcap_bits, dtype)
+    z_loss = float_from_bits(z_loss_bits, dtype) if z_loss_bits is not None else None
+    logit_scale = float_from_bits(logit_scale_bits, dtype) if logit_scale_bits is not None else None
+    softcap = float_from_bits(softcap_bits, dtype) if softcap_bits is not None else None
     scale = load_scale(scale_ptr, scale_bits, dtype)
     N_TURNS: tl.constexpr = ROW_GROUP if ROW_GROUP > 0 else 1
     TURN_ROWS: tl.constexpr = BLOCK_ROWS // N_TURNS
@@ -349,9 +348,9 @@ def fused_row_kernel(
             target_b_ptr, lam_ptr, lam_bits, weight_ptr, row, row < n_rows, target, counted, valid, target_weight,
             ignore_index, n_cols,
         )  # fmt: skip
-    z_loss = optional_float(z_loss_bits, dtype)
-    logit_scale = optional_float(logit_scale_bits, dtype)
-    softcap = optional_float(softcap_bits, dtype)
+    z_loss = float_from_bits(z_loss_bits, dtype) if z_loss_bits is not None else None
+    logit_scale = float_from_bits(logit_scale_bits, dtype) if logit_scale_bits is not None else None
+    softcap = float_from_bits(softcap_bits, dtype) if softcap_bits is not None else None
     scale = load_scale(scale_ptr, scale_bits, dtype)
     if REDUCTION == "sum":
         g = scale

@@ -97,15 +97,6 @@ def load_sample_weight(sample_weight_ptr, rows, counted, dtype: tl.constexpr):
 
 
 @triton.jit
-def optional_float(bits, dtype: tl.constexpr):
-    """An option of the host that may be absent."""
-    if bits is None:
-        return None
-    else:
-        return float_from_bits(bits, dtype)
-
-
-@triton.jit
 def transform_logits(x, logit_scale, softcap):
     """z, see above."""
     if logit_scale is not None:
