@@ -33,7 +33,7 @@ cpu_kernel = Extension(
 
 
 class BuildKernel(build_ext):
-    """One library name for every Python, and one compiler process per source: ten seconds on one core."""
+    """One library name for every Python, and one compiler process per source: a quarter of a minute on one core."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
