@@ -101,17 +101,16 @@ class Geometry(NamedTuple):
         return gcd(VECTOR_BYTES // itemsize, *sizes, self.outer_stride)
 
 
-def geometries(*tensors: Tensor) -> list[Geometry]:
-    """The geometries of tensors of one shape, (N, C) or (N, C, S), with the same n_outer and n_inner for all."""
-    if tensors[0].dim() == 2:
-        n_rows, n_cols = tensors[0].shape
-        return [Geometry(1, n_rows, n_cols, 0, t.stride(0), t.stride(1)) for t in tensors]
-    n_outer, n_cols, n_inner = tensors[0].shape
-    strides = [(t.stride(0), t.stride(2), t.stride(1)) for t in tensors]
+def geometries(shape: torch.Size, *strides: tuple[int, ...]) -> list[Geometry]:
+    """The geometries of tensors of one shape, (N, C) or (N, C, S), by their strides; n_outer and n_inner are the same for all."""
+    if len(shape) == 2:
+        n_rows, n_cols = shape
+        return [Geometry(1, n_rows, n_cols, 0, row, col) for row, col in strides]
+    n_outer, n_cols, n_inner = shape
     # channels_last, a single image, or none: one block of rows, if it is one in every tensor
-    if n_outer <= 1 or all(outer == n_inner * row for outer, row, _ in strides):
-        return [Geometry(1, n_outer * n_inner, n_cols, 0, row, col) for _, row, col in strides]
-    return [Geometry(n_outer, n_inner, n_cols, *three) for three in strides]
+    if n_outer <= 1 or all(outer == n_inner * row for outer, _, row in strides):
+        return [Geometry(1, n_outer * n_inner, n_cols, 0, row, col) for _, col, row in strides]
+    return [Geometry(n_outer, n_inner, n_cols, outer, row, col) for outer, col, row in strides]
 
 
 def row_group(g: Geometry, itemsize: int) -> int:
@@ -297,7 +296,7 @@ def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool,
     """The plan of the Triton path for logits (N, C) or (N, C, d1, ...)."""
     itemsize = logits.element_size()
     rows = logits if logits.dim() == 2 else logits.flatten(2)
-    g, gradient = geometries(rows, torch.empty_like(rows, device="meta"))
+    g, gradient = geometries(rows.shape, rows.stride(), torch.empty_like(rows, device="meta").stride())
     one_pass = logits.numel() * itemsize
     copies = logits.dim() > 3 and not spatial_dims_collapse(logits)
     if not needs_grad:

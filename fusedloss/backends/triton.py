@@ -42,105 +42,88 @@ def forward(
     if outputs.dlogits is not None:
         _fused(outputs, outputs.dlogits, inputs, options, keeps_workspace)
         return outputs
-    loss, saved = outputs.loss, outputs.saved
-    (g,) = geometries(logits)
-    itemsize = logits.element_size()
-    tile = forward_tile(g, itemsize, device_facts(logits.device))
+    saved = outputs.saved
+    tile, n_rows, constants = _forward_constants(
+        logits.shape, logits.stride(), logits.element_size(), _kind(inputs, options), needs_grad, device_facts(logits.device)
+    )
     reduces = options.reduction != "none" or options.return_stats
-    workspace = _workspace(2, tile.n_programs // tile.n_slices if reduces else 1, saved, keeps_workspace)
     arguments: dict[str, Any] = {
-        "loss_ptr": loss,
+        **constants,
+        "loss_ptr": outputs.loss,
         "saved_ptr": saved,
-        **workspace,
+        **_workspace(2, tile.n_programs // tile.n_slices if reduces else 1, saved, keeps_workspace),
         "logits_ptr": logits,
-        "target_ptr": inputs.target.contiguous(),
-        "weight_ptr": _contiguous(inputs.weight),
+        **_row_pointers(inputs, options),
         "scale_ptr": inputs.scale,
         "scale_bits": _bits(options.scale),
-        "smoothing_bits": _bits(options.label_smoothing),
-        "ignore_index": options.ignore_index,
+        **_statistics(outputs, n_rows),
+    }
+    if tile.n_slices > 1:
+        arguments["slices_ptr"] = _slices(tile, n_rows, saved)
+        arguments["ticket_ptr"] = _ticket(saved.device, keeps_workspace)
+    _launch(tile.kernel, tile.n_programs, logits.device, arguments)
+    return outputs
+
+
+@lru_cache(maxsize=1024)
+def _forward_constants(
+    shape: torch.Size, strides: tuple[int, ...], itemsize: int, options: Options, save: bool, facts: DeviceFacts
+) -> tuple[Tile, int, dict[str, Any]]:
+    """The tile, the number of rows, and the arguments that are no tensors: decided once per kind of call."""
+    (g,) = geometries(shape, strides)
+    tile = forward_tile(g, itemsize, facts)
+    constants: dict[str, Any] = {
+        **_option_constants(options),
         "top_k": options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS),
+        "TOP_K_IS_FRACTION": options.top_k == 0,
+        "SAVE": save,
         "n_rows": g.n_rows,
-        **_statistics(outputs, g.n_rows),
-        **_extras(inputs, options),
+        "n_cols": g.n_cols,
+        "row_stride": g.row_stride,
+        "BLOCK_COLS": tile.block_cols,
+        "num_warps": tile.num_warps,
     }
     if tile.rowwise:
-        arguments.update(n_cols=g.n_cols, row_stride=g.row_stride, GROUP=row_group(g, itemsize), N_SLICES=tile.n_slices)
-        arguments["slices_ptr"] = None
-        if tile.n_slices > 1:
-            arguments["slices_ptr"] = _slices(tile, g.n_rows, saved)
-            arguments["ticket_ptr"] = _ticket(saved.device, keeps_workspace)
+        constants.update(GROUP=row_group(g, itemsize), N_SLICES=tile.n_slices, slices_ptr=None)
     else:
-        arguments.update(
+        constants.update(
             n_inner=g.n_inner,
-            n_cols=g.n_cols,
             outer_stride=g.outer_stride,
-            row_stride=g.row_stride,
             col_stride=g.col_stride,
             ROWS_CONTIGUOUS=g.rows_contiguous,
             VECTOR=g.vector(itemsize),
             **_tile_layout(tile),
         )
-    arguments.update(
-        REDUCTION=options.reduction,
-        TOP_K_IS_FRACTION=options.top_k == 0,
-        HAS_SMOOTHING=options.label_smoothing > 0,
-        SAVE=needs_grad,
-        BLOCK_COLS=tile.block_cols,
-        num_warps=tile.num_warps,
-    )
-    _launch(tile.kernel, tile.n_programs, logits.device, arguments)
-    return outputs
+    return tile, g.n_rows, constants
 
 
 def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, keeps_workspace: bool) -> None:
     """One launch, or two where no gradient can be written before the rows are counted, or slices need counters at zero."""
     logits, saved = inputs.logits, outputs.saved
-    g, out = geometries(logits, dlogits)
-    itemsize = logits.element_size()
+    layout = (logits.shape, logits.stride(), dlogits.stride(), logits.element_size())
     facts = device_facts(logits.device)
-    tile = fused_tile(g, out, itemsize, holds_more(options, itemsize), facts)
+    tile, n_rows, constants = _gradient_constants("fused", *layout, _kind(inputs, options), facts)
     n_partials = tile.n_programs // tile.n_slices
     arguments: dict[str, Any] = {
+        **constants,
         "loss_ptr": outputs.loss,
         "saved_ptr": saved,
         "dlogits_ptr": dlogits,
         **_workspace(1, n_partials, saved, keeps_workspace),
         "logits_ptr": logits,
-        "target_ptr": inputs.target.contiguous(),
-        "weight_ptr": _contiguous(inputs.weight),
+        **_row_pointers(inputs, options),
         "scale_ptr": inputs.scale,
         "scale_bits": _bits(options.scale),
-        "smoothing_bits": _bits(options.label_smoothing),
-        "ignore_index": options.ignore_index,
-        "n_rows": g.n_rows,
-        "n_cols": g.n_cols,
-        "dlogits_row_stride": out.row_stride,
-        "row_stride": g.row_stride,
-        "REDUCTION": options.reduction,
-        "HAS_SMOOTHING": options.label_smoothing > 0,
-        "BLOCK_COLS": tile.block_cols,
-        "num_warps": tile.num_warps,
-        **_statistics(outputs, g.n_rows),
-        **_extras(inputs, options),
-        **_layout_with_gradient(tile, g, out, itemsize),
+        **_statistics(outputs, n_rows),
     }
-    if tile.rowwise:
-        sliced = tile.n_slices > 1
-        arguments.update(
-            slices_ptr=_slices(tile, g.n_rows, saved) if sliced else None,
-            arrived_ptr=saved.new_empty((1 + g.n_rows,), dtype=torch.int32) if sliced else None,
-            N_BLOCKS=tile.n_blocks,
-            N_SLICES=tile.n_slices,
-            WAITS=not _interprets(),
-        )
-        if tile.max_registers is not None:
-            arguments["maxnreg"] = tile.max_registers
+    if tile.n_slices > 1:
+        arguments["slices_ptr"] = _slices(tile, n_rows, saved)
+        arguments["arrived_ptr"] = saved.new_empty((1 + n_rows,), dtype=torch.int32)
     # Triton's interpreter runs programs one after another: none can wait for a later one. There, the launches are made twice
     # without waiting, and in the second round every slice finds what all others published in the first.
     for _ in range(2 if tile.n_slices > 1 and _interprets() else 1):
         if tile.n_slices > 1 or (options.reduction == "mean" and n_partials > 1):
-            _launch_denominator(arguments, g.n_rows, logits.device, keeps_workspace)
+            _launch_denominator(arguments, n_rows, logits.device, keeps_workspace)
         _launch(tile.kernel, tile.n_programs, logits.device, arguments)
 
 
@@ -176,31 +159,54 @@ def backward(
     dlogits = allocate_gradient(logits)
     if logits.numel() == 0:
         return dlogits
-    g, out = geometries(logits, dlogits)
-    itemsize = logits.element_size()
-    tile = backward_tile(g, out, itemsize, device_facts(logits.device))
+    layout = (logits.shape, logits.stride(), dlogits.stride(), logits.element_size())
+    facts = device_facts(logits.device)
+    tile, _, constants = _gradient_constants("recompute", *layout, _kind(inputs, options), facts)
     arguments: dict[str, Any] = {
+        **constants,
         "dlogits_ptr": dlogits,
         "dloss_ptr": dloss.contiguous(),
         "saved_ptr": saved,
         "logits_ptr": logits,
-        "target_ptr": inputs.target.contiguous(),
-        "weight_ptr": _contiguous(inputs.weight),
-        "smoothing_bits": _bits(options.label_smoothing),
-        "ignore_index": options.ignore_index,
+        **_row_pointers(inputs, options),
+    }
+    _launch(tile.kernel, tile.n_programs, logits.device, arguments)
+    return dlogits
+
+
+@lru_cache(maxsize=1024)
+def _gradient_constants(
+    strategy: str,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    gradient_strides: tuple[int, ...],
+    itemsize: int,
+    options: Options,
+    facts: DeviceFacts,
+) -> tuple[Tile, int, dict[str, Any]]:
+    """The same as `_forward_constants`, of the fused forward or of the backward."""
+    g, out = geometries(shape, strides, gradient_strides)
+    if strategy == "fused":
+        tile = fused_tile(g, out, itemsize, holds_more(options, itemsize), facts)
+    else:
+        tile = backward_tile(g, out, itemsize, facts)
+    constants: dict[str, Any] = {
+        **_option_constants(options),
         "n_rows": g.n_rows,
         "n_cols": g.n_cols,
         "dlogits_row_stride": out.row_stride,
         "row_stride": g.row_stride,
-        "REDUCTION": options.reduction,
-        "HAS_SMOOTHING": options.label_smoothing > 0,
         "BLOCK_COLS": tile.block_cols,
         "num_warps": tile.num_warps,
-        **_extras(inputs, options),
         **_layout_with_gradient(tile, g, out, itemsize),
     }
-    _launch(tile.kernel, tile.n_programs, logits.device, arguments)
-    return dlogits
+    if strategy == "fused" and tile.rowwise:
+        constants.update(
+            slices_ptr=None, arrived_ptr=None, N_BLOCKS=tile.n_blocks, N_SLICES=tile.n_slices, WAITS=not _interprets()
+        )
+        if tile.max_registers is not None:
+            constants["maxnreg"] = tile.max_registers
+    return tile, g.n_rows, constants
 
 
 def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
@@ -231,16 +237,33 @@ def _statistics(outputs: Outputs, n_rows: int) -> dict[str, Tensor | None]:
     return {"row_stats_ptr": outputs.row_stats, "counts_ptr": outputs.counts, "flags_ptr": flags}
 
 
-def _extras(inputs: Inputs, options: Options) -> dict[str, Any]:
-    """Arguments that are None in most calls, which kernels are compiled for."""
+def _kind(inputs: Inputs, options: Options) -> Options:
+    """The options as a key: without the share of two labels, which is another one in every step of MixUp."""
+    return options if inputs.target_b is None else options._replace(lam=1.0)
+
+
+def _option_constants(options: Options) -> dict[str, Any]:
+    """None: a kernel is compiled without what it stands for."""
     return {
-        "target_b_ptr": _contiguous(inputs.target_b),
-        "lam_ptr": _contiguous(inputs.lam),
-        "sample_weight_ptr": _contiguous(inputs.sample_weight),
-        "lam_bits": _bits(options.lam) if inputs.target_b is not None else None,
+        "smoothing_bits": _bits(options.label_smoothing),
+        "ignore_index": options.ignore_index,
+        "REDUCTION": options.reduction,
+        "HAS_SMOOTHING": options.label_smoothing > 0,
         "z_loss_bits": _bits(options.z_loss) if options.z_loss != 0 else None,
         "logit_scale_bits": _bits(options.logit_scale) if options.logit_scale != 1 else None,
         "softcap_bits": _bits(options.softcap) if options.softcap > 0 else None,
+    }
+
+
+def _row_pointers(inputs: Inputs, options: Options) -> dict[str, Any]:
+    """What a call has per row and per class, besides the logits."""
+    return {
+        "target_ptr": inputs.target.contiguous(),
+        "target_b_ptr": _contiguous(inputs.target_b),
+        "lam_ptr": _contiguous(inputs.lam),
+        "lam_bits": _bits(options.lam) if inputs.target_b is not None else None,
+        "weight_ptr": _contiguous(inputs.weight),
+        "sample_weight_ptr": _contiguous(inputs.sample_weight),
     }
 
 
