@@ -6,12 +6,12 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all test-clients check fuzz sanitize accuracy bench report gpu experiments
+.PHONY: help setup train test test-interpreted test-native test-all test-clients check fuzz sanitize accuracy bench report gpu experiments
 
 help:
 	@echo "make setup     create $(VENV) and install fusedloss with what the other targets need"
 	@echo "make train     train the CIFAR-10 classifier with the fused loss (options: ARGS='--epochs 3 --loss torch')"
-	@echo "make test      the test suite: the part under Triton's interpreter, then the rest"
+	@echo "make test      the test suite: the part under Triton's interpreter, and the rest beside it"
 	@echo "make test-all  the same with the whole sweep"
 	@echo "make test-clients  transformers, timm, Lightning and torchvision with the fused loss; installs them into $(VENV)"
 	@echo "make check     lint, format and type checks"
@@ -34,9 +34,15 @@ setup: $(READY)
 train: $(READY)
 	$(PY) benchmarks/train_cifar10.py $(ARGS)
 
-# Two processes: TRITON_INTERPRET must be set before triton is imported, and an interpreted process cannot compile.
+# Two processes, side by side: TRITON_INTERPRET must be set before triton is imported, and an interpreted process cannot compile.
+# Each keeps one core busy, and prints when it is done.
 test: $(READY)
+	@$(MAKE) --jobs=2 --output-sync=target --no-print-directory test-interpreted test-native ARGS="$(ARGS)"
+
+test-interpreted: $(READY)
 	TRITON_INTERPRET=1 $(PY) -m pytest -m interpreter $(ARGS)
+
+test-native: $(READY)
 	$(PY) -m pytest -m "not interpreter" $(ARGS)
 
 test-all: ARGS += --sweep

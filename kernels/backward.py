@@ -39,6 +39,7 @@ from fusedloss.kernels.tile import (
     exponentials,
     load_blocks,
     load_packed,
+    load_tile_targets,
     store_blocks,
     store_packed,
     target_logit,
@@ -105,7 +106,7 @@ def backward_tile_kernel(
     outer, inner, mask, rows = tile_rows(n_inner, BLOCK_ROWS, ROW_GROUP)
     row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
     dlogits_row_ptr = dlogits_ptr + outer * dlogits_outer_stride + inner.to(tl.int64) * dlogits_row_stride
-    targets = by_turn(tl.load(target_ptr + rows, mask=mask, other=ignore_index).to(tl.int64), N_TURNS)
+    targets = by_turn(load_tile_targets(target_ptr, rows, mask, ignore_index), N_TURNS)
     # Of rows that do not exist: the index of no row.
     turn_rows = by_turn(tl.where(mask, rows, n_rows), N_TURNS)
     coefficient = row_coefficient(saved_ptr, dloss_ptr, rows, mask, n_rows, REDUCTION)

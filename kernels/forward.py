@@ -33,6 +33,7 @@ from fusedloss.kernels.tile import (
     by_turn,
     load_blocks,
     load_packed,
+    load_tile_targets,
     target_logit,
     tile_rows,
     transform_blocks,
@@ -131,7 +132,7 @@ def forward_tile_kernel(
         )
     outer, inner, mask, rows = tile_rows(n_inner, BLOCK_ROWS, ROW_GROUP)
     row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
-    target = tl.load(target_ptr + rows, mask=mask, other=ignore_index).to(tl.int64)
+    target = load_tile_targets(target_ptr, rows, mask, ignore_index)
     targets = by_turn(target, N_TURNS)
     # Of rows that do not exist: the index of no row.
     turn_rows = by_turn(tl.where(mask, rows, n_rows), N_TURNS)

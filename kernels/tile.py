@@ -86,6 +86,13 @@ def tile_rows(n_inner, BLOCK_ROWS: tl.constexpr, ROW_GROUP: tl.constexpr):
 
 
 @triton.jit
+def load_tile_targets(target_ptr, rows, mask, ignore_index):
+    """The class index of each row; ignore_index of rows that do not exist."""
+    target = tl.load(target_ptr + rows, mask=mask, other=0).to(tl.int64)
+    return tl.where(mask, target, ignore_index)  # not the load's `other`: -100 is 156 in uint8
+
+
+@triton.jit
 def _packed_offsets(n_cols, N_LINES: tl.constexpr, LINE: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr):
     """Of a program's packed rows, a line per thread's run or part of a row, and which of the line's PADDED places are its own."""
     line, lane = tl.arange(0, N_LINES)[:, None], tl.arange(0, PADDED)[None, :]

@@ -1,5 +1,6 @@
 """Every kernel variant compiles for every GPU we name, without spills, with 16-byte accesses where rows are aligned."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -109,8 +110,15 @@ def _call(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]) -
     return result[0] if options.get("return_stats") else result
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", CASES)
+def _cells() -> Iterator[Any]:
+    """Every case on every target; in `make test` each case on one of them, in turn, because a compilation takes seconds."""
+    for index, case in enumerate(CASES):
+        for position, target in enumerate(TARGETS):
+            everywhere = pytest.mark.sweep if position != index % len(TARGETS) else ()
+            yield pytest.param(case, target, marks=everywhere, id=f"{case}-{target}")
+
+
+@pytest.mark.parametrize(("case", "target"), list(_cells()))
 def test_compiles_without_spills_and_with_wide_accesses(monkeypatch: pytest.MonkeyPatch, case: str, target: str) -> None:
     recorded = launches(monkeypatch, target, lambda: _call(*CASES[case]))
     assert len(recorded) in (2, 3)
