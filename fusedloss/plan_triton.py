@@ -179,7 +179,8 @@ def denominator_tile(n_rows: int, device: DeviceFacts) -> Tile:
 @lru_cache(maxsize=1024)
 def scale_tile(n_elements: int, device: DeviceFacts) -> Tile:
     """Cuts the multiplication of a fused gradient: few programs, since most launches return at once."""
-    block = 8192
+    # Of a number that is no multiple of 16 each element is accessed on its own, and 64 per thread would spill.
+    block = 8192 if n_elements % 16 == 0 else 4096
     n_programs = max(1, min(4 * device.n_sms, -(-n_elements // block)))
     return Tile("scale_gradient_kernel", 1, block, _warps(128, device), n_programs, rowwise=False)
 
