@@ -362,7 +362,10 @@ def tile_gradient(
         dlogits = tl.where(cols == _spread(label, BLOCK_COLS), _spread(at_target, BLOCK_COLS), dlogits)
         if HAS_SMOOTHING:
             dlogits -= _spread(smooth_factor, BLOCK_COLS) * _column_weights(weight_ptr, cols, n_cols, dlogits.dtype)
-        dlogits = through_transform(dlogits, blocks[i], logit_scale, softcap)
+        x = blocks[i]
+        if softcap is not None:
+            x = tl.where(_spread(live, BLOCK_COLS), x, 0.0)
+        dlogits = through_transform(dlogits, x, logit_scale, softcap)
         gradients = gradients + (dlogits.to(dtype),)
     return gradients
 
