@@ -58,10 +58,13 @@ def exact_loss_and_gradient(
             torch.as_tensor(target[2]).double().reshape(-1),
         )
         counted = (first != ignore_index) & (second != ignore_index)
-        q = torch.zeros_like(x)
+        q, is_label = torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
         for labels, share in ((first, lam), (second, 1 - lam)):
-            q.scatter_add_(1, labels.where(counted, 0)[:, None], share.expand(len(x))[:, None])
-        a, rows = _of_probabilities(q, w, nll, label_smoothing)
+            at = labels.where(counted, 0)[:, None]
+            q.scatter_add_(1, at, share.expand(len(x))[:, None])
+            is_label.scatter_(1, at, True)
+        # Without smoothing no other class enters, though its logit be -inf.
+        a, rows = _of_probabilities(q, w, nll.where(is_label | (label_smoothing > 0), 0), label_smoothing)
         row_weights = torch.ones(len(x), dtype=torch.float64)
     elif target.shape == logits.shape:
         counted = torch.ones(len(x), dtype=torch.bool)
