@@ -68,8 +68,10 @@ def by_row(turns):
 def one_thread_each(rows):
     """The same values (ROWS,), each in one thread."""
     ROWS: tl.constexpr = rows.shape[0]
-    low, high = tl.split(tl.trans(tl.reshape(rows, (2, ROWS // 2))))
-    return tl.reshape(tl.trans(tl.join(low, high)), (ROWS,))
+    if ROWS > 1:
+        low, high = tl.split(tl.trans(tl.reshape(rows, (2, ROWS // 2))))
+        rows = tl.reshape(tl.trans(tl.join(low, high)), (ROWS,))
+    return rows
 
 
 @triton.jit
