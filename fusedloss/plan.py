@@ -26,7 +26,8 @@ class Options(NamedTuple):
     return_stats: bool = False
 
     @property
-    def has_extras(self) -> bool:  # until the kernels serve them
+    def has_extras(self) -> bool:
+        """Whether a row takes more registers than PyTorch's own loss does."""
         return self.z_loss != 0 or self.logit_scale != 1 or self.softcap > 0 or self.return_stats
 
 

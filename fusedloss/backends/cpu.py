@@ -150,7 +150,7 @@ def _call(
     save: bool,
 ) -> int:
     logits, target, target_b, lam, weight, sample_weight, scale = inputs
-    has_probabilities = target.dim() == logits.dim()
+    has_probabilities = inputs.has_probabilities
     target = target.to(saved.dtype) if has_probabilities else target.contiguous()
     # In a variable until the kernel has run: what was converted lives no longer.
     target_b = None if target_b is None else target_b.contiguous()
