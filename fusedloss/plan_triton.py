@@ -39,6 +39,10 @@ LONG_ROW_COLS = 32768
 # 16-byte loads that each thread has under way for a block of a row. More would spill on sm_80; fewer would need more warps, whose
 # reductions meet at barriers.
 ACCESSES_PER_THREAD = 4
+# Registers of an SM. A row's forward is compiled for as many as let two programs share one, so that one loads while the other
+# reduces; for what one program can have, where more is under way. Left to itself, ptxas spills a value or two to fit another.
+SM_REGISTERS = 65536
+MAX_REGISTERS = 255
 
 # Elements of a shared tile, and of each of its threads: one warp. A row is then shared by few threads, which keep its
 # statistics many times over, and no warp waits for another (10 to 512 classes: half the instructions of tiles of 8 warps).
@@ -129,13 +133,23 @@ def _row_cols(g: Geometry, itemsize: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def forward_tile(g: Geometry, itemsize: int, device: DeviceFacts) -> Tile:
-    """Cuts the forward of a problem whose logits have `itemsize` bytes."""
+def forward_tile(g: Geometry, itemsize: int, more: bool, device: DeviceFacts) -> Tile:
+    """Cuts the forward of a problem whose logits have `itemsize` bytes; `more`: see holds_more."""
     if _one_program_per_row(g):
         block_cols, num_warps = _row_block(g.n_cols, itemsize, device)
+        per_sm = 1 if more or itemsize == 8 else 2
         n_slices = min(_slices_that_fill(g, device), -(-g.n_cols // block_cols))
         n_programs = max(1, g.n_rows) * n_slices
-        return Tile("forward_row_kernel", 1, block_cols, num_warps, n_programs, rowwise=True, n_slices=n_slices)
+        return Tile(
+            "forward_row_kernel",
+            1,
+            block_cols,
+            num_warps,
+            n_programs,
+            rowwise=True,
+            n_slices=n_slices,
+            max_registers=_register_limit(min(MAX_REGISTERS, SM_REGISTERS // (per_sm * num_warps * 32)), device),
+        )
     return _shared_tile("forward_tile_kernel", g, g, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
 
 
@@ -152,7 +166,7 @@ def backward_tile(g: Geometry, grad: Geometry, itemsize: int, device: DeviceFact
 
 
 def holds_more(options: Options, itemsize: int) -> bool:
-    """Whether a fused row shares the registers with more than its exponentials: smoothing's weights, a cap's tanh, statistics."""
+    """Whether a row shares the registers with more than its exponentials: smoothing's weights, a cap's tanh, statistics."""
     return options.label_smoothing > 0 or options.softcap > 0 or options.return_stats or (itemsize > 2 and options.has_extras)
 
 
@@ -207,7 +221,7 @@ def _fused_row_tile(g: Geometry, itemsize: int, more: bool, device: DeviceFacts)
         rowwise=True,
         n_blocks=n_blocks,
         n_slices=n_slices,
-        max_registers=None if more or device.warp_size != 32 else FUSED_ROW_REGISTERS,  # an option of Triton's for NVIDIA
+        max_registers=None if more else _register_limit(FUSED_ROW_REGISTERS, device),
     )
 
 
@@ -216,6 +230,10 @@ def _slices_that_fill(g: Geometry, device: DeviceFacts) -> int:
     if g.n_cols < LONG_ROW_COLS or g.n_rows == 0:
         return 1
     return max(1, min(device.n_sms // g.n_rows, -(-g.n_cols // MIN_SLICE_COLS), MAX_SLICES))
+
+
+def _register_limit(registers: int, device: DeviceFacts) -> int | None:
+    return registers if device.warp_size == 32 else None  # an option of Triton's for NVIDIA
 
 
 def _warps(threads: int, device: DeviceFacts) -> int:
@@ -300,11 +318,12 @@ def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool,
     g, gradient = geometries(rows.shape, rows.stride(), torch.empty_like(rows, device="meta").stride())
     one_pass = logits.numel() * itemsize
     copies = logits.dim() > 3 and not spatial_dims_collapse(logits)
+    more = holds_more(options, itemsize)
     if not needs_grad:
-        tile = forward_tile(g, itemsize, device)
+        tile = forward_tile(g, itemsize, more, device)
         return Plan("triton", reason, "forward only", tile, None, copies, read_bytes=one_pass, write_bytes=0, launches=1)
     if fuses_gradient(options.reduction, logits.dtype):
-        tile = fused_tile(g, gradient, itemsize, holds_more(options, itemsize), device)
+        tile = fused_tile(g, gradient, itemsize, more, device)
         counts = tile.n_slices > 1 or (options.reduction == "mean" and tile.n_programs > 1)
         return Plan(
             "triton",
@@ -322,7 +341,7 @@ def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool,
         "triton",
         reason,
         "recompute",
-        forward_tile(g, itemsize, device),
+        forward_tile(g, itemsize, more, device),
         backward_tile(g, gradient, itemsize, device),
         copies,
         read_bytes=2 * one_pass,

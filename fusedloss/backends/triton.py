@@ -71,7 +71,7 @@ def _forward_constants(
 ) -> tuple[Tile, int, dict[str, Any]]:
     """The tile, the number of rows, and the arguments that are no tensors: decided once per kind of call."""
     (g,) = geometries(shape, strides)
-    tile = forward_tile(g, itemsize, facts)
+    tile = forward_tile(g, itemsize, holds_more(options, itemsize), facts)
     constants: dict[str, Any] = {
         **_option_constants(options),
         "top_k": options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS),
@@ -81,7 +81,7 @@ def _forward_constants(
         "n_cols": g.n_cols,
         "row_stride": g.row_stride,
         "BLOCK_COLS": tile.block_cols,
-        "num_warps": tile.num_warps,
+        **_launch_options(tile),
     }
     if tile.rowwise:
         constants.update(GROUP=row_group(g, itemsize), N_SLICES=tile.n_slices, slices_ptr=None)
@@ -197,15 +197,13 @@ def _gradient_constants(
         "dlogits_row_stride": out.row_stride,
         "row_stride": g.row_stride,
         "BLOCK_COLS": tile.block_cols,
-        "num_warps": tile.num_warps,
+        **_launch_options(tile),
         **_layout_with_gradient(tile, g, out, itemsize),
     }
     if strategy == "fused" and tile.rowwise:
         constants.update(
             slices_ptr=None, arrived_ptr=None, N_BLOCKS=tile.n_blocks, N_SLICES=tile.n_slices, WAITS=not _interprets()
         )
-        if tile.max_registers is not None:
-            constants["maxnreg"] = tile.max_registers
     return tile, g.n_rows, constants
 
 
@@ -291,6 +289,13 @@ def _layout_with_gradient(tile: Tile, g: Geometry, out: Geometry, itemsize: int)
         "VECTOR": min(g.vector(itemsize), out.vector(itemsize)) if same_order else 1,
         **_tile_layout(tile),
     }
+
+
+def _launch_options(tile: Tile) -> dict[str, int]:
+    options = {"num_warps": tile.num_warps}
+    if tile.max_registers is not None:
+        options["maxnreg"] = tile.max_registers
+    return options
 
 
 def _tile_layout(tile: Tile) -> dict[str, int]:
