@@ -74,7 +74,11 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
         BF16,
         {"reduction": "none", "softcap": 30.0, "return_stats": True, **ROW_EXTRAS},
     ),
-    "topk, all extras": ((64, 5000), FP32, {"reduction": "topk", "top_k": 3, "softcap": 30.0, "return_stats": True, **ROW_EXTRAS}),
+    "topk, all extras": (
+        (64, 5000),
+        FP32,
+        {"reduction": "topk", "top_k": 3, "softcap": 30.0, "return_stats": True, **ROW_EXTRAS},
+    ),
     "recompute, slices": ((1, 128256), BF16, {"reduction": "none"}),
     "recompute, slices, all options": ((3, 50257), FP32, {"reduction": "max", "weight": True, "label_smoothing": 0.1}),
     "recompute, long rows, fp32": ((64, 128256), FP32, {"reduction": "none"}),
