@@ -58,8 +58,8 @@ def cross_entropy(
         target: class indices (), (N,) or (N, d1, ...), int64 (uint8 for 1-D); or class probabilities of input's shape; or two
             labels of MixUp or CutMix, a tuple (target_a, target_b, lam) of class indices and the share of the first, a number
             or a tensor (), (N,) or of target_a's shape: the loss of the class probabilities
-            lam * one_hot(target_a) + (1 - lam) * one_hot(target_b), which are never built: a class that is neither label does
-            not enter, though its logit be -inf. A row with either label ignored counts for nothing.
+            lam * one_hot(target_a) + (1 - lam) * one_hot(target_b), which are never built: a class whose share is 0 does not
+            enter, though its logit be -inf. A row with either label ignored counts for nothing.
         weight: (C,), a factor per class, in input's dtype.
         size_average: deprecated, overrides reduction as in PyTorch.
         ignore_index: rows with this class index count for nothing; may be any integer.

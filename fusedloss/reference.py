@@ -85,8 +85,11 @@ def _two_label_losses(
     logits: Tensor, a: Tensor, b: Tensor, lam: Tensor | float, weight: Tensor | None, options: Options
 ) -> Tensor:
     log_p = logits.log_softmax(1)
-    nll_a, nll_b = (F.nll_loss(log_p, t, weight, reduction="none", ignore_index=options.ignore_index) for t in (a, b))
-    rows = lam * nll_a + (1 - lam) * nll_b
+    rows = logits.new_zeros(())
+    for labels, share in ((a, lam), (b, 1 - lam)):
+        nll = F.nll_loss(log_p, labels, reduction="none", ignore_index=options.ignore_index)
+        factor = share * _row_weights(logits, labels, weight, labels != options.ignore_index)
+        rows = rows + factor * nll.masked_fill((factor == 0) & ~nll.isfinite(), 0)
     if options.label_smoothing > 0:
         every = log_p if weight is None else log_p * weight.view(-1, *[1] * (log_p.dim() - 2))
         rows = (1 - options.label_smoothing) * rows - options.label_smoothing / logits.shape[1] * every.sum(1)

@@ -194,7 +194,8 @@ def row_loss(
     """Loss of each row."""
     loss = target_weight * row_nll(row_max, rest, x_t, e_t)
     log_d = tl.log(rest + e_t)
-    if x_b is not None:
+    if x_b is not None:  # a label without a share does not enter, though its logit be -inf
+        loss = tl.where(target_weight == 0.0, 0.0, loss)
         loss += tl.where(weight_b == 0.0, 0.0, weight_b * ((row_max - x_b) + log_d))
     if smoothing is not None:
         log_sum = (row_max - shift) + log_d

@@ -22,7 +22,9 @@ class Exact(NamedTuple):
     loss: Tensor
     gradient: Tensor  # of the logits' shape
     unknown: Tensor  # elements of the gradient that are 0 times NaN
-    terms: float  # the largest a_c of the gradient, where A p_c - a_c is a difference: not for an index without smoothing
+    # The largest term where the gradient is a difference of some: A p_c - a_c, though not for an index without smoothing; with
+    # softcap 1 - tanh^2, of the factor 1 / cosh^2.
+    terms: float
     ambiguous: bool  # rounding decides which rows "max" or "topk" selects
 
 
@@ -58,22 +60,25 @@ def exact_loss_and_gradient(
             torch.as_tensor(target[2]).double().reshape(-1),
         )
         counted = (first != ignore_index) & (second != ignore_index)
-        q, is_label = torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
+        q = torch.zeros_like(x)
         for labels, share in ((first, lam), (second, 1 - lam)):
-            at = labels.where(counted, 0)[:, None]
-            q.scatter_add_(1, at, share.expand(len(x))[:, None])
-            is_label.scatter_(1, at, True)
-        # Without smoothing no other class enters, though its logit be -inf.
-        a, rows = _of_probabilities(q, w, nll.where(is_label | (label_smoothing > 0), 0), label_smoothing)
+            q.scatter_add_(1, labels.where(counted, 0)[:, None], share.expand(len(x))[:, None])
+        asked = torch.stack([first, second, lam.expand(len(x))], 1)
+        a, _ = _of_probabilities(q, w, nll, label_smoothing)
+        # A label whose factor is 0 does not enter, though its logit be -inf; with smoothing every class does.
+        rows = (1 - label_smoothing) * (w * q * nll.where(w * q != 0, 0)).sum(1)
+        if label_smoothing > 0:
+            rows = rows + label_smoothing / n_classes * (w * nll).sum(1)
         row_weights = torch.ones(len(x), dtype=torch.float64)
     elif target.shape == logits.shape:
         counted = torch.ones(len(x), dtype=torch.bool)
-        a, rows = _of_probabilities(_rows(target, n_classes), w, nll, label_smoothing)
+        asked = _rows(target, n_classes)
+        a, rows = _of_probabilities(asked, w, nll, label_smoothing)
         row_weights = torch.ones(len(x), dtype=torch.float64)
     else:
         flat = target.reshape(-1).long()
         counted = flat != ignore_index
-        t = flat.masked_fill(~counted, 0)[:, None]
+        t = asked = flat.masked_fill(~counted, 0)[:, None]
         a = torch.zeros_like(x).scatter_(1, t, (1 - label_smoothing) * w[t])
         rows = (1 - label_smoothing) * (w[t] * nll.gather(1, t))[:, 0]
         if label_smoothing > 0:
@@ -90,11 +95,13 @@ def exact_loss_and_gradient(
         rows = rows * row_factors
     rows = rows.where(counted, 0)
     row_weights = row_weights.where(counted, 0)
-    identity = torch.cat([x, a, row_factors[:, None]], 1)
+    identity = torch.cat([x, asked, row_factors[:, None]], 1)
     loss, factors, ambiguous = _reduce(rows, counted, row_weights, identity, reduction, top_k, resolution)
     factors = factors * row_factors * scale * (dloss.double().reshape(-1))
     is_difference = label_smoothing > 0 or isinstance(target, tuple) or target.shape == logits.shape
     terms = a * factors[:, None] * slope if is_difference else torch.zeros(())
+    if softcap is not None:
+        terms = torch.cat([terms.flatten(), (factors[:, None] * gradient * logit_scale).flatten()])
     terms = terms[terms.isfinite()].abs()
     unknown = gradient.isnan() & (counted & (factors == 0))[:, None]
     gradient = (factors[:, None] * gradient * slope).where((counted & (factors != 0))[:, None], 0)

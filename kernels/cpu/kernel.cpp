@@ -192,16 +192,16 @@ int64_t forward(const Problem& problem) {
   parallel_for(problem, chunks.n, [&](int64_t chunk) {
     sums[chunk] = rows(problem, chunks.begin(chunk), chunks.end(chunk), coefficient, weight_total);
   });
-  double total = 0;
-  int64_t n_correct = 0;
-  for (int64_t chunk = 0; chunk < chunks.n; ++chunk) total += sums[chunk].loss, n_correct += sums[chunk].n_correct;
+  RowSums total = {};
+  for (int64_t chunk = 0; chunk < chunks.n; ++chunk)
+    total.loss.add(sums[chunk].loss.value()), total.n_correct += sums[chunk].n_correct;
   if (problem.counts) {
-    problem.counts[0] = targets.n_counted, problem.counts[1] = n_correct;
+    problem.counts[0] = targets.n_counted, problem.counts[1] = total.n_correct;
     problem.counts[2] = worst_row(problem, static_cast<const A*>(problem.row_stats) + problem.n_rows());
   }
   if (problem.reduction == kNone) return 0;
   const bool selects = problem.reduction == kMax || problem.reduction == kTopK;
-  store_loss(problem, selects ? select_rows<A>(problem, targets.n_counted) : problem.scale * (total / denominator));
+  store_loss(problem, selects ? select_rows<A>(problem, targets.n_counted) : problem.scale * (total.loss.value() / denominator));
   return 0;
 }
 

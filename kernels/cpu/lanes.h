@@ -196,7 +196,7 @@ RowSums forward_lanes(const Problem& problem, int64_t begin, int64_t end, double
   const Terms<A> terms(problem, weight_total);
   Tile<A> tile;
   GroupState<A> s;
-  RowSums sums = {0, 0};
+  RowSums sums = {};
   for_groups(problem, begin, end, lanes_per_group<A>(problem), [&](int64_t row, int n_lanes) {
     const GroupPointers<T, A> at(problem, row);
     shape_tile(tile, n_lanes);

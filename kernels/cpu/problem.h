@@ -3,6 +3,7 @@
 //
 // Nothing here is validated but the class indices, and nothing is allocated.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 namespace fusedloss {
@@ -77,9 +78,20 @@ constexpr int64_t kState = 4;  // scalars at the head of `saved`
 constexpr int64_t kKeptBytes = 1 << 20;
 void* thread_scratch();
 
+// A sum and what rounding took from it (Neumaier 1974): without, a thousand float64 losses would lose three digits.
+struct CompensatedSum {
+  double sum, lost;
+  void add(double x) {
+    const double next = sum + x;
+    lost += std::fabs(sum) >= std::fabs(x) ? (sum - next) + x : (x - next) + sum;
+    sum = next;
+  }
+  double value() const { return lost == lost ? sum + lost : sum; }  // of an infinite sum nothing finite is lost
+};
+
 struct RowSums {
-  double loss;        // 0 for kNone
-  int64_t n_correct;  // 0 without row_stats
+  CompensatedSum loss;  // 0 for kNone
+  int64_t n_correct;    // 0 without row_stats
 };
 
 // Rows [begin, end), once per instruction set. coefficient is d(loss)/d(row loss) but for the row's sample weight, used where

@@ -107,7 +107,10 @@ INLINE Vector<A> row_loss(const RowStats<A>& s, const Terms<A>& terms, Vector<A>
   } else {
     // (m - x_t) is added at the maximum too: it is 0 there, and NaN where both are infinite, as PyTorch has it.
     loss = s.k_t * ((s.max - s.x_t) + log_d);
-    if (terms.two_labels) loss += s.k_b * ((s.max - s.x_b) + log_d);
+    if (terms.two_labels) {  // a label without a share does not enter, though its logit be -inf
+      loss = s.k_t == A(0) ? Vector<A>{} : loss;
+      loss += s.k_b == A(0) ? Vector<A>{} : s.k_b * ((s.max - s.x_b) + log_d);
+    }
     if (terms.smoothing > 0) {
       Vector<A> all = terms.weight_total * ((s.max - s.shift) + log_d) + s.q_sum;
       loss = (A(1) - terms.smoothing) * loss + terms.smoothing_per_class * all;
@@ -237,7 +240,7 @@ struct GroupState {
       const int64_t r = row + lane;
       if (!live[lane]) loss[lane] = lse[lane] = 0;
       if (live[lane] && terms.sample_weight) loss[lane] *= terms.sample_weight[r];
-      sums.loss += store_row<A>(problem, r, live[lane], loss[lane], max[lane], rest[lane], q_total[lane]);
+      sums.loss.add(store_row<A>(problem, r, live[lane], loss[lane], max[lane], rest[lane], q_total[lane]));
       if (!problem.row_stats) continue;
       A* row_stats = static_cast<A*>(problem.row_stats);
       row_stats[r] = lse[lane], row_stats[problem.n_rows() + r] = loss[lane];

@@ -304,7 +304,7 @@ RowSums forward_rows(const Problem& problem, int64_t begin, int64_t end, double 
   const bool keeps = problem.dlogits && problem.n_cols <= kKeptCols<A>;
   scratch.kept = keeps ? static_cast<A*>(thread_scratch()) : nullptr;
   GroupState<A> s;
-  RowSums sums = {0, 0};
+  RowSums sums = {};
   for_groups(problem, begin, end, rows_per_group<A>(problem), [&](int64_t row, int n) {
     const GroupPointers<T, A> at(problem, row);
     s.begin_forward(problem, terms, row, n, Simd<A>::W, A(coefficient));
