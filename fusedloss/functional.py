@@ -167,7 +167,7 @@ def _route(inputs: Inputs, options: Options) -> Route:
     )
     # All but values decides: once per kind of call, unless somebody traces it, with sizes that are symbols.
     choose = _checked_route if nobody_watches(logits) else _checked_route.__wrapped__
-    return choose(facts, options, backends.requested(), _transform(), _autocast(logits))
+    return choose(facts, options.kind, backends.requested(), _transform(), _autocast(logits))
 
 
 @lru_cache(maxsize=1024)

@@ -26,6 +26,11 @@ class Options(NamedTuple):
     return_stats: bool = False
 
     @property
+    def kind(self) -> "Options":
+        """The key of what is decided once for all calls alike: without the numbers that are others in every step."""
+        return self if self.scale == 1 and self.lam == 1 else self._replace(scale=1.0, lam=1.0)
+
+    @property
     def has_extras(self) -> bool:
         """Whether a row takes more registers than PyTorch's own loss does."""
         return self.z_loss != 0 or self.logit_scale != 1 or self.softcap > 0 or self.return_stats
@@ -116,6 +121,11 @@ def fuses_gradient(reduction: str, dtype: torch.dtype) -> bool:
     factor arrives underflows: p / N below 6e-8 would be 0.
     """
     return reduction in ("sum", "mean") and dtype != torch.float16
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels sum logits of `dtype` in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def spatial_dims_collapse(logits: torch.Tensor) -> bool:

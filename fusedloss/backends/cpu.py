@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusedloss import plan_cpu
 from fusedloss.backends.outputs import Outputs, allocate_forward, allocate_gradient
-from fusedloss.plan import Inputs, Options
+from fusedloss.plan import Inputs, Options, accumulation_dtype
 from fusedloss.reference import FRACTION_BITS
 
 LIBRARY_NAME = "fusedloss_cpu.so"
@@ -140,7 +140,7 @@ def _library() -> Library:
 def _call(
     function: Any,
     loss: Tensor | None,
-    saved: Tensor,
+    saved: Tensor | None,
     dlogits: Tensor | None,
     row_stats: Tensor | None,
     counts: Tensor | None,
@@ -151,29 +151,23 @@ def _call(
 ) -> int:
     logits, target, target_b, lam, weight, sample_weight, scale = inputs
     has_probabilities = inputs.has_probabilities
-    target = target.to(saved.dtype) if has_probabilities else target.contiguous()
+    accumulate = accumulation_dtype(logits.dtype)
+    target = target.to(accumulate) if has_probabilities else target.contiguous()
     # In a variable until the kernel has run: what was converted lives no longer.
     target_b = None if target_b is None else target_b.contiguous()
-    lam = None if lam is None else lam.to(saved.dtype).contiguous()
-    weight = None if weight is None else weight.to(saved.dtype).contiguous()
-    sample_weight = None if sample_weight is None else sample_weight.to(saved.dtype).contiguous()
+    lam = None if lam is None else lam.to(accumulate).contiguous()
+    weight = None if weight is None else weight.to(accumulate).contiguous()
+    sample_weight = None if sample_weight is None else sample_weight.to(accumulate).contiguous()
     library = _library()
     kind = _kind(
         logits.shape,
         logits.stride(),
-        dlogits.stride() if dlogits is not None else None,
+        None if dlogits is None else dlogits.stride(),
         target.stride() if has_probabilities else None,
         logits.dtype,
-        loss.dtype if loss is not None else None,
+        None if loss is None else loss.dtype,
         target.dtype,
-        options.reduction,
-        options.ignore_index,
-        options.label_smoothing,
-        options.top_k,
-        options.top_k_fraction,
-        options.z_loss,
-        options.logit_scale,
-        options.softcap,
+        options.kind,
         save,
         dlogits is not logits,
         torch.get_num_threads(),
@@ -182,7 +176,7 @@ def _call(
     )
     call = _CALL.pack(
         0 if loss is None else loss.data_ptr(),
-        saved.data_ptr(),
+        0 if saved is None else saved.data_ptr(),
         0 if dlogits is None else dlogits.data_ptr(),
         0 if row_stats is None else row_stats.data_ptr(),
         0 if counts is None else counts.data_ptr(),
@@ -208,14 +202,7 @@ def _kind(
     logits_dtype: torch.dtype,
     loss_dtype: torch.dtype | None,
     target_dtype: torch.dtype,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    top_k: int,
-    top_k_fraction: float,
-    z_loss: float,
-    logit_scale: float,
-    softcap: float,
+    options: Options,
     save: bool,
     fresh: bool,
     available_threads: int,
@@ -227,17 +214,17 @@ def _kind(
     rows = plan_cpu.rows(shape, logits_strides, dlogits_strides, probabilities_strides)
     indices = _UINT8 if target_dtype == torch.uint8 else _INT64
     return _KIND.pack(
-        label_smoothing,
-        z_loss,
-        logit_scale,
-        softcap,
-        ignore_index,
-        top_k or round(top_k_fraction * 2**FRACTION_BITS),
-        top_k == 0,
+        options.label_smoothing,
+        options.z_loss,
+        options.logit_scale,
+        options.softcap,
+        options.ignore_index,
+        options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS),
+        options.top_k == 0,
         _DTYPES[logits_dtype],
         _DTYPES[loss_dtype] if loss_dtype is not None else 0,
         indices if probabilities_strides is None else _PROBABILITIES,
-        _REDUCTIONS[reduction],
+        _REDUCTIONS[options.reduction],
         save,
         requested_isa,
         plan_cpu.threads(n_elements, available_threads),

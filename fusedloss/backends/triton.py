@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedloss.backends.outputs import Outputs, allocate_forward, allocate_gradient
-from fusedloss.plan import Inputs, Options, Tile
+from fusedloss.backends.outputs import STATE, Outputs, allocate_forward, allocate_gradient
+from fusedloss.plan import Inputs, Options, Tile, accumulation_dtype
 from fusedloss.plan_triton import (
     VECTOR_BYTES,
     DeviceFacts,
@@ -42,9 +42,9 @@ def forward(
     if outputs.dlogits is not None:
         _fused(outputs, outputs.dlogits, inputs, options, keeps_workspace)
         return outputs
-    saved = outputs.saved
+    saved = outputs.saved if outputs.saved is not None else _state(logits)
     tile, n_rows, constants = _forward_constants(
-        logits.shape, logits.stride(), logits.element_size(), _kind(inputs, options), needs_grad, device_facts(logits.device)
+        logits.shape, logits.stride(), logits.element_size(), options.kind, needs_grad, device_facts(logits.device)
     )
     reduces = options.reduction != "none" or options.return_stats
     arguments: dict[str, Any] = {
@@ -99,10 +99,11 @@ def _forward_constants(
 
 def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, keeps_workspace: bool) -> None:
     """One launch, or two where no gradient can be written before the rows are counted, or slices need counters at zero."""
-    logits, saved = inputs.logits, outputs.saved
+    logits = inputs.logits
+    saved = _state(logits)
     layout = (logits.shape, logits.stride(), dlogits.stride(), logits.element_size())
     facts = device_facts(logits.device)
-    tile, n_rows, constants = _gradient_constants("fused", *layout, _kind(inputs, options), facts)
+    tile, n_rows, constants = _gradient_constants("fused", *layout, options.kind, facts)
     n_partials = tile.n_programs // tile.n_slices
     arguments: dict[str, Any] = {
         **constants,
@@ -161,7 +162,7 @@ def backward(
         return dlogits
     layout = (logits.shape, logits.stride(), dlogits.stride(), logits.element_size())
     facts = device_facts(logits.device)
-    tile, _, constants = _gradient_constants("recompute", *layout, _kind(inputs, options), facts)
+    tile, _, constants = _gradient_constants("recompute", *layout, options.kind, facts)
     arguments: dict[str, Any] = {
         **constants,
         "dlogits_ptr": dlogits,
@@ -222,6 +223,11 @@ def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
     _launch(tile.kernel, tile.n_programs, dlogits.device, arguments)
 
 
+def _state(logits: Tensor) -> Tensor:
+    """The head of `saved`, which launches hand on to each other where no backward reads the rest."""
+    return logits.new_empty((STATE,), dtype=accumulation_dtype(logits.dtype))
+
+
 def _workspace(n_sums: int, n_programs: int, saved: Tensor, keeps_workspace: bool) -> dict[str, Tensor | None]:
     """What a reduction over several programs needs besides its outputs."""
     if n_programs == 1:
@@ -231,13 +237,8 @@ def _workspace(n_sums: int, n_programs: int, saved: Tensor, keeps_workspace: boo
 
 def _statistics(outputs: Outputs, n_rows: int) -> dict[str, Tensor | None]:
     """Where a launch leaves its statistics, and what it needs to count rows."""
-    flags = outputs.saved.new_empty((n_rows,), dtype=torch.int8) if outputs.counts is not None else None
+    flags = outputs.counts.new_empty((n_rows,), dtype=torch.int8) if outputs.counts is not None else None
     return {"row_stats_ptr": outputs.row_stats, "counts_ptr": outputs.counts, "flags_ptr": flags}
-
-
-def _kind(inputs: Inputs, options: Options) -> Options:
-    """The options as a key: without the share of two labels, which is another one in every step of MixUp."""
-    return options if inputs.target_b is None else options._replace(lam=1.0)
 
 
 def _option_constants(options: Options) -> dict[str, Any]:

@@ -182,9 +182,7 @@ int64_t forward(const Problem& problem) {
   // As in PyTorch: no row counts, or only rows of weight 0, whose loss label smoothing may make positive.
   if (denominator == 0) denominator = std::nan("");
   const double coefficient = problem.scale / denominator;
-  A* saved = static_cast<A*>(problem.saved);
-  saved[0] = A(coefficient);
-  saved[3] = A(weight_total);
+  if (A* saved = static_cast<A*>(problem.saved)) saved[0] = A(coefficient), saved[3] = A(weight_total);
 
   const Chunks chunks = row_chunks(problem);
   const ForwardRows rows = kernels(problem).forward;

@@ -36,10 +36,18 @@ void load_tile(A* to, int lanes, const T* from, int64_t row, int64_t col, int n_
     }
     return;
   }
-  for (int lane = 0; lane < n_lanes; ++lane)  // in the order of memory, not of the tile
-    for (int64_t c = 0; c < n_cols; ++c) to[c * lanes + lane] = load1(from + lane * row + c * col);
-  for (int lane = n_lanes; lane < lanes; ++lane)
-    for (int64_t c = 0; c < n_cols; ++c) to[c * lanes + lane] = 0;
+  for (int lane = 0; lane < lanes; lane += W) {  // a vector of rows at a time: nearly the order of memory
+    for (int64_t c = 0; c < n_cols; ++c) {
+      const T* at = from + lane * row + c * col;
+      Vector<A> v{};
+      if (lane + W <= n_lanes) {
+        UNROLL for (int i = 0; i < W; ++i) v[i] = load1(at + i * row);
+      } else {
+        for (int i = 0; i < n_lanes - lane; ++i) v[i] = load1(at + i * row);
+      }
+      store(to + c * lanes + lane, v);
+    }
+  }
 }
 
 template <class T, class A>
@@ -55,8 +63,17 @@ void store_tile(T* to, const A* from, int lanes, int64_t row, int64_t col, int n
     }
     return;
   }
-  for (int lane = 0; lane < n_lanes; ++lane)
-    for (int64_t c = 0; c < n_cols; ++c) store1(to + lane * row + c * col, from[c * lanes + lane]);
+  for (int lane = 0; lane < n_lanes; lane += W) {
+    for (int64_t c = 0; c < n_cols; ++c) {
+      const Vector<A> v = load(from + c * lanes + lane);
+      T* at = to + lane * row + c * col;
+      if (lane + W <= n_lanes) {
+        UNROLL for (int i = 0; i < W; ++i) store1(at + i * row, v[i]);
+      } else {
+        for (int i = 0; i < n_lanes - lane; ++i) store1(at + i * row, v[i]);
+      }
+    }
+  }
 }
 
 // Fills tile.q with q of classes [start, start + n).

@@ -21,8 +21,8 @@ struct Strides {
 struct Call {
   // outputs; "A" is the accumulation type: double for kFloat64, else float
   void* loss;       // (n_rows,) of loss_dtype for kNone, else ()
-  void* saved;      // A: 4 + 3 n_rows values, described in kernels/rowwise.py, and n_rows times Q for kProbabilities; only the
-                    // first 4 where neither save nor the reduction needs rows
+  void* saved;      // A: 4 + 3 n_rows values, described in kernels/rowwise.py, and n_rows times Q for kProbabilities; null where
+                    // neither save nor the reduction needs rows
   void* dlogits;    // logits_dtype; forward: null unless the strategy is fused; may be the logits themselves, with their strides
   void* row_stats;  // A (2, n_rows): log-sum-exp and loss of every row, or null
   int64_t* counts;  // (3,): rows counted, rows correct, the row of the largest loss or -1; or null, with row_stats

@@ -236,11 +236,16 @@ struct GroupState {
       const Vector<A> log_d = log_sum(s, terms);
       store(loss + lane, row_loss<A>(s, terms, log_d)), store(lse + lane, s.max + log_d);
     }
+    const bool keeps = problem.save || (problem.reduction != kSum && problem.reduction != kMean);
     for (int lane = 0; lane < n; ++lane) {
       const int64_t r = row + lane;
       if (!live[lane]) loss[lane] = lse[lane] = 0;
       if (live[lane] && terms.sample_weight) loss[lane] *= terms.sample_weight[r];
-      sums.loss.add(store_row<A>(problem, r, live[lane], loss[lane], max[lane], rest[lane], q_total[lane]));
+      const double summand = keeps ? store_row<A>(problem, r, live[lane], loss[lane], max[lane], rest[lane], q_total[lane])
+                                   : double(loss[lane]);
+      // Of float32 losses a double has 29 bits to spare.
+      if constexpr (sizeof(A) == sizeof(double)) sums.loss.add(summand);
+      else sums.loss.sum += summand;
       if (!problem.row_stats) continue;
       A* row_stats = static_cast<A*>(problem.row_stats);
       row_stats[r] = lse[lane], row_stats[problem.n_rows() + r] = loss[lane];
