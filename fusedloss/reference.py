@@ -89,7 +89,7 @@ def _two_label_losses(
     for labels, share in ((a, lam), (b, 1 - lam)):
         nll = F.nll_loss(log_p, labels, reduction="none", ignore_index=options.ignore_index)
         factor = share * _row_weights(logits, labels, weight, labels != options.ignore_index)
-        rows = rows + factor * nll.masked_fill((factor == 0) & ~nll.isfinite(), 0)
+        rows = rows + factor * nll.masked_fill((factor == 0) & nll.isinf(), 0)
     if options.label_smoothing > 0:
         every = log_p if weight is None else log_p * weight.view(-1, *[1] * (log_p.dim() - 2))
         rows = (1 - options.label_smoothing) * rows - options.label_smoothing / logits.shape[1] * every.sum(1)

@@ -192,11 +192,13 @@ def row_loss(
     sample_weight=None,
 ):
     """Loss of each row."""
-    loss = target_weight * row_nll(row_max, rest, x_t, e_t)
+    nll = row_nll(row_max, rest, x_t, e_t)
+    loss = target_weight * nll
     log_d = tl.log(rest + e_t)
     if x_b is not None:  # a label without a share does not enter, though its logit be -inf
-        loss = tl.where(target_weight == 0.0, 0.0, loss)
-        loss += tl.where(weight_b == 0.0, 0.0, weight_b * ((row_max - x_b) + log_d))
+        nll_b = (row_max - x_b) + log_d
+        loss = tl.where((target_weight == 0.0) & (nll == float("inf")), 0.0, loss)
+        loss += tl.where((weight_b == 0.0) & (nll_b == float("inf")), 0.0, weight_b * nll_b)
     if smoothing is not None:
         log_sum = (row_max - shift) + log_d
         loss = (1.0 - smoothing) * loss + (smoothing / n_cols) * (weight_total * log_sum + smooth_sum)

@@ -23,8 +23,9 @@ class Exact(NamedTuple):
     gradient: Tensor  # of the logits' shape
     unknown: Tensor  # elements of the gradient that are 0 times NaN
     # The largest term where the gradient is a difference of some: A p_c - a_c, though not for an index without smoothing; with
-    # softcap 1 - tanh^2, of the factor 1 / cosh^2.
+    # softcap 1 - tanh^2, of the factor 1 / cosh^2. Where logits are transformed, what the rounding of x_c makes of it, too.
     terms: float
+    loss_terms: float  # the same of the loss: how far it follows a transformed logit, times the largest of these
     ambiguous: bool  # rounding decides which rows "max" or "topk" selects
 
 
@@ -60,13 +61,16 @@ def exact_loss_and_gradient(
             torch.as_tensor(target[2]).double().reshape(-1),
         )
         counted = (first != ignore_index) & (second != ignore_index)
-        q = torch.zeros_like(x)
+        q, is_label = torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
         for labels, share in ((first, lam), (second, 1 - lam)):
-            q.scatter_add_(1, labels.where(counted, 0)[:, None], share.expand(len(x))[:, None])
+            at = labels.where(counted, 0)[:, None]
+            q.scatter_add_(1, at, share.expand(len(x))[:, None])
+            is_label.scatter_(1, at, True)
         asked = torch.stack([first, second, lam.expand(len(x))], 1)
         a, _ = _of_probabilities(q, w, nll, label_smoothing)
         # A label whose factor is 0 does not enter, though its logit be -inf; with smoothing every class does.
-        rows = (1 - label_smoothing) * (w * q * nll.where(w * q != 0, 0)).sum(1)
+        of_labels = nll.masked_fill((w * q == 0) & nll.isinf(), 0).where(is_label, 0)
+        rows = (1 - label_smoothing) * (w * q * of_labels).sum(1)
         if label_smoothing > 0:
             rows = rows + label_smoothing / n_classes * (w * nll).sum(1)
         row_weights = torch.ones(len(x), dtype=torch.float64)
@@ -97,18 +101,30 @@ def exact_loss_and_gradient(
     row_weights = row_weights.where(counted, 0)
     identity = torch.cat([x, asked, row_factors[:, None]], 1)
     loss, factors, ambiguous = _reduce(rows, counted, row_weights, identity, reduction, top_k, resolution)
-    factors = factors * row_factors * scale * (dloss.double().reshape(-1))
-    is_difference = label_smoothing > 0 or isinstance(target, tuple) or target.shape == logits.shape
-    terms = a * factors[:, None] * slope if is_difference else torch.zeros(())
+    factors = factors * row_factors * scale
+    terms, loss_terms = [], 0.0
+    if logit_scale != 1 or softcap is not None:
+        follows = factors * (a.abs().sum(1) + (2 * z_loss * lse).abs())
+        of_rows = _largest(follows) if reduction == "none" else float(follows.where(follows.isfinite(), 0).abs().sum())
+        loss_terms = of_rows * _largest(x)
+        terms.append((follows * dloss.double().reshape(-1))[:, None] * p * slope * x)
+    factors = factors * (dloss.double().reshape(-1))
+    if label_smoothing > 0 or isinstance(target, tuple) or target.shape == logits.shape:
+        terms.append(a * factors[:, None] * slope)
     if softcap is not None:
-        terms = torch.cat([terms.flatten(), (factors[:, None] * gradient * logit_scale).flatten()])
-    terms = terms[terms.isfinite()].abs()
+        terms.append(factors[:, None] * gradient * logit_scale)
     unknown = gradient.isnan() & (counted & (factors == 0))[:, None]
     gradient = (factors[:, None] * gradient * slope).where((counted & (factors != 0))[:, None], 0)
     loss = loss * scale
     if reduction == "none":
         loss = loss.reshape((*logits.shape[:1], *logits.shape[2:]) if logits.dim() > 1 else ())
-    return Exact(loss, _like(gradient, logits), _like(unknown, logits), float(terms.max()) if terms.numel() else 0.0, ambiguous)
+    largest_term = max(map(_largest, terms), default=0.0)
+    return Exact(loss, _like(gradient, logits), _like(unknown, logits), largest_term, loss_terms, ambiguous)
+
+
+def _largest(values: Tensor) -> float:
+    values = values[values.isfinite()].abs()
+    return float(values.max()) if values.numel() else 0.0
 
 
 def _rows(tensor: Tensor, n_classes: int) -> Tensor:

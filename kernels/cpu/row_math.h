@@ -106,10 +106,12 @@ INLINE Vector<A> row_loss(const RowStats<A>& s, const Terms<A>& terms, Vector<A>
     loss = s.q_sum + s.q_total * ((s.max - s.shift) + log_d);
   } else {
     // (m - x_t) is added at the maximum too: it is 0 there, and NaN where both are infinite, as PyTorch has it.
-    loss = s.k_t * ((s.max - s.x_t) + log_d);
+    const Vector<A> nll = (s.max - s.x_t) + log_d;
+    loss = s.k_t * nll;
     if (terms.two_labels) {  // a label without a share does not enter, though its logit be -inf
-      loss = s.k_t == A(0) ? Vector<A>{} : loss;
-      loss += s.k_b == A(0) ? Vector<A>{} : s.k_b * ((s.max - s.x_b) + log_d);
+      const Vector<A> nll_b = (s.max - s.x_b) + log_d;
+      loss = (s.k_t == A(0)) & (nll == kInfinity<A>) ? Vector<A>{} : loss;
+      loss += (s.k_b == A(0)) & (nll_b == kInfinity<A>) ? Vector<A>{} : s.k_b * nll_b;
     }
     if (terms.smoothing > 0) {
       Vector<A> all = terms.weight_total * ((s.max - s.shift) + log_d) + s.q_sum;
