@@ -198,8 +198,6 @@ def _not_covered(name: str, facts: InputFacts, options: Options, out_dtype: torc
         if logits.device.type not in ("cpu", "meta"):
             return f"the CPU kernel does not serve device {logits.device.type!r}"
     if facts.has_probabilities:
-        if name != "cpu":
-            return "class probabilities as target have no kernel yet"
         if target.needs_grad or (weight is not None and weight.needs_grad):
             return "the gradient to class probabilities, or to their weight, has no kernel"
         if out_dtype == torch.float64 and logits.dtype != torch.float64:
@@ -321,8 +319,9 @@ def plan(
     route = _route(inputs, checked)
     if route.backend == "reference":
         return Plan("reference", route.reason)
-    logits = input.unsqueeze(0) if input.dim() == 1 else input
+    if input.dim() == 1:
+        inputs = _as_one_row(inputs)
     needs_grad = input.requires_grad and torch.is_grad_enabled()
     if route.backend == "cpu":
-        return cpu_plan(route.reason, logits, checked, needs_grad)
-    return triton_plan(route.reason, logits, checked, needs_grad, device or device_facts(input.device))
+        return cpu_plan(route.reason, inputs.logits, checked, needs_grad)
+    return triton_plan(route.reason, inputs, checked, needs_grad, device or device_facts(input.device))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedloss.plan import Options, Plan, Tile, fuses_gradient, spatial_dims_collapse
+from fusedloss.plan import Inputs, Options, Plan, Tile, fuses_gradient, spatial_dims_collapse
 
 # Bytes of the widest access of a thread (LDG.128, global_load_dwordx4).
 VECTOR_BYTES = 16
@@ -25,6 +25,7 @@ ROW_BLOCK = 8192
 FUSED_COLS_PER_THREAD = 8
 FUSED_ROW_BLOCKS = {2: 11, 4: 9, 8: 2}
 FUSED_ROW_BLOCKS_MORE = {2: 3, 4: 3, 8: 1}
+FUSED_ROW_BLOCKS_PROBABILITIES = {2: 4, 4: 4, 8: 1}  # they wait in registers, too
 FUSED_ROW_REGISTERS = 128  # as many as 512 threads can have; with fewer blocks 255, as many as 256 can have
 FUSED_ROW_THREADS = 512
 # A longer row is cut into slices: programs that wait for each other, of few threads, so that an SM has room for four and some
@@ -59,6 +60,7 @@ MAX_OWNER_THREADS = 256
 THREAD_ELEMENTS = 16
 MAX_RUN_ELEMENTS = 64
 MAX_PIXEL_ELEMENTS = 104
+MAX_PIXEL_ELEMENTS_PROBABILITIES = 64  # besides as many class probabilities
 # Longer packed rows are cut into parts of so many.
 PART_ELEMENTS = 32
 # Pixels with more classes are shared by threads that lie along the classes; MIN_PIXEL_THREADS lie along the pixels, 256 bytes of
@@ -117,6 +119,14 @@ def geometries(shape: torch.Size, *strides: tuple[int, ...]) -> list[Geometry]:
     return [Geometry(n_outer, n_inner, n_cols, outer, row, col) for outer, col, row in strides]
 
 
+def probabilities_strides(logits: Tensor, probabilities: Tensor) -> tuple[int, ...]:
+    """Strides with which the kernels take class probabilities: their own if the logits or the gradient have the same; else the
+    gradient's, in a copy."""
+    if probabilities.stride() == logits.stride():
+        return logits.stride()
+    return torch.empty_like(logits, device="meta").stride()
+
+
 def row_group(g: Geometry, itemsize: int) -> int:
     """Elements of a sector, or of 16 bytes, if all rows consist of them; 1 for ragged rows."""
     for n_bytes in (SECTOR_BYTES, VECTOR_BYTES):
@@ -133,11 +143,11 @@ def _row_cols(g: Geometry, itemsize: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def forward_tile(g: Geometry, itemsize: int, more: bool, device: DeviceFacts) -> Tile:
+def forward_tile(g: Geometry, probabilities: Geometry | None, itemsize: int, more: bool, device: DeviceFacts) -> Tile:
     """Cuts the forward of a problem whose logits have `itemsize` bytes; `more`: see holds_more."""
-    if _one_program_per_row(g):
+    if _one_program_per_row(g) and _same_alignment(g, probabilities, itemsize):
         block_cols, num_warps = _row_block(g.n_cols, itemsize, device)
-        per_sm = 1 if more or itemsize == 8 else 2
+        per_sm = 1 if more or probabilities is not None or itemsize == 8 else 2
         n_slices = min(_slices_that_fill(g, device), -(-g.n_cols // block_cols))
         n_programs = max(1, g.n_rows) * n_slices
         return Tile(
@@ -150,19 +160,19 @@ def forward_tile(g: Geometry, itemsize: int, more: bool, device: DeviceFacts) ->
             n_slices=n_slices,
             max_registers=_register_limit(min(MAX_REGISTERS, SM_REGISTERS // (per_sm * num_warps * 32)), device),
         )
-    return _shared_tile("forward_tile_kernel", g, g, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
+    return _shared_tile("forward_tile_kernel", g, None, probabilities, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
 
 
 @lru_cache(maxsize=1024)
-def backward_tile(g: Geometry, grad: Geometry, itemsize: int, device: DeviceFacts) -> Tile:
+def backward_tile(g: Geometry, grad: Geometry, probabilities: Geometry | None, itemsize: int, device: DeviceFacts) -> Tile:
     """Cuts the backward; `grad` is the geometry of the gradient, whose strides may differ from the logits'."""
-    if _one_program_per_row(g) and _same_alignment(g, grad, itemsize):
+    if _one_program_per_row(g) and _same_alignment(g, grad, itemsize) and _same_alignment(g, probabilities, itemsize):
         n_cols = _row_cols(g, itemsize)
         block_cols, num_warps = _row_block(n_cols, itemsize, device)
         n_programs = g.n_rows * -(-n_cols // block_cols)
         return Tile("backward_row_kernel", 1, block_cols, num_warps, max(1, n_programs), rowwise=True)
     # No reduction over the batch here, so no gain from a single program.
-    return _shared_tile("backward_tile_kernel", g, grad, itemsize, TILE_ELEMENTS, device)
+    return _shared_tile("backward_tile_kernel", g, grad, probabilities, itemsize, TILE_ELEMENTS, device)
 
 
 def holds_more(options: Options, itemsize: int) -> bool:
@@ -171,14 +181,19 @@ def holds_more(options: Options, itemsize: int) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def fused_tile(g: Geometry, grad: Geometry, itemsize: int, more: bool, device: DeviceFacts) -> Tile:
+def fused_tile(
+    g: Geometry, grad: Geometry, probabilities: Geometry | None, itemsize: int, more: bool, device: DeviceFacts
+) -> Tile:
     """Cuts the forward that also writes the gradient; `more`: see holds_more."""
     # The kernel of one program per row masks no row: an empty batch, which still needs a loss, is the tile kernel's.
-    if g.n_rows > 0 and _one_program_per_row(g) and _same_alignment(g, grad, itemsize):
-        tile = _fused_row_tile(g, itemsize, more, device)
+    aligned = _same_alignment(g, grad, itemsize) and _same_alignment(g, probabilities, itemsize)
+    if g.n_rows > 0 and _one_program_per_row(g) and aligned:
+        soft = probabilities is not None
+        blocks = FUSED_ROW_BLOCKS_MORE if more else FUSED_ROW_BLOCKS_PROBABILITIES if soft else FUSED_ROW_BLOCKS
+        tile = _fused_row_tile(g, blocks[itemsize], itemsize, more or soft, device)
         if tile.n_slices <= min(MAX_SLICES, device.n_sms):
             return tile
-    return _shared_tile("fused_tile_kernel", g, grad, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
+    return _shared_tile("fused_tile_kernel", g, grad, probabilities, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
 
 
 @lru_cache(maxsize=1024)
@@ -199,8 +214,8 @@ def scale_tile(n_elements: int, device: DeviceFacts) -> Tile:
     return Tile("scale_gradient_kernel", 1, block, _warps(128, device), n_programs, rowwise=False)
 
 
-def _fused_row_tile(g: Geometry, itemsize: int, more: bool, device: DeviceFacts) -> Tile:
-    fitting = (FUSED_ROW_BLOCKS_MORE if more else FUSED_ROW_BLOCKS)[itemsize]
+def _fused_row_tile(g: Geometry, fitting: int, itemsize: int, more: bool, device: DeviceFacts) -> Tile:
+    """Cuts rows into blocks of which `fitting` fit into the registers of a thread; `more`: which are all a thread can have."""
     n_cols = _row_cols(g, itemsize)
     filling = _slices_that_fill(g, device)
     threads = device.warp_size
@@ -240,9 +255,9 @@ def _warps(threads: int, device: DeviceFacts) -> int:
     return max(1, threads // device.warp_size)
 
 
-def _same_alignment(g: Geometry, grad: Geometry, itemsize: int) -> bool:
-    """Whether the ragged edges of a row are the same in the logits and in their gradient."""
-    return (g.row_stride - grad.row_stride) % (SECTOR_BYTES // itemsize) == 0 and grad.col_stride == 1
+def _same_alignment(g: Geometry, other: Geometry | None, itemsize: int) -> bool:
+    """Whether the ragged edges of a row are the same in the logits and in the other tensor, if there is one."""
+    return other is None or ((g.row_stride - other.row_stride) % (SECTOR_BYTES // itemsize) == 0 and other.col_stride == 1)
 
 
 def next_power_of_2(n: int) -> int:
@@ -258,13 +273,28 @@ def _row_block(n_cols: int, itemsize: int, device: DeviceFacts) -> tuple[int, in
     return block_cols, _warps(block_cols * itemsize // (ACCESSES_PER_THREAD * VECTOR_BYTES), device)
 
 
-def _shared_tile(kernel: str, g: Geometry, grad: Geometry, itemsize: int, max_elements: int, device: DeviceFacts) -> Tile:
-    """Cuts rows among programs of many rows. `grad` is g where no gradient is written."""
-    row_group = _packed_row_group(g, itemsize) if _is_packed(g) and _is_packed(grad) else 0
+def _shared_tile(
+    kernel: str,
+    g: Geometry,
+    grad: Geometry | None,
+    probabilities: Geometry | None,
+    itemsize: int,
+    max_elements: int,
+    device: DeviceFacts,
+) -> Tile:
+    """Cuts rows among programs of many rows."""
+    is_packed = all(_is_packed(tensor) for tensor in (g, grad, probabilities) if tensor is not None)
+    # float64 takes two registers for a value, and class probabilities wait beside the logits.
+    doubles = 2 if itemsize == 8 and probabilities is not None else 1
+    max_run, part = MAX_RUN_ELEMENTS // doubles, PART_ELEMENTS // doubles
+    max_pixels = MAX_PIXEL_ELEMENTS if probabilities is None else MAX_PIXEL_ELEMENTS_PROBABILITIES
+    if itemsize == 8:
+        max_pixels //= 2
+    row_group = _packed_row_group(g, itemsize, max_run) if is_packed else 0
     one_program = next_power_of_2(g.n_rows) * next_power_of_2(g.n_cols) <= max_elements
     if row_group > 0:
         vector = g.vector(itemsize) if row_group == 1 else 1
-        block_cols = 1 if row_group * g.n_cols <= MAX_RUN_ELEMENTS else next_power_of_2(-(-g.n_cols // PART_ELEMENTS))
+        block_cols = 1 if row_group * g.n_cols <= max_run else next_power_of_2(-(-g.n_cols // part))
         n_blocks = -(-g.n_cols // (block_cols * vector)) * vector
         runs_per_thread = next_power_of_2(max(1, THREAD_ELEMENTS // (row_group * n_blocks)))
         block_rows = OWNER_THREADS * runs_per_thread * row_group // block_cols
@@ -274,12 +304,15 @@ def _shared_tile(kernel: str, g: Geometry, grad: Geometry, itemsize: int, max_el
     elif g.rows_contiguous:
         vector = g.vector(itemsize)
         block_cols = 1
-        while vector * -(-g.n_cols // block_cols) > _max_pixel_elements(itemsize) and block_cols < MAX_THREADS_PER_PIXEL:
+        while vector * -(-g.n_cols // block_cols) > max_pixels and block_cols < MAX_THREADS_PER_PIXEL:
             block_cols *= 2
         n_blocks = -(-g.n_cols // block_cols)
-        block_rows = min(next_power_of_2(g.n_inner), max(OWNER_THREADS // block_cols, MIN_PIXEL_THREADS) * vector)
+        pixel_threads = max(OWNER_THREADS // block_cols, MIN_PIXEL_THREADS)
+        if probabilities is not None:  # more threads would not have the registers: 128 bytes of pixels
+            pixel_threads = min(pixel_threads, MAX_OWNER_THREADS // block_cols)
+        block_rows = min(next_power_of_2(g.n_inner), pixel_threads * vector)
         threads = block_rows // vector * block_cols
-        if vector * n_blocks > _max_pixel_elements(itemsize):  # too many classes for the registers: read twice
+        if vector * n_blocks > max_pixels:  # too many classes for the registers: read twice
             block_cols, n_blocks = min(next_power_of_2(g.n_cols), SPATIAL_ELEMENTS_PER_THREAD // vector), 0
             block_rows = min(next_power_of_2(g.n_inner), OWNER_THREADS * vector)
             threads = block_rows // vector
@@ -299,32 +332,34 @@ def _is_packed(g: Geometry) -> bool:
     return g.n_outer == 1 and g.col_stride == 1 and g.row_stride == g.n_cols <= MAX_SHARED_ROW_COLS
 
 
-def _packed_row_group(g: Geometry, itemsize: int) -> int:
+def _packed_row_group(g: Geometry, itemsize: int, max_run: int) -> int:
     """How many packed rows together are whole groups of 16 bytes, or of fewer if one thread cannot hold so many rows."""
     vector = VECTOR_BYTES // itemsize
-    while vector > 1 and vector // gcd(vector, g.n_cols) * g.n_cols > MAX_RUN_ELEMENTS:
+    while vector > 1 and vector // gcd(vector, g.n_cols) * g.n_cols > max_run:
         vector //= 2
     return vector // gcd(vector, g.n_cols)
 
 
-def _max_pixel_elements(itemsize: int) -> int:
-    return MAX_PIXEL_ELEMENTS if itemsize < 8 else MAX_PIXEL_ELEMENTS // 2  # float64 takes two registers
-
-
-def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool, device: DeviceFacts) -> Plan:
+def triton_plan(reason: str, inputs: Inputs, options: Options, needs_grad: bool, device: DeviceFacts) -> Plan:
     """The plan of the Triton path for logits (N, C) or (N, C, d1, ...)."""
+    logits, soft = inputs.logits, inputs.has_probabilities
     itemsize = logits.element_size()
     rows = logits if logits.dim() == 2 else logits.flatten(2)
-    g, gradient = geometries(rows.shape, rows.stride(), torch.empty_like(rows, device="meta").stride())
+    strides = [rows.stride(), torch.empty_like(rows, device="meta").stride()]
+    if soft:
+        strides.append(probabilities_strides(rows, inputs.target if logits.dim() == 2 else inputs.target.flatten(2)))
+    g, gradient, *of_target = geometries(rows.shape, *strides)
+    probabilities = of_target[0] if soft else None
     one_pass = logits.numel() * itemsize
+    one_read = one_pass + (inputs.target.numel() * inputs.target.element_size() if soft else 0)
     copies = logits.dim() > 3 and not spatial_dims_collapse(logits)
     more = holds_more(options, itemsize)
     if not needs_grad:
-        tile = forward_tile(g, itemsize, more, device)
-        return Plan("triton", reason, "forward only", tile, None, copies, read_bytes=one_pass, write_bytes=0, launches=1)
+        tile = forward_tile(g, probabilities, itemsize, more, device)
+        return Plan("triton", reason, "forward only", tile, None, copies, read_bytes=one_read, write_bytes=0, launches=1)
     if fuses_gradient(options.reduction, logits.dtype):
-        tile = fused_tile(g, gradient, itemsize, more, device)
-        counts = tile.n_slices > 1 or (options.reduction == "mean" and tile.n_programs > 1)
+        tile = fused_tile(g, gradient, probabilities, itemsize, more, device)
+        counts = tile.n_slices > 1 or (options.reduction == "mean" and tile.n_programs > 1 and not soft)
         return Plan(
             "triton",
             reason,
@@ -333,7 +368,7 @@ def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool,
             scale_tile(logits.numel(), device),
             copies,
             # What does not stay in registers is read again, from L2 or L1.
-            read_bytes=one_pass * (1 if tile.n_blocks else 2),
+            read_bytes=one_read * (1 if tile.n_blocks else 2),
             write_bytes=one_pass,
             launches=3 if counts else 2,
         )
@@ -341,10 +376,10 @@ def triton_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool,
         "triton",
         reason,
         "recompute",
-        forward_tile(g, itemsize, more, device),
-        backward_tile(g, gradient, itemsize, device),
+        forward_tile(g, probabilities, itemsize, more, device),
+        backward_tile(g, gradient, probabilities, itemsize, device),
         copies,
-        read_bytes=2 * one_pass,
+        read_bytes=2 * one_read,
         write_bytes=one_pass,
         launches=2,
     )

@@ -6,11 +6,12 @@ With g the upstream gradient times the row's coefficient, A = g (1 - eps) w_t an
     dlogits_t = S p_t - s_t - A rest / d    since p_t - 1 = -rest / d without cancellation
 
 A z_loss adds 2 g z_loss lse to S where it multiplies p_c. Of two labels the first is t; the second, with its own A_b, adds that
-to S in the same way, and has dlogits_b = (A + A_b + S) p_b - s_b - A_b. A transform of the logits multiplies
-all by its derivative.
+to S in the same way, and has dlogits_b = (A + A_b + S) p_b - s_b - A_b. Class probabilities have no t: s_c = g a_c, whose sum S
+the forward has saved for every row. A transform of the logits multiplies all by its derivative.
 
-Traffic: each logit of a row with g != 0 is read once and every gradient written once; other rows are written as zeros,
-without reading them, so that their logits may hold NaN. Packed rows and pixels (tile.py) are read with their neighbours.
+Traffic: each logit of a row with g != 0, and each of its class probabilities, is read once and every gradient written once; other
+rows are written as zeros, without reading them, so that their logits may hold NaN. Packed rows and pixels (tile.py) are read with
+their neighbours.
 
     backward_tile_kernel  BLOCK_ROWS rows per program (tile.py), any strides
     backward_row_kernel   one block of one row per program, classes contiguous: 16-byte accesses at any row start
@@ -22,6 +23,7 @@ from fusedloss.kernels.forward import edge_columns, in_main, main_columns
 from fusedloss.kernels.rowwise import (
     STATE,
     check_target,
+    class_factors,
     elements_in_sector,
     float_from_bits,
     gradient_factors,
@@ -53,9 +55,10 @@ from fusedloss.kernels.tile import (
 def backward_tile_kernel(
     dlogits_ptr,  # (n_outer, n_inner, n_cols)
     dloss_ptr,  # (n_rows,) for "none", else ()
-    saved_ptr,  # (4 + 3 n_rows,), see rowwise.py
+    saved_ptr,  # (4 + 3 n_rows,), or (4 + 4 n_rows,), see rowwise.py
     logits_ptr,  # (n_outer, n_inner, n_cols)
-    target_ptr,  # (n_rows,) int64 or uint8
+    target_ptr,  # (n_rows,) int64 or uint8; None: class probabilities
+    probabilities_ptr,  # (n_outer, n_inner, n_cols) class probabilities as target, or None
     target_b_ptr,  # the second of two labels: (n_rows,) or None
     lam_ptr,  # share of the first: (n_rows,) or None
     weight_ptr,  # (n_cols,) or None
@@ -75,9 +78,12 @@ def backward_tile_kernel(
     outer_stride,
     row_stride,
     col_stride,
+    probabilities_outer_stride,  # None without probabilities
+    probabilities_row_stride,
+    probabilities_col_stride,
     REDUCTION: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
-    ROWS_CONTIGUOUS: tl.constexpr,  # both row strides are 1: neighbouring rows, not classes, lie side by side
+    ROWS_CONTIGUOUS: tl.constexpr,  # the row strides are 1: neighbouring rows, not classes, lie side by side
     VECTOR: tl.constexpr,  # all strides and the contiguous size are multiples of it; at most 16 bytes
     ROW_GROUP: tl.constexpr,  # packed rows that are whole 16-byte groups together; 0: rows may lie anywhere
     PADDED: tl.constexpr,  # elements of a packed row group, or of a thread's part of a packed row, to the next power of 2
@@ -88,7 +94,7 @@ def backward_tile_kernel(
     """Gradient of BLOCK_ROWS rows of one outer block."""
     dtype = saved_ptr.dtype.element_ty
     smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
-    weight_total = tl.load(saved_ptr + 3) if HAS_SMOOTHING else None
+    weight_total = tl.load(saved_ptr + 3) if HAS_SMOOTHING and probabilities_ptr is None else None
     z_loss = float_from_bits(z_loss_bits, dtype) if z_loss_bits is not None else None
     logit_scale = float_from_bits(logit_scale_bits, dtype) if logit_scale_bits is not None else None
     softcap = float_from_bits(softcap_bits, dtype) if softcap_bits is not None else None
@@ -97,6 +103,11 @@ def backward_tile_kernel(
     if ROW_GROUP > 0:
         n_cols = N_BLOCKS if BLOCK_COLS == 1 else (n_cols // VECTOR) * VECTOR
     else:
+        if probabilities_ptr is not None:
+            _, _, probabilities_outer_stride, probabilities_row_stride, probabilities_col_stride = prove_alignment(
+                n_inner, n_cols, probabilities_outer_stride, probabilities_row_stride, probabilities_col_stride,
+                ROWS_CONTIGUOUS, VECTOR,
+            )  # fmt: skip
         _, _, dlogits_outer_stride, dlogits_row_stride, dlogits_col_stride = prove_alignment(
             n_inner, n_cols, dlogits_outer_stride, dlogits_row_stride, dlogits_col_stride, ROWS_CONTIGUOUS, VECTOR
         )
@@ -106,7 +117,12 @@ def backward_tile_kernel(
     outer, inner, mask, rows = tile_rows(n_inner, BLOCK_ROWS, ROW_GROUP)
     row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
     dlogits_row_ptr = dlogits_ptr + outer * dlogits_outer_stride + inner.to(tl.int64) * dlogits_row_stride
-    targets = by_turn(load_tile_targets(target_ptr, rows, mask, ignore_index), N_TURNS)
+    q_row_ptr = None
+    if probabilities_ptr is not None:
+        q_row_ptr = probabilities_ptr + outer * probabilities_outer_stride + inner.to(tl.int64) * probabilities_row_stride
+        factor_totals = by_turn(tl.load(saved_ptr + STATE + 3 * n_rows + rows, mask=mask, other=0.0), N_TURNS)
+    else:
+        targets = by_turn(load_tile_targets(target_ptr, rows, mask, ignore_index), N_TURNS)
     # Of rows that do not exist: the index of no row.
     turn_rows = by_turn(tl.where(mask, rows, n_rows), N_TURNS)
     coefficient = row_coefficient(saved_ptr, dloss_ptr, rows, mask, n_rows, REDUCTION)
@@ -117,13 +133,21 @@ def backward_tile_kernel(
     if ROW_GROUP > 0:
         # Packed rows are read with their neighbours, unless none of them has a gradient, the usual case for max and topk.
         n_read = tl.where(tl.max((coefficient != 0).to(tl.int32), 0) > 0, n_rows, 0)
-        held = load_packed(logits_ptr, n_read, n_cols, ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
+        held = load_packed(logits_ptr, n_read, n_cols, float("-inf"), ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
+        if probabilities_ptr is not None:
+            held_q = load_packed(probabilities_ptr, n_read, n_cols, 0.0, ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
 
     gradients = ()
     for i in tl.static_range(N_TURNS):
-        counted, valid = check_target(targets[i], ignore_index, n_cols)
-        target_weight = load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
-        label_b, weight_b = None, None
+        label, target_weight, label_b, weight_b = None, None, None, None
+        if probabilities_ptr is not None:
+            counted = turn_rows[i] < n_rows
+            valid = counted
+            weight_total = factor_totals[i]
+        else:
+            counted, valid = check_target(targets[i], ignore_index, n_cols)
+            target_weight = load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
+            label = targets[i].to(tl.int32)
         if target_b_ptr is not None:
             target_b, counted, valid, target_weight, weight_b, _ = load_second_label(
                 target_b_ptr, lam_ptr, lam_bits, weight_ptr, turn_rows[i], turn_rows[i] < n_rows, targets[i], counted, valid,
@@ -133,20 +157,28 @@ def backward_tile_kernel(
         g = coefficients[i]
         if sample_weight_ptr is not None:
             g *= load_sample_weight(sample_weight_ptr, turn_rows[i], counted, dtype)
-        label = targets[i].to(tl.int32)
         live = valid & (g != 0)
         # Rows without gradient are not read, unless they share their 16 bytes with rows that have one.
         read = mask if ROWS_CONTIGUOUS else live
+        e_t, q = tl.zeros_like(g), None
         if N_BLOCKS > 0:
             if ROW_GROUP > 0:
                 blocks = held[i]
             else:
                 blocks = load_blocks(row_ptr, col_stride, read, 0, n_cols, 0.0, BLOCK_COLS, N_BLOCKS, True)
             blocks = transform_blocks(blocks, 0, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
-            x_t = target_logit(blocks, label, dtype, BLOCK_COLS, PART)
+        if probabilities_ptr is not None:
+            if ROW_GROUP > 0:
+                q = held_q[i]
+            elif N_BLOCKS > 0:
+                q = load_blocks(q_row_ptr, probabilities_col_stride, read, 0, n_cols, 0.0, BLOCK_COLS, N_BLOCKS, True)
         else:
-            x_t = tl.load(row_ptr + targets[i] * col_stride, mask=live, other=0.0).to(dtype)
-            x_t = transform_logits(x_t, logit_scale, softcap)
+            if N_BLOCKS > 0:
+                x_t = target_logit(blocks, label, dtype, BLOCK_COLS, PART)
+            else:
+                x_t = tl.load(row_ptr + targets[i] * col_stride, mask=live, other=0.0).to(dtype)
+                x_t = transform_logits(x_t, logit_scale, softcap)
+            e_t = tl.exp(x_t - maxima[i])
         e_b = None
         if target_b_ptr is not None:
             if N_BLOCKS > 0:
@@ -156,12 +188,12 @@ def backward_tile_kernel(
                 x_b = transform_logits(x_b, logit_scale, softcap)
             e_b = tl.exp(x_b - maxima[i])
         p_factor, at_target, smooth_factor, at_b = gradient_factors(
-            target_weight, valid, counted, g, rests[i], tl.exp(x_t - maxima[i]), smoothing, weight_total, n_cols,
+            target_weight, valid, counted, g, rests[i], e_t, smoothing, weight_total, n_cols,
             maxima[i], e_b, weight_b, z_loss,
         )  # fmt: skip
         if N_BLOCKS > 0:
             dlogits = tile_gradient(
-                exponentials(blocks, maxima[i], BLOCK_COLS), blocks, 0, n_cols, label, live, weight_ptr,
+                exponentials(blocks, maxima[i], BLOCK_COLS), blocks, 0, n_cols, label, q, live, weight_ptr, smoothing,
                 p_factor, at_target, smooth_factor, label_b, at_b, logit_scale, softcap,
                 dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
             )  # fmt: skip
@@ -173,8 +205,11 @@ def backward_tile_kernel(
             for start in range(0, n_cols, BLOCK_COLS):
                 block = load_blocks(row_ptr, col_stride, read, start, n_cols, 0.0, BLOCK_COLS, 1, False)
                 block = transform_blocks(block, start, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
+                block_q = None
+                if probabilities_ptr is not None:
+                    block_q = load_blocks(q_row_ptr, probabilities_col_stride, read, start, n_cols, 0.0, BLOCK_COLS, 1, False)
                 dlogits = tile_gradient(
-                    exponentials(block, maxima[i], BLOCK_COLS), block, start, n_cols, label, live, weight_ptr,
+                    exponentials(block, maxima[i], BLOCK_COLS), block, start, n_cols, label, block_q, live, weight_ptr, smoothing,
                     p_factor, at_target, smooth_factor, label_b, at_b, logit_scale, softcap,
                     dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
                 )  # fmt: skip
@@ -190,9 +225,11 @@ def stored_here(col, first_col, after, head, n_main, part):
 
 
 @triton.jit
-def minus_smoothing(dlogits, smooth_factor, weight_ptr, cols, mask):
+def minus_smoothing(dlogits, smooth_factor, q, cols, mask, weight_ptr, smoothing, n_cols):
     """dlogits_c - s_c."""
-    if weight_ptr is not None:
+    if q is not None:
+        return dlogits - smooth_factor * class_factors(q, cols, mask, weight_ptr, smoothing, n_cols, dlogits.dtype)
+    elif weight_ptr is not None:
         return dlogits - smooth_factor * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(dlogits.dtype)
     return dlogits - smooth_factor
 
@@ -205,9 +242,10 @@ def minus_smoothing(dlogits, smooth_factor, weight_ptr, cols, mask):
 def backward_row_kernel(
     dlogits_ptr,  # (n_rows, n_cols), classes contiguous
     dloss_ptr,  # (n_rows,) for "none", else ()
-    saved_ptr,  # (4 + 3 n_rows,), see rowwise.py
+    saved_ptr,  # (4 + 3 n_rows,), or (4 + 4 n_rows,), see rowwise.py
     logits_ptr,  # (n_rows, n_cols), classes contiguous
-    target_ptr,  # (n_rows,) int64 or uint8
+    target_ptr,  # (n_rows,) int64 or uint8; None: class probabilities
+    probabilities_ptr,  # (n_rows, n_cols) class probabilities as target, classes contiguous, or None
     target_b_ptr,  # the second of two labels: (n_rows,) or None
     lam_ptr,  # share of the first: (n_rows,) or None
     weight_ptr,  # (n_cols,) or None
@@ -222,6 +260,7 @@ def backward_row_kernel(
     n_cols,
     dlogits_row_stride,
     row_stride,
+    probabilities_row_stride,  # None without probabilities
     REDUCTION: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     GROUP: tl.constexpr,  # see forward_row_kernel; the row strides are equal modulo a sector
@@ -233,9 +272,14 @@ def backward_row_kernel(
     blocks_per_row = tl.num_programs(0) // n_rows
     row = (tl.program_id(0) // blocks_per_row).to(tl.int64)  # int64: row * row_stride passes 2**31
     block = tl.program_id(0) % blocks_per_row
-    target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
-    target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
-    weight_b = None
+    HAS_SUMS: tl.constexpr = HAS_SMOOTHING or probabilities_ptr is not None
+    target_weight, weight_b = None, None
+    if probabilities_ptr is not None:
+        counted = row < n_rows
+        valid = counted
+    else:
+        target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
+        target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
     if target_b_ptr is not None:
         target_b, counted, valid, target_weight, weight_b, _ = load_second_label(
             target_b_ptr, lam_ptr, lam_bits, weight_ptr, row, row < n_rows, target, counted, valid, target_weight,
@@ -256,32 +300,49 @@ def backward_row_kernel(
 
     row_max = tl.load(saved_ptr + STATE + row, mask=read, other=0.0)
     rest = tl.load(saved_ptr + STATE + n_rows + row, mask=read, other=1.0)
-    x_t = transform_logits(tl.load(logits_ptr + row_start + target, mask=read, other=0.0).to(dtype), logit_scale, softcap)
+    if probabilities_ptr is not None:
+        e_t = tl.zeros((), dtype)
+    else:
+        x_t = transform_logits(tl.load(logits_ptr + row_start + target, mask=read, other=0.0).to(dtype), logit_scale, softcap)
+        e_t = tl.exp(x_t - row_max)
     e_b = None
     if target_b_ptr is not None:
         x_b = transform_logits(tl.load(logits_ptr + row_start + target_b, mask=read, other=0.0).to(dtype), logit_scale, softcap)
         e_b = tl.exp(x_b - row_max)
     smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
-    weight_total = tl.load(saved_ptr + 3) if HAS_SMOOTHING else None
+    weight_total = None
+    if probabilities_ptr is not None:
+        weight_total = tl.load(saved_ptr + STATE + 3 * n_rows + row, mask=read, other=0.0)
+    elif HAS_SMOOTHING:
+        weight_total = tl.load(saved_ptr + 3)
     p_factor, at_target, smooth_factor, at_b = gradient_factors(
-        target_weight, valid, counted, g, rest, tl.exp(x_t - row_max), smoothing, weight_total, n_cols,
+        target_weight, valid, counted, g, rest, e_t, smoothing, weight_total, n_cols,
         row_max, e_b, weight_b, z_loss,
     )  # fmt: skip
 
+    q = None
+    if probabilities_ptr is not None:
+        q_row_start, _, _ = main_columns(row, probabilities_row_stride, n_cols, GROUP, SECTOR)
+        q_main_ptr = probabilities_ptr + tl.multiple_of(q_row_start + head, SECTOR)
     group = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     in_row = in_main(group, head, n_main, GROUP, SECTOR)
     x = transform_logits(tl.load(main_ptr + group, mask=in_row & read, other=0.0).to(dtype), logit_scale, softcap)
     dz = tl.exp(x - row_max) * p_factor
-    if HAS_SMOOTHING:
-        dz = minus_smoothing(dz, smooth_factor, weight_ptr, head + group, in_row)
+    if probabilities_ptr is not None:
+        q = tl.load(q_main_ptr + group, mask=in_row & read, other=0.0)
+    if HAS_SUMS:
+        dz = minus_smoothing(dz, smooth_factor, q, head + group, in_row, weight_ptr, smoothing, n_cols)
     tl.store(dlogits_main_ptr + group, through_transform(dz, x, logit_scale, softcap), mask=in_row)
     if GROUP == 1 and block == 0:
         edge_cols, in_edge = edge_columns(head, n_main, n_cols, SECTOR)
         edge_x = tl.load(logits_ptr + row_start + edge_cols, mask=in_edge & read, other=0.0).to(dtype)
         edge_x = transform_logits(edge_x, logit_scale, softcap)
         edge_dz = tl.exp(edge_x - row_max) * p_factor
-        if HAS_SMOOTHING:
-            edge_dz = minus_smoothing(edge_dz, smooth_factor, weight_ptr, edge_cols, in_edge)
+        edge_q = None
+        if probabilities_ptr is not None:
+            edge_q = tl.load(probabilities_ptr + q_row_start + edge_cols, mask=in_edge & read, other=0.0)
+        if HAS_SUMS:
+            edge_dz = minus_smoothing(edge_dz, smooth_factor, edge_q, edge_cols, in_edge, weight_ptr, smoothing, n_cols)
         edge_dlogits = through_transform(edge_dz, edge_x, logit_scale, softcap)
         tl.store(dlogits_ptr + dlogits_row_start + edge_cols, edge_dlogits, mask=in_edge)
 
@@ -289,15 +350,16 @@ def backward_row_kernel(
     # label would cost two instructions per logit.
     first_col = head + block * BLOCK_COLS
     after = head + tl.minimum((block + 1) * BLOCK_COLS, n_main)
-    if HAS_SMOOTHING:
-        at_target = minus_smoothing(at_target, smooth_factor, weight_ptr, target, read)
-    at_target = through_transform(at_target, x_t, logit_scale, softcap)
-    own_target = stored_here(target, first_col, after, head, n_main, block)
-    tl.debug_barrier()  # another thread stored this element with the others of its group
-    tl.store(dlogits_ptr + dlogits_row_start + target, at_target, mask=read & own_target)
+    if probabilities_ptr is None:
+        if HAS_SMOOTHING:
+            at_target = minus_smoothing(at_target, smooth_factor, None, target, read, weight_ptr, smoothing, n_cols)
+        at_target = through_transform(at_target, x_t, logit_scale, softcap)
+        own_target = stored_here(target, first_col, after, head, n_main, block)
+        tl.debug_barrier()  # another thread stored this element with the others of its group
+        tl.store(dlogits_ptr + dlogits_row_start + target, at_target, mask=read & own_target)
     if target_b_ptr is not None:
         if HAS_SMOOTHING:
-            at_b = minus_smoothing(at_b, smooth_factor, weight_ptr, target_b, read)
+            at_b = minus_smoothing(at_b, smooth_factor, None, target_b, read, weight_ptr, smoothing, n_cols)
         at_b = through_transform(at_b, x_b, logit_scale, softcap)
         own_b = stored_here(target_b, first_col, after, head, n_main, block) & (target_b != target)
         tl.store(dlogits_ptr + dlogits_row_start + target_b, at_b, mask=read & own_b)

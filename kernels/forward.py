@@ -1,6 +1,7 @@
 """Forward kernels: every row's loss and the batch reduction in one launch. Derivations in rowwise.py and reduction.py.
 
-Traffic: each logit of a counted row is read once; per row 8 bytes of target are read and 2 or 3 statistics written.
+Traffic: each logit of a counted row is read once, and each class probability; per row 8 bytes of target are read, where it is an
+index, and 2 to 4 statistics written.
 An online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867) over blocks of columns keeps m and rest.
 
     forward_tile_kernel   BLOCK_ROWS rows per program, any strides: few classes, or classes far apart in memory (N, C, d1, ...)
@@ -13,6 +14,7 @@ from fusedloss.kernels.reduction import reduce_batch, store_stats
 from fusedloss.kernels.rowwise import (
     STATE,
     check_target,
+    class_factors,
     elements_in_sector,
     finite_max,
     float_from_bits,
@@ -28,7 +30,6 @@ from fusedloss.kernels.rowwise import (
 )
 from fusedloss.kernels.slices import merge_slices, publish_slice
 from fusedloss.kernels.tile import (
-    absorb_tile,
     by_row,
     by_turn,
     load_blocks,
@@ -36,6 +37,7 @@ from fusedloss.kernels.tile import (
     load_tile_targets,
     target_logit,
     tile_rows,
+    tile_statistics,
     transform_blocks,
 )
 
@@ -51,6 +53,7 @@ def _store_rows(
     loss,
     row_max,
     rest,
+    factor_total,  # A of class probabilities, else None
     scale,
     n_rows,
     REDUCTION: tl.constexpr,
@@ -63,6 +66,8 @@ def _store_rows(
     if SAVE:
         tl.store(saved_ptr + STATE + rows, row_max, mask=mask)
         tl.store(saved_ptr + STATE + n_rows + rows, rest, mask=mask)
+        if factor_total is not None:
+            tl.store(saved_ptr + STATE + 3 * n_rows + rows, factor_total, mask=mask)
     if REDUCTION == "max" or REDUCTION == "topk":
         tl.store(saved_ptr + STATE + 2 * n_rows + rows, tl.where(counted, loss, float("-inf")), mask=mask)
 
@@ -74,14 +79,15 @@ def _store_rows(
 )  # fmt: skip
 def forward_tile_kernel(
     loss_ptr,  # (n_rows,) for "none", else ()
-    saved_ptr,  # (4 + 3 n_rows,), see rowwise.py
+    saved_ptr,  # (4 + 3 n_rows,), or (4 + 4 n_rows,), see rowwise.py
     row_stats_ptr,  # (2, n_rows), with the two that follow None without statistics
     counts_ptr,  # (3,) int64
     flags_ptr,  # (n_rows,) int8 workspace
     partial_ptr,  # (2, n_programs) workspace, None with a single program or "none"
     ticket_ptr,  # () int32, likewise
     logits_ptr,  # (n_outer, n_inner, n_cols)
-    target_ptr,  # (n_rows,) int64 or uint8
+    target_ptr,  # (n_rows,) int64 or uint8; None: class probabilities
+    probabilities_ptr,  # (n_outer, n_inner, n_cols) class probabilities as target, or None
     target_b_ptr,  # the second of two labels: (n_rows,) or None
     lam_ptr,  # share of the first: (n_rows,) or None
     weight_ptr,  # (n_cols,) or None
@@ -101,12 +107,15 @@ def forward_tile_kernel(
     outer_stride,
     row_stride,
     col_stride,
+    probabilities_outer_stride,  # None without probabilities
+    probabilities_row_stride,
+    probabilities_col_stride,
     REDUCTION: tl.constexpr,
     TOP_K_IS_FRACTION: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     SAVE: tl.constexpr,
-    ROWS_CONTIGUOUS: tl.constexpr,  # row_stride is 1: neighbouring rows, not classes, lie side by side
-    VECTOR: tl.constexpr,  # the strides and the contiguous size are multiples of it; at most 16 bytes
+    ROWS_CONTIGUOUS: tl.constexpr,  # the row strides are 1: neighbouring rows, not classes, lie side by side
+    VECTOR: tl.constexpr,  # all strides and the contiguous size are multiples of it; at most 16 bytes
     ROW_GROUP: tl.constexpr,  # packed rows that are whole 16-byte groups together; 0: rows may lie anywhere
     PADDED: tl.constexpr,  # elements of a packed row group, or of a thread's part of a packed row, to the next power of 2
     BLOCK_ROWS: tl.constexpr,
@@ -125,24 +134,39 @@ def forward_tile_kernel(
     PART: tl.constexpr = N_BLOCKS if ROW_GROUP > 0 else 0
     if ROW_GROUP > 0:
         n_cols = N_BLOCKS if BLOCK_COLS == 1 else (n_cols // VECTOR) * VECTOR
-        held = load_packed(logits_ptr, n_rows, n_cols, ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
+        held = load_packed(logits_ptr, n_rows, n_cols, float("-inf"), ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
+        if probabilities_ptr is not None:
+            held_q = load_packed(probabilities_ptr, n_rows, n_cols, 0.0, ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
     else:
+        if probabilities_ptr is not None:
+            _, _, probabilities_outer_stride, probabilities_row_stride, probabilities_col_stride = prove_alignment(
+                n_inner, n_cols, probabilities_outer_stride, probabilities_row_stride, probabilities_col_stride,
+                ROWS_CONTIGUOUS, VECTOR,
+            )  # fmt: skip
         n_inner, n_cols, outer_stride, row_stride, col_stride = prove_alignment(
             n_inner, n_cols, outer_stride, row_stride, col_stride, ROWS_CONTIGUOUS, VECTOR
         )
     outer, inner, mask, rows = tile_rows(n_inner, BLOCK_ROWS, ROW_GROUP)
     row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
-    target = load_tile_targets(target_ptr, rows, mask, ignore_index)
-    targets = by_turn(target, N_TURNS)
+    q_row_ptr = None
+    if probabilities_ptr is not None:
+        q_row_ptr = probabilities_ptr + outer * probabilities_outer_stride + inner.to(tl.int64) * probabilities_row_stride
+    else:
+        targets = by_turn(load_tile_targets(target_ptr, rows, mask, ignore_index), N_TURNS)
     # Of rows that do not exist: the index of no row.
     turn_rows = by_turn(tl.where(mask, rows, n_rows), N_TURNS)
 
-    losses, maxima, rests, lses, counts, corrects = (), (), (), (), (), ()
+    losses, maxima, rests, factor_totals, lses, counts, corrects = (), (), (), (), (), (), ()
     count = tl.zeros((TURN_ROWS,), dtype)
     for i in tl.static_range(N_TURNS):
-        counted, valid = check_target(targets[i], ignore_index, n_cols)
-        target_weight = load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
-        label_b, weight_b, lam = None, None, None
+        label, target_weight, label_b, weight_b, lam = None, None, None, None, None
+        if probabilities_ptr is not None:
+            counted = turn_rows[i] < n_rows
+            valid = counted
+        else:
+            counted, valid = check_target(targets[i], ignore_index, n_cols)
+            target_weight = load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
+            label = targets[i].to(tl.int32)
         if target_b_ptr is not None:
             target_b, counted, valid, target_weight, weight_b, lam = load_second_label(
                 target_b_ptr, lam_ptr, lam_bits, weight_ptr, turn_rows[i], turn_rows[i] < n_rows, targets[i], counted, valid,
@@ -153,33 +177,24 @@ def forward_tile_kernel(
         sample_weight = None
         if sample_weight_ptr is not None:
             sample_weight = load_sample_weight(sample_weight_ptr, turn_rows[i], counted, dtype)
-        label = targets[i].to(tl.int32)
-        row_max = tl.full((TURN_ROWS,), float("-inf"), dtype)
-        rest = tl.zeros((TURN_ROWS,), dtype)
-        x_t = tl.zeros((TURN_ROWS,), dtype)
-        shift = tl.zeros((TURN_ROWS,), dtype)
-        smooth_sum = tl.zeros((TURN_ROWS,), dtype)
-        weight_total = tl.zeros((), dtype)
         # Rows that do not count are not read, unless they share their 16 bytes with rows that do.
         read = mask if ROWS_CONTIGUOUS else valid
+        blocks, q = None, None
         if N_BLOCKS > 0:
             if ROW_GROUP > 0:
                 blocks = held[i]
             else:
                 blocks = load_blocks(row_ptr, col_stride, read, 0, n_cols, float("-inf"), BLOCK_COLS, N_BLOCKS, True)
             blocks = transform_blocks(blocks, 0, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
-            row_max, rest, x_t, shift, smooth_sum, weight_total, _exps = absorb_tile(
-                blocks, 0, n_cols, label, weight_ptr,
-                row_max, rest, x_t, shift, smooth_sum, weight_total, BLOCK_COLS, PART, HAS_SMOOTHING,
-            )  # fmt: skip
-        else:
-            for start in range(0, n_cols, BLOCK_COLS):
-                block = load_blocks(row_ptr, col_stride, read, start, n_cols, float("-inf"), BLOCK_COLS, 1, False)
-                block = transform_blocks(block, start, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
-                row_max, rest, x_t, shift, smooth_sum, weight_total, _exps = absorb_tile(
-                    block, start, n_cols, label, weight_ptr,
-                    row_max, rest, x_t, shift, smooth_sum, weight_total, BLOCK_COLS, PART, HAS_SMOOTHING,
-                )  # fmt: skip
+            if probabilities_ptr is not None:
+                if ROW_GROUP > 0:
+                    q = held_q[i]
+                else:
+                    q = load_blocks(q_row_ptr, probabilities_col_stride, read, 0, n_cols, 0.0, BLOCK_COLS, N_BLOCKS, True)
+        row_max, rest, x_t, shift, smooth_sum, weight_total, _exps = tile_statistics(
+            blocks, q, row_ptr, col_stride, q_row_ptr, probabilities_col_stride, read, n_cols, label,
+            weight_ptr, smoothing, logit_scale, softcap, dtype, BLOCK_COLS, N_BLOCKS, PART, HAS_SMOOTHING,
+        )  # fmt: skip
         x_b = None
         if target_b_ptr is not None:
             if N_BLOCKS > 0:
@@ -187,7 +202,11 @@ def forward_tile_kernel(
             else:
                 x_b = tl.load(row_ptr + target_b * col_stride, mask=valid, other=0.0).to(dtype)
                 x_b = transform_logits(x_b, logit_scale, softcap)
-        e_t = tl.exp(x_t - row_max)
+        if probabilities_ptr is not None:
+            x_t, e_t = None, tl.zeros_like(rest)
+            factor_totals = factor_totals + (weight_total,)
+        else:
+            e_t = tl.exp(x_t - row_max)
         loss = row_loss(
             row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols,
             x_b, weight_b, z_loss, sample_weight,
@@ -200,14 +219,17 @@ def forward_tile_kernel(
             lses = lses + (lse,)
             corrects = corrects + (correct.to(tl.int32),)
         counts = counts + (counted.to(tl.int32),)  # integers, since bits are not moved between threads as well
-        count += target_weight if REDUCTION == "mean" and target_b_ptr is None else counted.to(dtype)
-    if HAS_SMOOTHING and SAVE:
+        if REDUCTION == "mean" and probabilities_ptr is None and target_b_ptr is None:
+            count += target_weight
+        else:
+            count += counted.to(dtype)
+    if HAS_SMOOTHING and SAVE and probabilities_ptr is None:
         tl.store(saved_ptr + 3, weight_total, mask=tl.program_id(0) == 0)
 
     loss, counted = by_row(losses), by_row(counts) != 0
     _store_rows(
-        loss_ptr, saved_ptr, tl.program_id(0), rows, mask, counted, loss, by_row(maxima), by_row(rests), scale,
-        n_rows, REDUCTION, SAVE,
+        loss_ptr, saved_ptr, tl.program_id(0), rows, mask, counted, loss, by_row(maxima), by_row(rests),
+        by_row(factor_totals) if probabilities_ptr is not None else None, scale, n_rows, REDUCTION, SAVE,
     )  # fmt: skip
     if row_stats_ptr is not None:
         store_stats(row_stats_ptr, flags_ptr, rows, mask, counted, by_row(corrects) != 0, by_row(lses), loss, n_rows)
@@ -269,9 +291,15 @@ def load_logits(ptr, mask, logit_scale, softcap, dtype: tl.constexpr):
 
 
 @triton.jit
-def smoothing_sums(x, cols, in_row, shift, weight_ptr, smooth_sum, weight_total):
-    """Adds w_c (shift - x_c) and w_c; without weights W is known, and left to the caller."""
-    if weight_ptr is not None:
+def smoothing_sums(x, q, cols, in_row, shift, weight_ptr, smoothing, n_cols, smooth_sum, weight_total):
+    """Adds w_c (shift - x_c) and w_c, or a_c for w_c where q has class probabilities.
+
+    Of class indices without weights W is known, and left to the caller.
+    """
+    if q is not None:
+        w = class_factors(q, cols, in_row, weight_ptr, smoothing, n_cols, x.dtype)
+        return smooth_sum + tl.where(in_row, w * (shift - x), 0.0), weight_total + w
+    elif weight_ptr is not None:
         w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(x.dtype)
         return smooth_sum + tl.where(in_row, w * (shift - x), 0.0), weight_total + w
     else:
@@ -281,13 +309,16 @@ def smoothing_sums(x, cols, in_row, shift, weight_ptr, smooth_sum, weight_total)
 @triton.jit
 def absorb(
     x,  # (BLOCK_COLS,) logits of one row, -inf outside of it
+    q,  # (BLOCK_COLS,) class probabilities, 0 outside of it; None: class indices
     cols,  # (BLOCK_COLS,) their columns
     in_row,  # (BLOCK_COLS,)
-    target,
+    target,  # None: class probabilities
     first,  # the block's columns lie in [first, last)
     last,
-    shift,
+    shift,  # of class indices; that of probabilities is the maximum
     weight_ptr,
+    smoothing,
+    n_cols,
     row_max,
     rest,
     smooth_sum,
@@ -298,14 +329,19 @@ def absorb(
     new_max = tl.maximum(row_max, tl.max(x, 0))
     finite = finite_max(new_max)
     e = tl.exp(x - finite)
-    if (target >= first) & (target < last):  # at most one block of a row pays for the comparison
-        e = tl.where(cols == target.to(tl.int32), 0.0, e)
+    if target is not None:
+        in_block = (target >= first) & (target < last)
+        if in_block:  # at most one block of a row pays for the comparison
+            e = tl.where(cols == target.to(tl.int32), 0.0, e)
     rest = rest * tl.exp(row_max - finite) + tl.sum(e, 0)
-    if HAS_SMOOTHING:
+    if q is not None:
+        smooth_sum += weight_total * (finite - finite_max(row_max))
+        shift = finite
+    if HAS_SMOOTHING or q is not None:
         zeros = tl.zeros(x.shape, x.dtype)
-        sums, weights = smoothing_sums(x, cols, in_row, shift, weight_ptr, zeros, zeros)
+        sums, weights = smoothing_sums(x, q, cols, in_row, shift, weight_ptr, smoothing, n_cols, zeros, zeros)
         smooth_sum += tl.sum(sums, 0)
-        if weight_ptr is not None:
+        if q is not None or weight_ptr is not None:
             weight_total += tl.sum(weights, 0)
     return new_max, rest, smooth_sum, weight_total
 
@@ -317,7 +353,7 @@ def absorb(
 )  # fmt: skip
 def forward_row_kernel(
     loss_ptr,  # (n_rows,) for "none", else ()
-    saved_ptr,  # (4 + 3 n_rows,), see rowwise.py
+    saved_ptr,  # (4 + 3 n_rows,), or (4 + 4 n_rows,), see rowwise.py
     row_stats_ptr,  # (2, n_rows), with the two that follow None without statistics
     counts_ptr,  # (3,) int64
     flags_ptr,  # (n_rows,) int8 workspace
@@ -325,7 +361,8 @@ def forward_row_kernel(
     ticket_ptr,  # () int32, likewise; with slices (1 + n_rows,): [1 + row] of which have published
     slices_ptr,  # (4, n_rows, N_SLICES) workspace, None with a single slice
     logits_ptr,  # (n_rows, n_cols), classes contiguous
-    target_ptr,  # (n_rows,) int64 or uint8
+    target_ptr,  # (n_rows,) int64 or uint8; None: class probabilities
+    probabilities_ptr,  # (n_rows, n_cols) class probabilities as target, classes contiguous, or None
     target_b_ptr,  # the second of two labels: (n_rows,) or None
     lam_ptr,  # share of the first: (n_rows,) or None
     weight_ptr,  # (n_cols,) or None
@@ -342,6 +379,7 @@ def forward_row_kernel(
     n_rows,
     n_cols,
     row_stride,
+    probabilities_row_stride,  # equal to row_stride modulo a sector's logits; None without probabilities
     REDUCTION: tl.constexpr,
     TOP_K_IS_FRACTION: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
@@ -354,9 +392,14 @@ def forward_row_kernel(
     dtype = saved_ptr.dtype.element_ty
     row = (tl.program_id(0) // N_SLICES).to(tl.int64)  # int64: row * row_stride passes 2**31
     part = tl.program_id(0) % N_SLICES
-    target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
-    target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
-    weight_b, lam = None, None
+    HAS_SUMS: tl.constexpr = HAS_SMOOTHING or probabilities_ptr is not None
+    target, target_weight, weight_b, lam = None, None, None, None
+    if probabilities_ptr is not None:
+        counted = row < n_rows
+        valid = counted
+    else:
+        target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
+        target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
     if target_b_ptr is not None:
         target_b, counted, valid, target_weight, weight_b, lam = load_second_label(
             target_b_ptr, lam_ptr, lam_bits, weight_ptr, row, row < n_rows, target, counted, valid, target_weight,
@@ -368,6 +411,7 @@ def forward_row_kernel(
     z_loss = float_from_bits(z_loss_bits, dtype) if z_loss_bits is not None else None
     logit_scale = float_from_bits(logit_scale_bits, dtype) if logit_scale_bits is not None else None
     softcap = float_from_bits(softcap_bits, dtype) if softcap_bits is not None else None
+    smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
     n_read = tl.where(valid, n_cols, 0)  # a row that does not count is not read
 
     SECTOR: tl.constexpr = elements_in_sector(logits_ptr)
@@ -375,11 +419,17 @@ def forward_row_kernel(
     row_ptr = logits_ptr + row_start
     main_ptr = logits_ptr + tl.multiple_of(row_start + head, SECTOR)
 
-    x_t = transform_logits(tl.load(row_ptr + target, mask=valid, other=0.0).to(dtype), logit_scale, softcap)
+    if probabilities_ptr is not None:
+        q_row_start, _, _ = main_columns(row, probabilities_row_stride, n_read, GROUP, SECTOR)
+        q_main_ptr = probabilities_ptr + tl.multiple_of(q_row_start + head, SECTOR)
+
+    edge_q, x_t, shift = None, None, None
+    if probabilities_ptr is None:
+        x_t = transform_logits(tl.load(row_ptr + target, mask=valid, other=0.0).to(dtype), logit_scale, softcap)
+        shift = finite_max(x_t)
     x_b = None
     if target_b_ptr is not None:
         x_b = transform_logits(tl.load(row_ptr + target_b, mask=valid, other=0.0).to(dtype), logit_scale, softcap)
-    shift = finite_max(x_t)
     row_max = tl.full((), float("-inf"), dtype)
     rest = tl.zeros((), dtype)
     smooth_sum = tl.zeros((), dtype)
@@ -388,8 +438,10 @@ def forward_row_kernel(
         edge_cols, in_edge = edge_columns(head, n_main, n_read, SECTOR)
         in_edge = in_edge & (part == 0)
         edge_x = load_logits(row_ptr + edge_cols, in_edge, logit_scale, softcap, dtype)
+        if probabilities_ptr is not None:
+            edge_q = tl.load(probabilities_ptr + q_row_start + edge_cols, mask=in_edge, other=0.0)
         row_max, rest, smooth_sum, weight_total = absorb(
-            edge_x, edge_cols, in_edge, target, 0, n_cols, shift, weight_ptr,
+            edge_x, edge_q, edge_cols, in_edge, target, 0, n_cols, shift, weight_ptr, smoothing, n_cols,
             row_max, rest, smooth_sum, weight_total, HAS_SMOOTHING,
         )  # fmt: skip
     slice_cols = tl.cdiv(n_main, N_SLICES * BLOCK_COLS) * BLOCK_COLS
@@ -397,9 +449,12 @@ def forward_row_kernel(
         group = start + tl.arange(0, BLOCK_COLS)
         in_row = in_main(group, head, n_main, GROUP, SECTOR)
         x = load_logits(main_ptr + group, in_row, logit_scale, softcap, dtype)
+        q = None
+        if probabilities_ptr is not None:
+            q = tl.load(q_main_ptr + group, mask=in_row, other=0.0)
         cols, first = head + group, head + start
         row_max, rest, smooth_sum, weight_total = absorb(
-            x, cols, in_row, target, first, first + BLOCK_COLS, shift, weight_ptr,
+            x, q, cols, in_row, target, first, first + BLOCK_COLS, shift, weight_ptr, smoothing, n_cols,
             row_max, rest, smooth_sum, weight_total, HAS_SMOOTHING,
         )  # fmt: skip
 
@@ -408,23 +463,26 @@ def forward_row_kernel(
         arrived_ptr = ticket_ptr + 1 + row
         arrived = publish_slice(
             slices_ptr, arrived_ptr, row, n_rows, part,
-            row_max, rest, smooth_sum, weight_total, HAS_SMOOTHING, N_SLICES,
+            row_max, rest, smooth_sum, weight_total, HAS_SUMS, N_SLICES,
         )  # fmt: skip
         last_slice = arrived == N_SLICES
         tl.store(arrived_ptr, 0, mask=last_slice)  # ready for the next launch
     if last_slice:
         if N_SLICES > 1:
             row_max, rest, smooth_sum, weight_total = merge_slices(
-                slices_ptr, row, n_rows, smooth_sum, weight_total, HAS_SMOOTHING, N_SLICES
+                slices_ptr, row, n_rows, smooth_sum, weight_total, HAS_SUMS, probabilities_ptr is not None, N_SLICES
             )
-        smoothing = None
-        if HAS_SMOOTHING:
-            smoothing = float_from_bits(smoothing_bits, dtype)
+        factor_total = None
+        if probabilities_ptr is not None:
+            factor_total = weight_total
+            e_t = tl.zeros((), dtype)
+        elif HAS_SMOOTHING:
             if weight_ptr is None:
                 weight_total = tl.zeros((), dtype) + n_cols
             if SAVE:
                 tl.store(saved_ptr + 3, weight_total, mask=valid)  # every row that is read stores the same value
-        e_t = tl.exp(x_t - row_max)
+        if probabilities_ptr is None:
+            e_t = tl.exp(x_t - row_max)
         loss = row_loss(
             row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols,
             x_b, weight_b, z_loss, sample_weight,
@@ -432,14 +490,17 @@ def forward_row_kernel(
         loss = tl.where(valid, loss, tl.where(counted, float("nan"), 0.0))  # a class index out of range: NaN, nothing was read
 
         scale = load_scale(scale_ptr, scale_bits, dtype)
-        _store_rows(loss_ptr, saved_ptr, row, row, row < n_rows, counted, loss, row_max, rest, scale, n_rows, REDUCTION, SAVE)
+        _store_rows(
+            loss_ptr, saved_ptr, row, row, row < n_rows, counted, loss, row_max, rest, factor_total, scale,
+            n_rows, REDUCTION, SAVE,
+        )  # fmt: skip
         if row_stats_ptr is not None:
             lse = tl.where(valid, row_max + tl.log(rest + e_t), float("nan"))
             correct = has_largest(x_t, row_max, lse, x_b, lam)
             store_stats(row_stats_ptr, flags_ptr, row, row < n_rows, counted, correct, lse, loss, n_rows)
         if REDUCTION != "none" or row_stats_ptr is not None:
             count = counted.to(dtype)
-            if REDUCTION == "mean" and target_b_ptr is None:
+            if REDUCTION == "mean" and probabilities_ptr is None and target_b_ptr is None:
                 count = target_weight
             reduce_batch(
                 loss_ptr, saved_ptr, partial_ptr, ticket_ptr, loss, count, scale, top_k, row, n_rows, n_rows,

@@ -1,11 +1,12 @@
 """The fused strategy: loss, batch reduction and gradient while the row is on chip. Derivations in rowwise.py and backward.py.
 
-Traffic: each logit of a counted row is read once and every gradient written once; packed rows and pixels (tile.py) are read with
-their neighbours, whether they count or not. Only a tile whose rows do not fit its registers is read twice. The gradient is that
-for an upstream gradient of 1; scale_gradient_kernel makes it right for another.
+Traffic: each logit of a counted row, and each of its class probabilities, is read once and every gradient written once; packed
+rows and pixels (tile.py) are read with their neighbours, whether they count or not. Only a tile whose rows do not fit its
+registers is read twice. The gradient is that for an upstream gradient of 1; scale_gradient_kernel makes it right for another.
 
 The mean's denominator must be known before the first gradient is written. A single program has all rows in its tile; otherwise
-denominator_kernel, a launch of its own over the targets alone, leaves the coefficient in saved[0].
+denominator_kernel, a launch of its own over the targets alone, leaves the coefficient in saved[0]. With class probabilities every
+row counts, and there is nothing to sum.
 
     denominator_kernel     scale / sum of the counted rows' weights
     fused_tile_kernel      BLOCK_ROWS rows per program (tile.py), any strides
@@ -37,7 +38,6 @@ from fusedloss.kernels.rowwise import (
 )
 from fusedloss.kernels.slices import merge_slices, publish_slice, wait_for_slices
 from fusedloss.kernels.tile import (
-    absorb_tile,
     by_row,
     by_turn,
     exponentials,
@@ -50,6 +50,7 @@ from fusedloss.kernels.tile import (
     target_logit,
     tile_gradient,
     tile_rows,
+    tile_statistics,
     transform_blocks,
 )
 
@@ -96,7 +97,7 @@ def denominator_kernel(
 )  # fmt: skip
 def fused_tile_kernel(
     loss_ptr,  # ()
-    saved_ptr,  # (4 + 3 n_rows,), see rowwise.py; in: [0], for the mean with several programs
+    saved_ptr,  # (4 + 3 n_rows,), see rowwise.py; in: [0], for the mean of class indices with several programs
     dlogits_ptr,  # (n_outer, n_inner, n_cols)
     row_stats_ptr,  # (2, n_rows), with the two that follow None without statistics
     counts_ptr,  # (3,) int64
@@ -104,7 +105,8 @@ def fused_tile_kernel(
     partial_ptr,  # (n_programs,) workspace, None with a single program
     ticket_ptr,  # () int32, likewise
     logits_ptr,  # (n_outer, n_inner, n_cols)
-    target_ptr,  # (n_rows,) int64 or uint8
+    target_ptr,  # (n_rows,) int64 or uint8; None: class probabilities
+    probabilities_ptr,  # (n_outer, n_inner, n_cols) class probabilities as target, or None
     target_b_ptr,  # the second of two labels: (n_rows,) or None
     lam_ptr,  # share of the first: (n_rows,) or None
     weight_ptr,  # (n_cols,) or None
@@ -126,9 +128,12 @@ def fused_tile_kernel(
     outer_stride,
     row_stride,
     col_stride,
+    probabilities_outer_stride,  # None without probabilities
+    probabilities_row_stride,
+    probabilities_col_stride,
     REDUCTION: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
-    ROWS_CONTIGUOUS: tl.constexpr,  # both row strides are 1: neighbouring rows, not classes, lie side by side
+    ROWS_CONTIGUOUS: tl.constexpr,  # the row strides are 1: neighbouring rows, not classes, lie side by side
     VECTOR: tl.constexpr,  # all strides and the contiguous size are multiples of it; at most 16 bytes
     ROW_GROUP: tl.constexpr,  # packed rows that are whole 16-byte groups together; 0: rows may lie anywhere
     PADDED: tl.constexpr,  # elements of a packed row group, or of a thread's part of a packed row, to the next power of 2
@@ -148,8 +153,15 @@ def fused_tile_kernel(
     PART: tl.constexpr = N_BLOCKS if ROW_GROUP > 0 else 0
     if ROW_GROUP > 0:
         n_cols = N_BLOCKS if BLOCK_COLS == 1 else (n_cols // VECTOR) * VECTOR
-        held = load_packed(logits_ptr, n_rows, n_cols, ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
+        held = load_packed(logits_ptr, n_rows, n_cols, float("-inf"), ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
+        if probabilities_ptr is not None:
+            held_q = load_packed(probabilities_ptr, n_rows, n_cols, 0.0, ROW_GROUP, BLOCK_ROWS, BLOCK_COLS, N_BLOCKS, PADDED)
     else:
+        if probabilities_ptr is not None:
+            _, _, probabilities_outer_stride, probabilities_row_stride, probabilities_col_stride = prove_alignment(
+                n_inner, n_cols, probabilities_outer_stride, probabilities_row_stride, probabilities_col_stride,
+                ROWS_CONTIGUOUS, VECTOR,
+            )  # fmt: skip
         _, _, dlogits_outer_stride, dlogits_row_stride, dlogits_col_stride = prove_alignment(
             n_inner, n_cols, dlogits_outer_stride, dlogits_row_stride, dlogits_col_stride, ROWS_CONTIGUOUS, VECTOR
         )
@@ -159,12 +171,18 @@ def fused_tile_kernel(
     outer, inner, mask, rows = tile_rows(n_inner, BLOCK_ROWS, ROW_GROUP)
     row_ptr = logits_ptr + outer * outer_stride + inner.to(tl.int64) * row_stride
     dlogits_row_ptr = dlogits_ptr + outer * dlogits_outer_stride + inner.to(tl.int64) * dlogits_row_stride
-    targets = by_turn(load_tile_targets(target_ptr, rows, mask, ignore_index), N_TURNS)
+    q_row_ptr = None
+    if probabilities_ptr is not None:
+        q_row_ptr = probabilities_ptr + outer * probabilities_outer_stride + inner.to(tl.int64) * probabilities_row_stride
+    else:
+        targets = by_turn(load_tile_targets(target_ptr, rows, mask, ignore_index), N_TURNS)
     # Of rows that do not exist: the index of no row.
     turn_rows = by_turn(tl.where(mask, rows, n_rows), N_TURNS)
 
     if REDUCTION == "sum":
         g = scale
+    elif probabilities_ptr is not None:
+        g = mean_coefficient(scale, tl.zeros((), dtype) + n_rows)
     elif ticket_ptr is None:
         weight_sum = tl.zeros((TURN_ROWS,), dtype)
         for i in tl.static_range(N_TURNS):
@@ -181,9 +199,14 @@ def fused_tile_kernel(
     loss_sum = tl.zeros((TURN_ROWS,), dtype)
     gradients, losses, lses, counts, corrects = (), (), (), (), ()
     for i in tl.static_range(N_TURNS):
-        counted, valid = check_target(targets[i], ignore_index, n_cols)
-        target_weight = load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
-        label_b, weight_b, lam = None, None, None
+        label, target_weight, label_b, weight_b, lam = None, None, None, None, None
+        if probabilities_ptr is not None:
+            counted = turn_rows[i] < n_rows
+            valid = counted
+        else:
+            counted, valid = check_target(targets[i], ignore_index, n_cols)
+            target_weight = load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
+            label = targets[i].to(tl.int32)
         if target_b_ptr is not None:
             target_b, counted, valid, target_weight, weight_b, lam = load_second_label(
                 target_b_ptr, lam_ptr, lam_bits, weight_ptr, turn_rows[i], turn_rows[i] < n_rows, targets[i], counted, valid,
@@ -194,34 +217,24 @@ def fused_tile_kernel(
         sample_weight = None
         if sample_weight_ptr is not None:
             sample_weight = load_sample_weight(sample_weight_ptr, turn_rows[i], counted, dtype)
-        label = targets[i].to(tl.int32)
-        row_max = tl.full((TURN_ROWS,), float("-inf"), dtype)
-        rest = tl.zeros((TURN_ROWS,), dtype)
-        x_t = tl.zeros((TURN_ROWS,), dtype)
-        shift = tl.zeros((TURN_ROWS,), dtype)
-        smooth_sum = tl.zeros((TURN_ROWS,), dtype)
-        weight_total = tl.zeros((), dtype)
         # Rows that do not count are not read, unless they share their 16 bytes with rows that do.
         read = mask if ROWS_CONTIGUOUS else valid
+        blocks, q = None, None
         if N_BLOCKS > 0:
             if ROW_GROUP > 0:
                 blocks = held[i]
             else:
                 blocks = load_blocks(row_ptr, col_stride, read, 0, n_cols, float("-inf"), BLOCK_COLS, N_BLOCKS, True)
             blocks = transform_blocks(blocks, 0, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
-            row_max, rest, x_t, shift, smooth_sum, weight_total, exps = absorb_tile(
-                blocks, 0, n_cols, label, weight_ptr,
-                row_max, rest, x_t, shift, smooth_sum, weight_total, BLOCK_COLS, PART, HAS_SMOOTHING,
-            )  # fmt: skip
-        else:
-            for start in range(0, n_cols, BLOCK_COLS):
-                block = load_blocks(row_ptr, col_stride, read, start, n_cols, float("-inf"), BLOCK_COLS, 1, False)
-                block = transform_blocks(block, start, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
-                row_max, rest, x_t, shift, smooth_sum, weight_total, _exps = absorb_tile(
-                    block, start, n_cols, label, weight_ptr,
-                    row_max, rest, x_t, shift, smooth_sum, weight_total, BLOCK_COLS, PART, HAS_SMOOTHING,
-                )  # fmt: skip
-
+            if probabilities_ptr is not None:
+                if ROW_GROUP > 0:
+                    q = held_q[i]
+                else:
+                    q = load_blocks(q_row_ptr, probabilities_col_stride, read, 0, n_cols, 0.0, BLOCK_COLS, N_BLOCKS, True)
+        row_max, rest, x_t, shift, smooth_sum, weight_total, exps = tile_statistics(
+            blocks, q, row_ptr, col_stride, q_row_ptr, probabilities_col_stride, read, n_cols, label,
+            weight_ptr, smoothing, logit_scale, softcap, dtype, BLOCK_COLS, N_BLOCKS, PART, HAS_SMOOTHING,
+        )  # fmt: skip
         x_b, e_b = None, None
         if target_b_ptr is not None:
             if N_BLOCKS > 0:
@@ -231,7 +244,10 @@ def fused_tile_kernel(
                 x_b = transform_logits(x_b, logit_scale, softcap)
         if BLOCK_COLS > 1 and ROWS_CONTIGUOUS:  # a row's threads are many
             row_max, rest, x_t = one_thread_each(row_max), one_thread_each(rest), one_thread_each(x_t)
-        e_t = tl.exp(x_t - row_max)
+        if probabilities_ptr is not None:
+            x_t, e_t = None, tl.zeros_like(rest)
+        else:
+            e_t = tl.exp(x_t - row_max)
         if target_b_ptr is not None:
             e_b = tl.exp(x_b - row_max)
         loss = row_loss(
@@ -254,7 +270,7 @@ def fused_tile_kernel(
         live = valid & (row_g != 0)
         if N_BLOCKS > 0:
             dlogits = tile_gradient(
-                exps, blocks, 0, n_cols, label, live, weight_ptr, p_factor, at_target, smooth_factor, label_b, at_b,
+                exps, blocks, 0, n_cols, label, q, live, weight_ptr, smoothing, p_factor, at_target, smooth_factor, label_b, at_b,
                 logit_scale, softcap, dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
             )  # fmt: skip
             if ROW_GROUP > 0:
@@ -266,8 +282,11 @@ def fused_tile_kernel(
             for start in range(0, n_cols, BLOCK_COLS):
                 again = load_blocks(row_ptr, col_stride, read, start, n_cols, 0.0, BLOCK_COLS, 1, False)
                 again = transform_blocks(again, start, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
+                again_q = None
+                if probabilities_ptr is not None:
+                    again_q = load_blocks(q_row_ptr, probabilities_col_stride, read, start, n_cols, 0.0, BLOCK_COLS, 1, False)
                 dlogits = tile_gradient(
-                    exponentials(again, finite, BLOCK_COLS), again, start, n_cols, label, live, weight_ptr,
+                    exponentials(again, finite, BLOCK_COLS), again, start, n_cols, label, again_q, live, weight_ptr, smoothing,
                     p_factor, at_target, smooth_factor, label_b, at_b, logit_scale, softcap,
                     dlogits_ptr.dtype.element_ty, BLOCK_COLS, PART, HAS_SMOOTHING,
                 )  # fmt: skip
@@ -292,7 +311,7 @@ def fused_tile_kernel(
 )  # fmt: skip
 def fused_row_kernel(
     loss_ptr,  # ()
-    saved_ptr,  # (4 + 3 n_rows,), see rowwise.py; in: [0], for the mean of several rows
+    saved_ptr,  # (4 + 3 n_rows,), see rowwise.py; in: [0], for the mean of several class indices
     dlogits_ptr,  # (n_rows, n_cols), classes contiguous
     row_stats_ptr,  # (2, n_rows), with the two that follow None without statistics
     counts_ptr,  # (3,) int64
@@ -302,7 +321,8 @@ def fused_row_kernel(
     slices_ptr,  # (4, n_rows, N_SLICES) workspace, None with a single slice
     arrived_ptr,  # (1 + n_rows,) int32, 0 before: programs started; slices published of each row; None with a single slice
     logits_ptr,  # (n_rows, n_cols), classes contiguous
-    target_ptr,  # (n_rows,) int64 or uint8
+    target_ptr,  # (n_rows,) int64 or uint8; None: class probabilities
+    probabilities_ptr,  # (n_rows, n_cols) class probabilities as target, classes contiguous, or None
     target_b_ptr,  # the second of two labels: (n_rows,) or None
     lam_ptr,  # share of the first: (n_rows,) or None
     weight_ptr,  # (n_cols,) or None
@@ -319,6 +339,7 @@ def fused_row_kernel(
     n_cols,
     dlogits_row_stride,
     row_stride,
+    probabilities_row_stride,  # None without probabilities
     REDUCTION: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     GROUP: tl.constexpr,  # see forward_row_kernel; the row strides are equal modulo a sector
@@ -334,6 +355,7 @@ def fused_row_kernel(
     dtype = saved_ptr.dtype.element_ty
     SECTOR: tl.constexpr = elements_in_sector(logits_ptr)
     SLICE_COLS: tl.constexpr = N_BLOCKS * BLOCK_COLS
+    HAS_SUMS: tl.constexpr = HAS_SMOOTHING or probabilities_ptr is not None
     program = tl.program_id(0)
     part = 0
     if N_SLICES > 1:
@@ -341,9 +363,13 @@ def fused_row_kernel(
         part = program % N_SLICES
         program = program // N_SLICES
     row = program.to(tl.int64)  # int64: row * row_stride passes 2**31
-    target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
-    target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
-    weight_b, lam = None, None
+    target, target_weight, weight_b, lam = None, None, None, None
+    if probabilities_ptr is not None:
+        counted = row < n_rows
+        valid = counted
+    else:
+        target, counted, valid = load_target(target_ptr, row, row < n_rows, ignore_index, n_cols)
+        target_weight = load_target_weight(weight_ptr, target, counted, valid, dtype)
     if target_b_ptr is not None:
         target_b, counted, valid, target_weight, weight_b, lam = load_second_label(
             target_b_ptr, lam_ptr, lam_bits, weight_ptr, row, row < n_rows, target, counted, valid, target_weight,
@@ -352,9 +378,12 @@ def fused_row_kernel(
     z_loss = float_from_bits(z_loss_bits, dtype) if z_loss_bits is not None else None
     logit_scale = float_from_bits(logit_scale_bits, dtype) if logit_scale_bits is not None else None
     softcap = float_from_bits(softcap_bits, dtype) if softcap_bits is not None else None
+    smoothing = float_from_bits(smoothing_bits, dtype) if HAS_SMOOTHING else None
     scale = load_scale(scale_ptr, scale_bits, dtype)
     if REDUCTION == "sum":
         g = scale
+    elif probabilities_ptr is not None:
+        g = mean_coefficient(scale, tl.zeros((), dtype) + n_rows)
     elif ticket_ptr is None:
         g = mean_coefficient(scale, target_weight if target_b_ptr is None else counted.to(dtype))
     else:
@@ -376,25 +405,32 @@ def fused_row_kernel(
     n_own = tl.minimum(n_main - part * SLICE_COLS, SLICE_COLS)
     main_ptr = logits_ptr + tl.multiple_of(row_start + first_col, SECTOR)
     dlogits_main_ptr = dlogits_ptr + tl.multiple_of(dlogits_row_start + first_col, SECTOR)
+    if probabilities_ptr is not None:
+        q_row_start, _, _ = main_columns(row, probabilities_row_stride, n_cols, GROUP, SECTOR)
+        q_main_ptr = probabilities_ptr + tl.multiple_of(q_row_start + first_col, SECTOR)
     lane = tl.arange(0, BLOCK_COLS)
     masks = (in_main(lane, first_col, n_own, GROUP, SECTOR),)
     for i in tl.static_range(1, N_BLOCKS):
         masks = masks + (i * BLOCK_COLS + lane < n_own,)
 
     if valid:
-        x_t = transform_logits(tl.load(row_ptr + target).to(dtype), logit_scale, softcap)
+        edge_q, x_t, shift = None, None, None
+        if probabilities_ptr is None:
+            x_t = transform_logits(tl.load(row_ptr + target).to(dtype), logit_scale, softcap)
+            shift = finite_max(x_t)
         x_b = None
         if target_b_ptr is not None:
             x_b = transform_logits(tl.load(row_ptr + target_b).to(dtype), logit_scale, softcap)
-        shift = finite_max(x_t)
         row_max = tl.full((), float("-inf"), dtype)
         rest = tl.zeros((), dtype)
         smooth_sum = tl.zeros((), dtype)
         weight_total = tl.zeros((), dtype)
         if GROUP == 1:
             edge_x = load_logits(row_ptr + edge_cols, in_edge, logit_scale, softcap, dtype)
+            if probabilities_ptr is not None:
+                edge_q = tl.load(probabilities_ptr + q_row_start + edge_cols, mask=in_edge, other=0.0)
             row_max, rest, smooth_sum, weight_total = absorb(
-                edge_x, edge_cols, in_edge, target, 0, n_cols, shift, weight_ptr,
+                edge_x, edge_q, edge_cols, in_edge, target, 0, n_cols, shift, weight_ptr, smoothing, n_cols,
                 row_max, rest, smooth_sum, weight_total, HAS_SMOOTHING,
             )  # fmt: skip
         lane_max = load_logits(main_ptr + lane, masks[0], logit_scale, softcap, dtype)
@@ -403,16 +439,26 @@ def fused_row_kernel(
             block = load_logits(main_ptr + i * BLOCK_COLS + lane, masks[i], logit_scale, softcap, dtype)
             blocks = blocks + (block,)
             lane_max = tl.maximum(lane_max, block)
+        q = ()
+        if probabilities_ptr is not None:
+            for i in tl.static_range(N_BLOCKS):
+                q = q + (tl.load(q_main_ptr + i * BLOCK_COLS + lane, mask=masks[i], other=0.0),)
         own_max = tl.maximum(row_max, tl.max(lane_max, 0))
         finite = finite_max(own_max)
-        if HAS_SMOOTHING:
+        if probabilities_ptr is not None:
+            smooth_sum += weight_total * (finite - finite_max(row_max))
+            shift = finite
+        if HAS_SUMS:
             lane_smooth = tl.zeros((BLOCK_COLS,), dtype)
             lane_weight = tl.zeros((BLOCK_COLS,), dtype)
             for i in tl.static_range(N_BLOCKS):
                 cols = first_col + i * BLOCK_COLS + lane
-                lane_smooth, lane_weight = smoothing_sums(blocks[i], cols, masks[i], shift, weight_ptr, lane_smooth, lane_weight)
+                lane_smooth, lane_weight = smoothing_sums(
+                    blocks[i], q[i] if probabilities_ptr is not None else None, cols, masks[i],
+                    shift, weight_ptr, smoothing, n_cols, lane_smooth, lane_weight,
+                )  # fmt: skip
             smooth_sum += tl.sum(lane_smooth, 0)
-            if weight_ptr is not None:
+            if probabilities_ptr is not None or weight_ptr is not None:
                 weight_total += tl.sum(lane_weight, 0)
         lane_sum = tl.exp(blocks[0] - finite)
         exps = (lane_sum,)
@@ -421,36 +467,38 @@ def fused_row_kernel(
             exps = exps + (e,)
             lane_sum += e
         edge_rest = rest * tl.exp(row_max - finite)  # the target kept out already
-        e_t = tl.exp(x_t - own_max)
-        in_blocks = (target >= first_col) & (target < first_col + n_own)
-        total = tl.sum(lane_sum, 0)
-        rest = edge_rest + tl.where(in_blocks, total - e_t, total)
-        if (e_t > rest) & in_blocks:  # the subtraction would lose digits: keep the target out of the sum
-            lane_rest = tl.zeros((BLOCK_COLS,), dtype)
-            for i in tl.static_range(N_BLOCKS):
-                e = exps[i] if softcap is None else tl.exp(blocks[i] - finite)
-                lane_rest += tl.where(i * BLOCK_COLS + lane == (target - first_col).to(tl.int32), 0.0, e)
-            rest = edge_rest + tl.sum(lane_rest, 0)
+        if probabilities_ptr is not None:
+            e_t = tl.zeros((), dtype)
+            rest = edge_rest + tl.sum(lane_sum, 0)
+        else:
+            e_t = tl.exp(x_t - own_max)
+            in_blocks = (target >= first_col) & (target < first_col + n_own)
+            total = tl.sum(lane_sum, 0)
+            rest = edge_rest + tl.where(in_blocks, total - e_t, total)
+            if (e_t > rest) & in_blocks:  # the subtraction would lose digits: keep the target out of the sum
+                lane_rest = tl.zeros((BLOCK_COLS,), dtype)
+                for i in tl.static_range(N_BLOCKS):
+                    e = exps[i] if softcap is None else tl.exp(blocks[i] - finite)
+                    lane_rest += tl.where(i * BLOCK_COLS + lane == (target - first_col).to(tl.int32), 0.0, e)
+                rest = edge_rest + tl.sum(lane_rest, 0)
 
         row_max = own_max
         if N_SLICES > 1:
             arrived = publish_slice(
                 slices_ptr, arrived_ptr + 1 + row, row, n_rows, part,
-                row_max, rest, smooth_sum, weight_total, HAS_SMOOTHING, N_SLICES,
+                row_max, rest, smooth_sum, weight_total, HAS_SUMS, N_SLICES,
             )  # fmt: skip
             if WAITS:
                 wait_for_slices(arrived_ptr + 1 + row, arrived, N_SLICES)
             row_max, rest, smooth_sum, weight_total = merge_slices(
-                slices_ptr, row, n_rows, smooth_sum, weight_total, HAS_SMOOTHING, N_SLICES
+                slices_ptr, row, n_rows, smooth_sum, weight_total, HAS_SUMS, probabilities_ptr is not None, N_SLICES
             )
-            e_t = tl.exp(x_t - row_max)
+            if probabilities_ptr is None:
+                e_t = tl.exp(x_t - row_max)
             finite = finite_max(row_max)
 
-        smoothing = None
-        if HAS_SMOOTHING:
-            smoothing = float_from_bits(smoothing_bits, dtype)
-            if weight_ptr is None:
-                weight_total = tl.zeros((), dtype) + n_cols
+        if HAS_SMOOTHING and probabilities_ptr is None and weight_ptr is None:
+            weight_total = tl.zeros((), dtype) + n_cols
         loss = row_loss(
             row_max, rest, x_t, e_t, target_weight, shift, weight_total, smooth_sum, smoothing, n_cols,
             x_b, weight_b, z_loss, sample_weight,
@@ -466,8 +514,8 @@ def fused_row_kernel(
             correct = has_largest(x_t, row_max, lse, x_b, lam)
         if GROUP == 1:
             edge_dz = tl.exp(edge_x - finite) * p_factor
-            if HAS_SMOOTHING:
-                edge_dz = minus_smoothing(edge_dz, smooth_factor, weight_ptr, edge_cols, in_edge)
+            if HAS_SUMS:
+                edge_dz = minus_smoothing(edge_dz, smooth_factor, edge_q, edge_cols, in_edge, weight_ptr, smoothing, n_cols)
             tl.store(dlogits_row_ptr + edge_cols, through_transform(edge_dz, edge_x, logit_scale, softcap), mask=in_edge)
         if N_SLICES > 1 and softcap is None:
             p_factor *= tl.exp(own_max - finite)  # the slice's exponentials are relative to its own maximum
@@ -475,21 +523,24 @@ def fused_row_kernel(
             # Under a cap the logits were kept, of which the gradient is a function, instead of their exponentials.
             e = exps[i] if softcap is None else tl.exp(blocks[i] - finite)
             dz = e * p_factor
-            if HAS_SMOOTHING:
-                dz = minus_smoothing(dz, smooth_factor, weight_ptr, first_col + i * BLOCK_COLS + lane, masks[i])
+            if HAS_SUMS:
+                cols = first_col + i * BLOCK_COLS + lane
+                q_i = q[i] if probabilities_ptr is not None else None
+                dz = minus_smoothing(dz, smooth_factor, q_i, cols, masks[i], weight_ptr, smoothing, n_cols)
             dlogits = through_transform(dz, blocks[i], logit_scale, softcap)
             tl.store(dlogits_main_ptr + i * BLOCK_COLS + lane, dlogits, mask=masks[i])
         # The labels' own gradients are stored last, by the slice that has stored their neighbours: comparing every column with a
         # label would cost two instructions per logit.
-        if HAS_SMOOTHING:
-            at_target = minus_smoothing(at_target, smooth_factor, weight_ptr, target, valid)
-        at_target = through_transform(at_target, x_t, logit_scale, softcap)
-        own_target = stored_here(target, first_col, first_col + n_own, head, n_main, part)
-        tl.debug_barrier()  # another thread stored this element with the others of its group
-        tl.store(dlogits_row_ptr + target, at_target, mask=own_target)
+        if probabilities_ptr is None:
+            if HAS_SMOOTHING:
+                at_target = minus_smoothing(at_target, smooth_factor, None, target, valid, weight_ptr, smoothing, n_cols)
+            at_target = through_transform(at_target, x_t, logit_scale, softcap)
+            own_target = stored_here(target, first_col, first_col + n_own, head, n_main, part)
+            tl.debug_barrier()  # another thread stored this element with the others of its group
+            tl.store(dlogits_row_ptr + target, at_target, mask=own_target)
         if target_b_ptr is not None:
             if HAS_SMOOTHING:
-                at_b = minus_smoothing(at_b, smooth_factor, weight_ptr, target_b, valid)
+                at_b = minus_smoothing(at_b, smooth_factor, None, target_b, valid, weight_ptr, smoothing, n_cols)
             at_b = through_transform(at_b, x_b, logit_scale, softcap)
             own_b = stored_here(target_b, first_col, first_col + n_own, head, n_main, part) & (target_b != target)
             tl.store(dlogits_row_ptr + target_b, at_b, mask=own_b)

@@ -13,17 +13,24 @@ gradient is s (dloss/dx_c + 2 z_loss lse p_c). Two labels a and b with shares la
 (1 - lam) w_b nll_b; the one kept out of rest is a. All of this is in terms of z, where the logits are transformed: z_c is
 logit_scale x_c, then softcap tanh(z_c / softcap), and dloss/dx_c = dloss/dz_c logit_scale (1 - (z_c / softcap)^2).
 
+Class probabilities q_c as target make a factor for every class of a row, a_c = w_c ((1 - eps) q_c + eps/C), A = sum_c a_c, as
+smoothing does with eps/C w_c. There is no t, and rest is d:
+
+    loss = sum_c a_c nll_c = A log d + sum_c a_c (m - x_c)          dloss/dx_c = A p_c - a_c
+
 Three choices keep it exact. The loss is (m - x_t) + log d, never lse - x_t: a common offset of the logits, say 1e4, would
 leave no digits of the difference. The target is kept out of the sum: log1p(rest) is right down to 1e-38 where log(d) is 0.
 The gradient of the target is -rest / d for the same reason, where p_t - 1 would be 0.
 
-The buffer `saved` links the kernels. It has the accumulation dtype (float32; float64 for float64 logits), 4 + 3 n_rows values:
+The buffer `saved` links the kernels. It has the accumulation dtype (float32; float64 for float64 logits), 4 + 3 n_rows values,
+with class probabilities 4 + 4 n_rows:
 
     [0] coefficient of a row's loss in the scaled batch loss: scale, or scale / denominator; for max and topk of a row above [2]
     [1] for max and topk: coefficient of a row that ties with [2]
     [2] for max and topk: the smallest selected loss
     [3] W, with label smoothing
-    [4 : 4 + n_rows] m        [4 + n_rows : 4 + 2 n_rows] rest        [4 + 2 n_rows :] loss, for max and topk
+    [4 : 4 + n_rows] m        [4 + n_rows : 4 + 2 n_rows] rest        [4 + 2 n_rows : 4 + 3 n_rows] loss, for max and topk
+    [4 + 3 n_rows :] A, with class probabilities
 """
 
 import triton
@@ -67,6 +74,17 @@ def load_target_weight(weight_ptr, target, counted, valid, dtype: tl.constexpr):
     if weight_ptr is not None:
         return tl.load(weight_ptr + target, mask=valid, other=0.0).to(dtype)
     return counted.to(dtype)
+
+
+@triton.jit
+def class_factors(q, cols, in_row, weight_ptr, smoothing, n_cols, dtype: tl.constexpr):
+    """a_c of class probabilities, 0 outside of the row."""
+    a = q.to(dtype)
+    if smoothing is not None:
+        a = tl.where(in_row, (1.0 - smoothing) * a + smoothing / n_cols, 0.0)
+    if weight_ptr is not None:
+        a *= tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(dtype)
+    return a
 
 
 @triton.jit
@@ -178,13 +196,13 @@ def row_nll(row_max, rest, x_t, e_t):
 def row_loss(
     row_max,
     rest,
-    x_t,
+    x_t,  # None: class probabilities, whose a_c takes the place of w_c, and m that of the shift
     e_t,
     target_weight,
     shift,
     weight_total,
     smooth_sum,  # sum_c w_c (shift - x_c)
-    smoothing,  # None: the three before are not read
+    smoothing,  # None: the three before are not read, of a class index
     n_cols,
     x_b=None,  # the second label's logit; None: there is one label
     weight_b=None,
@@ -192,14 +210,17 @@ def row_loss(
     sample_weight=None,
 ):
     """Loss of each row."""
-    nll = row_nll(row_max, rest, x_t, e_t)
-    loss = target_weight * nll
+    if x_t is not None:
+        nll = row_nll(row_max, rest, x_t, e_t)
+        loss = target_weight * nll
     log_d = tl.log(rest + e_t)
     if x_b is not None:  # a label without a share does not enter, though its logit be -inf
         nll_b = (row_max - x_b) + log_d
         loss = tl.where((target_weight == 0.0) & (nll == float("inf")), 0.0, loss)
         loss += tl.where((weight_b == 0.0) & (nll_b == float("inf")), 0.0, weight_b * nll_b)
-    if smoothing is not None:
+    if x_t is None:
+        loss = weight_total * log_d + smooth_sum
+    elif smoothing is not None:
         log_sum = (row_max - shift) + log_d
         loss = (1.0 - smoothing) * loss + (smoothing / n_cols) * (weight_total * log_sum + smooth_sum)
     if z_loss is not None:
@@ -263,7 +284,7 @@ def row_coefficient(saved_ptr, dloss_ptr, rows, mask, n_rows, REDUCTION: tl.cons
 
 @triton.jit
 def gradient_factors(
-    target_weight,
+    target_weight,  # None: class probabilities
     valid,
     counted,
     g,
@@ -277,20 +298,23 @@ def gradient_factors(
     weight_b=None,
     z_loss=None,
 ):
-    """What multiplies exp(x_c - m), the target's own gradient before s_t, g eps/C, and the second label's own.
+    """What multiplies exp(x_c - m), the target's own gradient before s_t, what multiplies w_c or a_c, and the second label's own.
 
     Derivation in backward.py. NaN where the class index is out of range; 0 where the row does not count or g is 0.
     """
     # 0 times an infinite or NaN statistic would be NaN.
     missing = tl.where(counted & (g != 0), float("nan"), 0.0).to(g.dtype)
     live = valid & (g != 0)
-    factor_a = g * target_weight
+    factor_a = g * target_weight if target_weight is not None else g * 0.0
     factor_b = g * 0.0
     if e_b is not None:
         factor_b = g * weight_b
     smooth_factor = g * 0.0
     everywhere = g * 0.0  # what has p_c as its gradient at the target, too
-    if smoothing is not None:
+    if target_weight is None:
+        smooth_factor = g
+        everywhere = g * weight_total
+    elif smoothing is not None:
         factor_a *= 1.0 - smoothing
         factor_b *= 1.0 - smoothing
         smooth_factor = g * (smoothing / n_cols)

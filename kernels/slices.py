@@ -5,6 +5,8 @@ A slice's statistics are those of a row (rowwise.py), relative to the slice's ow
     m    = max_i m_i                          rest = sum_i rest_i exp(m_i - m)
     W    = sum_i W_i                          smooth_sum = sum_i smooth_sum_i
 
+With class probabilities A takes the place of W, and smooth_sum is sum_i (smooth_sum_i + A_i (m - m_i)): its shift is the maximum.
+
 Whoever merges adds in the order of the slices, so that all programs of a row, and all runs, find the same bits.
 
 Forward: the slice that publishes last has all that the row's loss needs; nobody waits. Fused: every slice keeps its logits in
@@ -23,7 +25,7 @@ from fusedloss.kernels.rowwise import finite_max
 
 @triton.jit
 def publish_slice(
-    slices_ptr,  # (4, n_rows, N_SLICES) workspace; the last two planes with HAS_SMOOTHING only
+    slices_ptr,  # (4, n_rows, N_SLICES) workspace; the last two planes with HAS_SUMS only
     arrived_ptr,  # () slices of this row that have published
     row,
     n_rows,
@@ -32,7 +34,7 @@ def publish_slice(
     rest,
     smooth_sum,
     weight_total,
-    HAS_SMOOTHING: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
     N_SLICES: tl.constexpr,
 ):
     """Stores a slice's statistics; returns how many slices of the row have now done so."""
@@ -41,7 +43,7 @@ def publish_slice(
     # Scalars: the thread that stores them is the one that counts the slice, so that acq_rel orders the two (reduction.py).
     tl.store(slice_ptr, row_max)
     tl.store(slice_ptr + plane, rest)
-    if HAS_SMOOTHING:
+    if HAS_SUMS:
         tl.store(slice_ptr + 2 * plane, smooth_sum)
         tl.store(slice_ptr + 3 * plane, weight_total)
     return tl.atomic_add(arrived_ptr, 1, sem="acq_rel") + 1
@@ -61,10 +63,11 @@ def merge_slices(
     n_rows,
     smooth_sum,
     weight_total,
-    HAS_SMOOTHING: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    SHIFT_IS_MAX: tl.constexpr,
     N_SLICES: tl.constexpr,
 ):
-    """The row's statistics: (row_max, rest, smooth_sum, weight_total), the last two as they come without smoothing."""
+    """The row's statistics: (row_max, rest, smooth_sum, weight_total), the last two as they come without HAS_SUMS."""
     index = tl.arange(0, triton.next_power_of_2(N_SLICES))
     mask = index < N_SLICES
     slice_ptr = slices_ptr + row * N_SLICES + index
@@ -74,8 +77,10 @@ def merge_slices(
     rests = tl.load(slice_ptr + plane, mask=mask, other=0.0, cache_modifier=".cg")
     row_max = tl.max(maxima, 0)
     rest = tl.sum(rests * tl.exp(maxima - finite_max(row_max)), 0)
-    if HAS_SMOOTHING:
+    if HAS_SUMS:
         sums = tl.load(slice_ptr + 2 * plane, mask=mask, other=0.0, cache_modifier=".cg")
         weights = tl.load(slice_ptr + 3 * plane, mask=mask, other=0.0, cache_modifier=".cg")
+        if SHIFT_IS_MAX:
+            sums += weights * (finite_max(row_max) - finite_max(maxima))
         smooth_sum, weight_total = tl.sum(sums, 0), tl.sum(weights, 0)
     return row_max, rest, smooth_sum, weight_total

@@ -12,7 +12,7 @@ memory between the 16 bytes that a thread reads and its run: Triton wants both h
 
 import triton
 import triton.language as tl
-from fusedloss.kernels.rowwise import finite_max, through_transform, transform_logits
+from fusedloss.kernels.rowwise import class_factors, finite_max, through_transform, transform_logits
 
 
 @triton.jit
@@ -95,9 +95,22 @@ def load_tile_targets(target_ptr, rows, mask, ignore_index):
 
 
 @triton.jit
-def _packed_offsets(n_cols, N_LINES: tl.constexpr, LINE: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr):
-    """Of a program's packed rows, a line per thread's run or part of a row, and which of the line's PADDED places are its own."""
-    line, lane = tl.arange(0, N_LINES)[:, None], tl.arange(0, PADDED)[None, :]
+def _packed_places(
+    ptr,
+    n_rows,
+    n_cols,
+    ROW_GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    N_BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Where this program's packed rows lie, a line per thread's run or part of a row: (addresses, offsets from the first element,
+    which of the line's PADDED places are its own, elements from the first to the tensor's end).
+    """
+    LINE: tl.constexpr = ROW_GROUP * N_BLOCKS
+    first = tl.program_id(0) * BLOCK_ROWS
+    line, lane = tl.arange(0, BLOCK_ROWS // ROW_GROUP * PARTS)[:, None], tl.arange(0, PADDED)[None, :]
     if PARTS == 1:
         offsets = line * LINE + lane
         inside = lane < LINE
@@ -105,14 +118,16 @@ def _packed_offsets(n_cols, N_LINES: tl.constexpr, LINE: tl.constexpr, PADDED: t
         col = line % PARTS * LINE + lane
         offsets = line // PARTS * n_cols + col
         inside = (lane < LINE) & (col < n_cols)
-    return offsets, inside
+    n_left = tl.minimum(n_rows - first, BLOCK_ROWS) * n_cols
+    return ptr + first.to(tl.int64) * n_cols + offsets, offsets, inside, n_left
 
 
 @triton.jit
 def load_packed(
-    logits_ptr,
+    ptr,  # logits, or class probabilities
     n_rows,
     n_cols,
+    other,  # what columns beyond the last hold, and rows that do not exist
     ROW_GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     PARTS: tl.constexpr,  # threads that share a row, and so many blocks of columns; more than 1 where ROW_GROUP is 1
@@ -120,19 +135,15 @@ def load_packed(
     PADDED: tl.constexpr,  # elements of a thread, to the next power of 2
 ):
     """Reads this program's packed rows: for each turn its blocks, (BLOCK_ROWS / ROW_GROUP, PARTS), or without the last axis."""
-    N_LINES: tl.constexpr = BLOCK_ROWS // ROW_GROUP * PARTS
-    first = tl.program_id(0) * BLOCK_ROWS
-    n_left = tl.minimum(n_rows - first, BLOCK_ROWS) * n_cols
-    offsets, inside = _packed_offsets(n_cols, N_LINES, ROW_GROUP * N_BLOCKS, PADDED, PARTS)
-    ptrs = logits_ptr + first.to(tl.int64) * n_cols + offsets
-    VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    ptrs, offsets, inside, n_left = _packed_places(ptr, n_rows, n_cols, ROW_GROUP, BLOCK_ROWS, PARTS, N_BLOCKS, PADDED)
+    VECTOR: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     # A mask that may end inside a 16-byte group would make every access narrow: that is for the last rows of an odd batch.
     if n_left == BLOCK_ROWS * n_cols:
-        tile = tl.load(ptrs, mask=inside, other=float("-inf"))
+        tile = tl.load(ptrs, mask=inside, other=other)
     elif n_left % VECTOR == 0:
-        tile = tl.load(ptrs, mask=inside & (offsets < (n_left // VECTOR) * VECTOR), other=float("-inf"))
+        tile = tl.load(ptrs, mask=inside & (offsets < (n_left // VECTOR) * VECTOR), other=other)
     else:
-        tile = tl.load(ptrs, mask=inside & (offsets < n_left), other=float("-inf"))
+        tile = tl.load(ptrs, mask=inside & (offsets < n_left), other=other)
     cells = _unzip(tl.trans(tile))
     held = ()
     for turn in tl.static_range(ROW_GROUP):
@@ -157,17 +168,13 @@ def store_packed(
     PADDED: tl.constexpr,
 ):
     """The inverse of load_packed."""
-    N_LINES: tl.constexpr = BLOCK_ROWS // ROW_GROUP * PARTS
     cells = ()
     for place in tl.static_range(PADDED):
         # What fills the tile up is never stored.
         block = held[place // N_BLOCKS][place % N_BLOCKS] if place < ROW_GROUP * N_BLOCKS else held[0][0]
-        cells = cells + (tl.reshape(block, (N_LINES,)) if PARTS > 1 else block,)
+        cells = cells + (tl.reshape(block, (BLOCK_ROWS // ROW_GROUP * PARTS,)) if PARTS > 1 else block,)
     tile = tl.trans(_zip(cells))
-    first = tl.program_id(0) * BLOCK_ROWS
-    n_left = tl.minimum(n_rows - first, BLOCK_ROWS) * n_cols
-    offsets, inside = _packed_offsets(n_cols, N_LINES, ROW_GROUP * N_BLOCKS, PADDED, PARTS)
-    ptrs = dlogits_ptr + first.to(tl.int64) * n_cols + offsets
+    ptrs, offsets, inside, n_left = _packed_places(dlogits_ptr, n_rows, n_cols, ROW_GROUP, BLOCK_ROWS, PARTS, N_BLOCKS, PADDED)
     VECTOR: tl.constexpr = 128 // dlogits_ptr.dtype.element_ty.primitive_bitwidth
     if n_left == BLOCK_ROWS * n_cols:
         tl.store(ptrs, tile, mask=inside)
@@ -262,14 +269,16 @@ def absorb_tile(
     blocks,  # of columns from `first` on
     first,
     n_cols,
-    label,  # (BLOCK_ROWS,) int32 target
+    label,  # (BLOCK_ROWS,) int32 target; None: class probabilities
+    probabilities,  # their blocks, like the logits'; None: a label
     weight_ptr,
+    smoothing,
     row_max,
     rest,
     x_t,
     shift,
     smooth_sum,
-    weight_total,
+    weight_total,  # (BLOCK_ROWS,) with probabilities, else the same for all rows
     BLOCK_COLS: tl.constexpr,
     PART: tl.constexpr,  # see _columns
     HAS_SMOOTHING: tl.constexpr,
@@ -285,24 +294,85 @@ def absorb_tile(
     lane_sum = tl.zeros_like(lane_max)
     lane_target = tl.zeros_like(lane_max)
     for i in tl.static_range(len(blocks)):
-        at_target = _columns(first, i, BLOCK_COLS, PART) == _spread(label, BLOCK_COLS)
         x = blocks[i].to(dtype)
-        e = tl.where(at_target, 0.0, tl.exp(x - _spread(finite, BLOCK_COLS)))
+        e = tl.exp(x - _spread(finite, BLOCK_COLS))
+        if label is not None:
+            at_target = _columns(first, i, BLOCK_COLS, PART) == _spread(label, BLOCK_COLS)
+            e = tl.where(at_target, 0.0, e)
+            lane_target = tl.where(at_target, x, lane_target)
         lane_sum += e
-        lane_target = tl.where(at_target, x, lane_target)
         exps = exps + (e,)
     rest = rest * tl.exp(row_max - finite) + (tl.sum(lane_sum, 1) if BLOCK_COLS > 1 else lane_sum)
-    x_t += tl.sum(lane_target, 1) if BLOCK_COLS > 1 else lane_target
-    if HAS_SMOOTHING:
-        shift = tl.where(row_max == float("-inf"), finite, shift)  # the first maximum: any fixed logit of the row will do
+    if label is not None:
+        x_t += tl.sum(lane_target, 1) if BLOCK_COLS > 1 else lane_target
+    if HAS_SMOOTHING or probabilities is not None:
+        if probabilities is not None:
+            smooth_sum += weight_total * (finite - finite_max(row_max))
+            shift = finite
+        else:
+            shift = tl.where(row_max == float("-inf"), finite, shift)  # the first maximum: any fixed logit of the row will do
         lane_smooth = tl.zeros_like(lane_max)
+        lane_weight = tl.zeros_like(lane_max)
         for i in tl.static_range(len(blocks)):
             cols = _columns(first, i, BLOCK_COLS, PART)
-            w = _column_weights(weight_ptr, cols, n_cols, rest.dtype)
+            w = _column_weights(probabilities, i, weight_ptr, smoothing, cols, n_cols, rest.dtype)
             lane_smooth += tl.where(cols < n_cols, w * (_spread(shift, BLOCK_COLS) - blocks[i].to(dtype)), 0.0)
-            weight_total += tl.sum(w) if BLOCK_COLS > 1 else w
+            if probabilities is not None:
+                lane_weight += w
+            else:
+                weight_total += tl.sum(w) if BLOCK_COLS > 1 else w
         smooth_sum += tl.sum(lane_smooth, 1) if BLOCK_COLS > 1 else lane_smooth
+        if probabilities is not None:
+            weight_total += tl.sum(lane_weight, 1) if BLOCK_COLS > 1 else lane_weight
     return new_max, rest, x_t, shift, smooth_sum, weight_total, exps
+
+
+@triton.jit
+def tile_statistics(
+    blocks,  # the whole rows, if they are on chip
+    probabilities,  # of class probabilities: likewise
+    row_ptr,  # (BLOCK_ROWS,) first logit of each row, read where they are not
+    col_stride,
+    probabilities_row_ptr,  # None: a label
+    probabilities_col_stride,
+    read,  # (BLOCK_ROWS,)
+    n_cols,
+    label,  # (BLOCK_ROWS,) int32 target; None: class probabilities
+    weight_ptr,
+    smoothing,
+    logit_scale,
+    softcap,
+    dtype: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    N_BLOCKS: tl.constexpr,
+    PART: tl.constexpr,  # see _columns
+    HAS_SMOOTHING: tl.constexpr,
+):
+    """A tile's statistics, and where it is on chip its exp(x - m), 0 at the target."""
+    row_max = tl.full(read.shape, float("-inf"), dtype)
+    rest = tl.zeros(read.shape, dtype)
+    x_t = tl.zeros(read.shape, dtype)
+    shift = tl.zeros(read.shape, dtype)
+    smooth_sum = tl.zeros(read.shape, dtype)
+    weight_total = tl.zeros(read.shape if probabilities_row_ptr is not None else (), dtype)
+    exps = ()
+    if N_BLOCKS > 0:
+        row_max, rest, x_t, shift, smooth_sum, weight_total, exps = absorb_tile(
+            blocks, 0, n_cols, label, probabilities, weight_ptr, smoothing,
+            row_max, rest, x_t, shift, smooth_sum, weight_total, BLOCK_COLS, PART, HAS_SMOOTHING,
+        )  # fmt: skip
+    else:
+        for start in range(0, n_cols, BLOCK_COLS):
+            block = load_blocks(row_ptr, col_stride, read, start, n_cols, float("-inf"), BLOCK_COLS, 1, False)
+            block = transform_blocks(block, start, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
+            q = None
+            if probabilities_row_ptr is not None:
+                q = load_blocks(probabilities_row_ptr, probabilities_col_stride, read, start, n_cols, 0.0, BLOCK_COLS, 1, False)
+            row_max, rest, x_t, shift, smooth_sum, weight_total, _exps = absorb_tile(
+                block, start, n_cols, label, q, weight_ptr, smoothing,
+                row_max, rest, x_t, shift, smooth_sum, weight_total, BLOCK_COLS, PART, HAS_SMOOTHING,
+            )  # fmt: skip
+    return row_max, rest, x_t, shift, smooth_sum, weight_total, exps
 
 
 @triton.jit
@@ -325,11 +395,14 @@ def exponentials(blocks, finite, BLOCK_COLS: tl.constexpr):
 
 
 @triton.jit
-def _column_weights(weight_ptr, cols, n_cols, dtype: tl.constexpr):
-    """w of each column, 0 beyond the last."""
-    if weight_ptr is not None:
+def _column_weights(probabilities, i: tl.constexpr, weight_ptr, smoothing, cols, n_cols, dtype: tl.constexpr):
+    """w, or with probabilities a, of each column of a block; 0 beyond the last."""
+    if probabilities is not None:
+        return class_factors(probabilities[i], cols, cols < n_cols, weight_ptr, smoothing, n_cols, dtype)
+    elif weight_ptr is not None:
         return tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(dtype)
-    return tl.cast(cols < n_cols, dtype)
+    else:
+        return tl.cast(cols < n_cols, dtype)
 
 
 @triton.jit
@@ -338,9 +411,11 @@ def tile_gradient(
     blocks,  # x, read with softcap
     first,
     n_cols,
-    label,  # (BLOCK_ROWS,) int32 target
+    label,  # (BLOCK_ROWS,) int32 target; None: class probabilities
+    probabilities,  # their blocks; None: a label
     live,  # (BLOCK_ROWS,) rows that have a gradient
     weight_ptr,
+    smoothing,
     p_factor,
     at_target,
     smooth_factor,
@@ -361,9 +436,13 @@ def tile_gradient(
         dlogits = tl.where(_spread(live, BLOCK_COLS), exps[i], 0.0) * _spread(p_factor, BLOCK_COLS)
         if label_b is not None:
             dlogits = tl.where(cols == _spread(label_b, BLOCK_COLS), _spread(at_b, BLOCK_COLS), dlogits)
-        dlogits = tl.where(cols == _spread(label, BLOCK_COLS), _spread(at_target, BLOCK_COLS), dlogits)
-        if HAS_SMOOTHING:
-            dlogits -= _spread(smooth_factor, BLOCK_COLS) * _column_weights(weight_ptr, cols, n_cols, dlogits.dtype)
+        if label is not None:
+            dlogits = tl.where(cols == _spread(label, BLOCK_COLS), _spread(at_target, BLOCK_COLS), dlogits)
+        if HAS_SMOOTHING or probabilities is not None:
+            w = _column_weights(probabilities, i, weight_ptr, smoothing, cols, n_cols, dlogits.dtype)
+            if probabilities is not None:
+                w = tl.where(_spread(live, BLOCK_COLS), w, 0.0)
+            dlogits -= _spread(smooth_factor, BLOCK_COLS) * w
         x = blocks[i]
         if softcap is not None:
             x = tl.where(_spread(live, BLOCK_COLS), x, 0.0)

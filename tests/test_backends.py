@@ -113,6 +113,19 @@ def test_the_plan_of_a_gpu_needs_no_gpu_and_no_data(shape: tuple[int, ...], redu
     assert forward_only.launches == 1
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", [(128, 10), (8192, 50257), (8, 21, 512, 512)])
+def test_the_plan_of_probabilities_on_a_gpu(shape: tuple[int, ...], reduction: str) -> None:
+    """They are read like the logits, and no launch counts rows."""
+    logits = torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    one_pass = logits.numel() * 2
+    with fusedloss.backend("triton"):
+        plan = fusedloss.plan(logits, torch.empty(shape, device="meta"), reduction=reduction)
+    passes = 1 if reduction == "mean" else 2
+    assert (plan.read_bytes, plan.write_bytes) == (passes * 3 * one_pass, one_pass)  # float32 probabilities: twice the bytes
+    assert plan.launches == (3 if reduction == "mean" and plan.forward.n_slices > 1 else 2)
+
+
 def test_the_plan_refuses_what_the_call_refuses() -> None:
     logits, target = make_logits(4, 5), make_target(4, n_classes=5)
     with pytest.raises(ValueError, match="batch_size"):

@@ -91,6 +91,48 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "pixels of more classes than registers hold": ((1, 4000, 16, 16), BF16, {}),
     "pixels, all options": ((4, 150, 64, 64), FP32, {"weight": True, "label_smoothing": 0.1}),
     "pixels, fp64, max": ((4, 19, 64, 64), FP64, {"reduction": "max"}),
+    "tile, all extras": ((4096, 10), FP32, {"softcap": 30.0, "logit_scale": 0.5, "return_stats": True, **ROW_EXTRAS}),
+    "recompute, tile, all extras": (
+        (4, 19, 64, 64),
+        FP32,
+        {"reduction": "none", "softcap": 30.0, "logit_scale": 0.5, "return_stats": True, **ROW_EXTRAS},
+    ),
+    "probabilities, single program": ((64, 10), FP32, {"probabilities": FP32}),
+    "probabilities, packed rows": ((4096, 10), FP32, {"probabilities": FP32, "label_smoothing": 0.1}),
+    "probabilities, packed rows, bf16": ((4096, 10), BF16, {"probabilities": BF16}),
+    "probabilities in fp32, packed rows": ((4096, 10), BF16, {"probabilities": FP32, "weight": True}),
+    "probabilities, as many columns as a thread holds": ((4096, 64), FP32, {"probabilities": FP32, "weight": True}),
+    "probabilities, rows of 16 parts": ((4096, 512), BF16, {"probabilities": BF16, "weight": True, "label_smoothing": 0.1}),
+    "probabilities, 16-byte rows, fp64": ((4096, 100), FP64, {"probabilities": FP64}),
+    "probabilities, rows of a padded tensor": ((4096, 100), FP32, {"padded": True, "probabilities": FP32}),
+    "probabilities, one row a program": ((64, 1000), BF16, {"probabilities": BF16}),
+    "probabilities in fp32, one row a program": ((64, 1000), BF16, {"probabilities": FP32, "label_smoothing": 0.1}),
+    "probabilities, ragged rows": ((256, 1001), FP32, {"probabilities": FP32}),
+    "probabilities, long ragged rows": ((256, 50257), BF16, {"probabilities": BF16}),
+    "probabilities, rows in registers": ((256, 8177), BF16, {"probabilities": BF16}),
+    "probabilities in fp32, rows in registers": ((256, 8177), BF16, {"probabilities": FP32, "weight": True}),
+    "probabilities, rows in registers, fp32": ((256, 8177), FP32, {"probabilities": FP32, "weight": True}),
+    "probabilities, slices, all options": (
+        (256, 50257),
+        BF16,
+        {"probabilities": FP32, "weight": True, "label_smoothing": 0.1, "sample_weight": True, "z_loss": 1e-3, "softcap": 30.0},
+    ),
+    "probabilities, long rows, fp32": ((256, 32000), FP32, {"probabilities": FP32}),
+    "probabilities, long rows, fp64": ((64, 8192), FP64, {"probabilities": FP64}),
+    "probabilities, recompute, packed rows": ((4096, 10), BF16, {"reduction": "none", "probabilities": BF16}),
+    "probabilities, recompute": ((64, 1000), FP16, {"probabilities": FP16, "weight": True, "label_smoothing": 0.1}),
+    "probabilities, recompute, long rows": ((64, 50257), BF16, {"reduction": "none", "probabilities": BF16}),
+    "probabilities, recompute, slices": (
+        (3, 50257),
+        FP32,
+        {"reduction": "topk", "top_k": 2, "probabilities": FP32, "weight": True},
+    ),
+    "probabilities, pixels": ((4, 19, 64, 64), BF16, {"probabilities": BF16}),
+    "probabilities, pixels, fp32": ((4, 19, 64, 64), FP32, {"probabilities": FP32, "label_smoothing": 0.1, "weight": True}),
+    "probabilities, pixels of many classes": ((4, 150, 64, 64), BF16, {"probabilities": FP32}),
+    "probabilities, pixels of more classes than registers hold": ((1, 4000, 16, 16), BF16, {"probabilities": BF16}),
+    "probabilities, recompute, pixels": ((4, 19, 64, 64), FP32, {"reduction": "max", "probabilities": FP32}),
+    "probabilities, recompute, pixels, fp64": ((4, 19, 64, 64), FP64, {"reduction": "none", "probabilities": FP64}),
 }
 # What cannot be read 16 bytes at a time: rows of 101, of which no thread can hold four; 40950 gradients, where they are scaled.
 NARROW = {"ragged shared tile", "ticket, odd batch"}
@@ -107,6 +149,9 @@ def _call(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]) -
     target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
     if options.pop("scale", False):
         options["scale"] = torch.ones(())
+    probabilities = options.pop("probabilities", None)  # their dtype
+    if probabilities is not None:
+        target = torch.full_like(logits, 1 / shape[1], dtype=probabilities, requires_grad=False)
     weight = torch.ones(shape[1], dtype=dtype) if options.pop("weight", False) else None
     if options.pop("two_labels", False):
         target = (target, target, 0.5)

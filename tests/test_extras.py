@@ -65,11 +65,6 @@ def path(request: pytest.FixtureRequest) -> Iterator[Path]:
         yield request.param
 
 
-def _skip_without_kernel(path: Path, target: str) -> None:
-    if path.backend == "triton" and target == "probabilities":
-        pytest.skip("Triton has no kernel for class probabilities: a path that is asked for never falls back")
-
-
 @pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_class_indices(path: Path, shape: tuple[int, ...], extras: dict[str, Any]) -> None:
@@ -81,7 +76,7 @@ def test_class_indices(path: Path, shape: tuple[int, ...], extras: dict[str, Any
 
 @pytest.mark.parametrize("extras", [{}, *EXTRAS.values()], ids=["plain", *EXTRAS])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_class_probabilities(any_path: Path, shape: tuple[int, ...], extras: dict[str, Any]) -> None:
+def test_class_probabilities(path: Path, shape: tuple[int, ...], extras: dict[str, Any]) -> None:
     target, options = make_probabilities(*shape), _with(extras, shape)
     _check(make_logits(*shape), target, **options)
     _check(make_logits(*shape), target, make_weight(shape[1]), label_smoothing=0.1, reduction="none", **options)
@@ -103,7 +98,6 @@ def test_two_labels(path: Path, shape: tuple[int, ...], extras: dict[str, Any]) 
 @pytest.mark.parametrize("target", ["indices", "two labels", "probabilities"])
 @pytest.mark.parametrize("shape", [(7, 10), (5, 1001)], ids=str)
 def test_reductions(path: Path, shape: tuple[int, int], target: str, options: dict[str, Any]) -> None:
-    _skip_without_kernel(path, target)
     a, b = (make_target(shape[0], n_classes=shape[1], ignored=-100, seed=seed) for seed in (1, 2))
     targets = {"indices": a, "two labels": (a, b, 0.6), "probabilities": make_probabilities(*shape)}
     _check(make_logits(*shape), targets[target], **_with(EXTRAS["all"], shape), **options)
@@ -112,7 +106,6 @@ def test_reductions(path: Path, shape: tuple[int, int], target: str, options: di
 @pytest.mark.parametrize("dtype", [FP64, BF16, FP16], ids=str)
 @pytest.mark.parametrize("target", ["indices", "two labels", "probabilities"])
 def test_dtypes(path: Path, target: str, dtype: torch.dtype) -> None:
-    _skip_without_kernel(path, target)
     a, b = (make_target(5, n_classes=100, seed=seed) for seed in (1, 2))
     targets = {"indices": a, "two labels": (a, b, 0.6), "probabilities": make_probabilities(5, 100, dtype=dtype)}
     _check(make_logits(5, 100, dtype=dtype), targets[target], z_loss=1e-2, softcap=20.0, logit_scale=0.5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import check_against_torch
 from conftest import GPU, INTERPRETER, Path, entered
-from problems import make_logits, make_target, make_weight
+from problems import make_logits, make_probabilities, make_target, make_weight
 
 import fusedloss
 
@@ -101,6 +101,57 @@ def test_strides(kernels: Path, layout: str) -> None:
     shape = logits.shape
     target = make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100)
     check_against_torch(logits, target, make_weight(shape[1]), label_smoothing=0.1)
+
+
+PROBABILITY_LAYOUTS = {
+    "like the logits": lambda q: q,
+    "transposed": lambda q: q.t().contiguous().t() if q.dim() == 2 else q.movedim(1, -1).contiguous().movedim(-1, 1),
+    "rows of a padded tensor": lambda q: torch.nn.functional.pad(q, (0, 3))[..., :-3],
+    "expanded": lambda q: q[:1].expand(q.shape),
+}
+
+
+@pytest.mark.parametrize("layout", PROBABILITY_LAYOUTS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", [(7, 10), (3, 1001), (2, 5, 6, 7)], ids=str)
+def test_strides_of_probabilities(kernels: Path, shape: tuple[int, ...], reduction: str, layout: str) -> None:
+    target = PROBABILITY_LAYOUTS[layout](make_probabilities(*shape))
+    check_against_torch(make_logits(*shape), target, make_weight(shape[1]), label_smoothing=0.1, reduction=reduction)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_of_logits_with_probabilities(kernels: Path, layout: str) -> None:
+    logits = LAYOUTS[layout]()
+    check_against_torch(logits, make_probabilities(*logits.shape), make_weight(logits.shape[1]))
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, FP32), (FP32, BF16), (FP16, FP16), (FP64, FP32)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 10), (5, 70), (3, 1001), (2, 5, 4)], ids=str)
+def test_dtypes_of_probabilities(
+    kernels: Path, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], options: dict[str, Any]
+) -> None:
+    logits, target = make_logits(*shape, dtype=dtypes[0]), make_probabilities(*shape, dtype=dtypes[1])
+    check_against_torch(logits, target, **options)
+
+
+# The first of each pair takes the interpreter seconds; of the second, which reaches the same code, it is less.
+SMALLER = {(2049, 10): (300, 10), (1, 3350, 3): (1, 2050, 3)}
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "max", "label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("shape", [SMALLER.get(shape, shape) for shape in SHAPES.values()], ids=SHAPES)
+def test_shapes_of_probabilities(kernels: Path, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    check_against_torch(make_logits(*shape), make_probabilities(*shape), **options)
+
+
+@pytest.mark.parametrize("shape", [(3, 10), (3, 1001), (2, 33001)], ids=str)
+def test_probabilities_and_a_common_offset(kernels: Path, shape: tuple[int, int]) -> None:
+    """1e4 in every logit leaves no digits of the loss where the shift is not near the maximum."""
+    logits, target = make_logits(*shape) + 1e4, make_probabilities(*shape)
+    expected = -(target.double() * logits.double().log_softmax(1)).sum(1)
+    losses = fusedloss.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("n_cols", [10, pytest.param(1001, marks=pytest.mark.sweep)])

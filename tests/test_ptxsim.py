@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from compare import check_against_torch
-from problems import make_logits, make_target, make_weight
+from problems import make_logits, make_probabilities, make_target, make_weight
 
 import fusedloss
 from fusedloss import kernels as kernel_sources
@@ -91,6 +91,28 @@ def test_options(shape: tuple[int, ...], options: dict[str, Any]) -> None:
     target = make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100)
     with emulated(order=3):
         check_against_torch(logits, target, make_weight(shape[1]), **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none", "label_smoothing": 0.1}, {"reduction": "sum", "softcap": 9.0, "z_loss": 1e-2}], ids=str
+)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "target_dtype"),
+    [
+        ((700, 10), FP32, FP32),
+        ((300, 10), BF16, FP32),
+        ((9, 70), FP32, FP32),
+        ((11, 1000), BF16, BF16),
+        ((11, 1003), FP32, BF16),
+        ((2, 19, 33, 16), BF16, BF16),
+        ((3, 33001), BF16, FP32),
+    ],
+    ids=str,
+)
+def test_probabilities(shape: tuple[int, ...], dtype: torch.dtype, target_dtype: torch.dtype, options: dict[str, Any]) -> None:
+    target = make_probabilities(*shape, dtype=target_dtype)
+    with emulated(order=3):
+        check_against_torch(make_logits(*shape, dtype=dtype), target, make_weight(shape[1], dtype), roundings=4, **options)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none", "max"])
@@ -237,6 +259,21 @@ def test_fused_reads_each_logit_once_and_writes_once() -> None:
     assert one_pass <= 32 * buffers["logits_ptr"].load_sectors < one_pass * ROW_SECTORS
     assert one_pass <= 32 * buffers["dlogits_ptr"].store_sectors < one_pass * ROW_SECTORS
     assert launched(gpu)["scale_gradient_kernel"].buffers["dlogits_ptr"].loaded_bytes == 0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", [(16, 32001), (8, 1000), (1024, 10)], ids=str)
+def test_probabilities_are_read_as_often_as_logits(shape: tuple[int, int], reduction: str) -> None:
+    logits = make_logits(*shape, dtype=BF16).requires_grad_()
+    with emulated() as gpu:
+        fusedloss.cross_entropy(logits, make_probabilities(*shape, dtype=BF16), reduction=reduction).sum().backward()
+    reading = ["fused_"] if reduction == "mean" else ["forward_", "backward_"]
+    assert [launch.kernel.partition("_")[0] + "_" for launch in gpu.launches if "scale" not in launch.kernel] == reading
+    one_pass = logits.numel() * 2
+    for launch in gpu.launches[: len(reading)]:
+        for name in ("logits_ptr", "probabilities_ptr"):
+            assert one_pass <= 32 * launch.buffers[name].load_sectors < one_pass * ROW_SECTORS
+    assert one_pass <= 32 * gpu.launches[len(reading) - 1].buffers["dlogits_ptr"].store_sectors < one_pass * ROW_SECTORS
 
 
 def test_small_problems_take_one_launch_each_way() -> None:

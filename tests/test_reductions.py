@@ -122,7 +122,7 @@ def test_top_k_lies_between_mean_and_max(path: Path, spatial: tuple[int, ...]) -
     assert losses[0] > 1.5 * losses[-1]
 
 
-def test_max_and_top_k_of_probabilities(any_path: Path) -> None:
+def test_max_and_top_k_of_probabilities(path: Path) -> None:
     logits, target = make_logits(6, 5), make_logits(6, 5, seed=7).softmax(1)
     rows = -(target * logits.log_softmax(1)).sum(1)
     torch.testing.assert_close(fusedloss.cross_entropy(logits, target, reduction="max"), rows.max())

@@ -74,7 +74,7 @@ def test_30_compile_a_training_step(any_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spatial", [(), (3, 2)])
-def test_30_compile_probabilities(any_path: Path, spatial: tuple[int, ...]) -> None:
+def test_30_compile_probabilities(path: Path, spatial: tuple[int, ...]) -> None:
     compiled = torch.compile(fusedloss.cross_entropy, fullgraph=True, backend="aot_eager")
     problem = make_logits(4, 5, *spatial), make_probabilities(4, 5, *spatial), make_weight(5)
     for ours, expected in zip(

@@ -85,7 +85,7 @@ def test_scaled(path: Path, options: dict[str, Any], as_tensor: bool, scale: flo
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
 @pytest.mark.parametrize("shape", [(7, 10), (3, 1000), (2, 10, 3)], ids=str)
 @pytest.mark.parametrize("options", REDUCTIONS, ids=_name)
-def test_probabilities(any_path: Path, options: dict[str, Any], shape: tuple[int, ...], weighted: bool, smoothing: float) -> None:
+def test_probabilities(path: Path, options: dict[str, Any], shape: tuple[int, ...], weighted: bool, smoothing: float) -> None:
     weight = make_weight(shape[1]) if weighted else None
     target = make_probabilities(*shape)
     check_against_torch(make_logits(*shape), target, weight, label_smoothing=smoothing, **options)

@@ -21,6 +21,7 @@ from fusedloss.plan_triton import (
     geometries,
     holds_more,
     next_power_of_2,
+    probabilities_strides,
     row_group,
     scale_tile,
 )
@@ -37,15 +38,15 @@ def forward(
     keeps_workspace: bool = True,  # between calls; not where a compiled graph owns the memory
 ) -> Outputs:
     """One launch: every row's loss, and their reduction. The fused strategy writes the gradient in the same launch."""
+    inputs = _laid_out(inputs)
     logits = inputs.logits
     outputs = allocate_forward(inputs, options, out_dtype, needs_grad)
     if outputs.dlogits is not None:
         _fused(outputs, outputs.dlogits, inputs, options, keeps_workspace)
         return outputs
     saved = outputs.saved if outputs.saved is not None else _state(logits)
-    tile, n_rows, constants = _forward_constants(
-        logits.shape, logits.stride(), logits.element_size(), options.kind, needs_grad, device_facts(logits.device)
-    )
+    layout = (logits.shape, logits.stride(), _probabilities_strides(inputs), logits.element_size())
+    tile, n_rows, constants = _forward_constants(*layout, options.kind, needs_grad, device_facts(logits.device))
     reduces = options.reduction != "none" or options.return_stats
     arguments: dict[str, Any] = {
         **constants,
@@ -67,11 +68,19 @@ def forward(
 
 @lru_cache(maxsize=1024)
 def _forward_constants(
-    shape: torch.Size, strides: tuple[int, ...], itemsize: int, options: Options, save: bool, facts: DeviceFacts
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    target_strides: tuple[int, ...] | None,
+    itemsize: int,
+    options: Options,
+    save: bool,
+    facts: DeviceFacts,
 ) -> tuple[Tile, int, dict[str, Any]]:
     """The tile, the number of rows, and the arguments that are no tensors: decided once per kind of call."""
-    (g,) = geometries(shape, strides)
-    tile = forward_tile(g, itemsize, holds_more(options, itemsize), facts)
+    soft = target_strides is not None
+    g, *others = geometries(shape, strides, *((target_strides,) if soft else ()))
+    probabilities = others[0] if soft else None
+    tile = forward_tile(g, probabilities, itemsize, holds_more(options, itemsize), facts)
     constants: dict[str, Any] = {
         **_option_constants(options),
         "top_k": options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS),
@@ -79,21 +88,12 @@ def _forward_constants(
         "SAVE": save,
         "n_rows": g.n_rows,
         "n_cols": g.n_cols,
-        "row_stride": g.row_stride,
         "BLOCK_COLS": tile.block_cols,
         **_launch_options(tile),
+        **_layout(tile, itemsize, g, probabilities=probabilities),
     }
     if tile.rowwise:
-        constants.update(GROUP=row_group(g, itemsize), N_SLICES=tile.n_slices, slices_ptr=None)
-    else:
-        constants.update(
-            n_inner=g.n_inner,
-            outer_stride=g.outer_stride,
-            col_stride=g.col_stride,
-            ROWS_CONTIGUOUS=g.rows_contiguous,
-            VECTOR=g.vector(itemsize),
-            **_tile_layout(tile),
-        )
+        constants.update(N_SLICES=tile.n_slices, slices_ptr=None)
     return tile, g.n_rows, constants
 
 
@@ -101,7 +101,7 @@ def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, 
     """One launch, or two where no gradient can be written before the rows are counted, or slices need counters at zero."""
     logits = inputs.logits
     saved = _state(logits)
-    layout = (logits.shape, logits.stride(), dlogits.stride(), logits.element_size())
+    layout = (logits.shape, logits.stride(), dlogits.stride(), _probabilities_strides(inputs), logits.element_size())
     facts = device_facts(logits.device)
     tile, n_rows, constants = _gradient_constants("fused", *layout, options.kind, facts)
     n_partials = tile.n_programs // tile.n_slices
@@ -123,7 +123,10 @@ def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, 
     # Triton's interpreter runs programs one after another: none can wait for a later one. There, the launches are made twice
     # without waiting, and in the second round every slice finds what all others published in the first.
     for _ in range(2 if tile.n_slices > 1 and _interprets() else 1):
-        if tile.n_slices > 1 or (options.reduction == "mean" and n_partials > 1):
+        if inputs.has_probabilities:  # every row counts, and the denominator is known
+            if tile.n_slices > 1:
+                arguments["arrived_ptr"].zero_()
+        elif tile.n_slices > 1 or (options.reduction == "mean" and n_partials > 1):
             _launch_denominator(arguments, n_rows, logits.device, keeps_workspace)
         _launch(tile.kernel, tile.n_programs, logits.device, arguments)
 
@@ -156,11 +159,12 @@ def backward(
     options: Options,
 ) -> Tensor:
     """One launch: the gradient of the logits."""
+    inputs = _laid_out(inputs)
     logits = inputs.logits
     dlogits = allocate_gradient(logits)
     if logits.numel() == 0:
         return dlogits
-    layout = (logits.shape, logits.stride(), dlogits.stride(), logits.element_size())
+    layout = (logits.shape, logits.stride(), dlogits.stride(), _probabilities_strides(inputs), logits.element_size())
     facts = device_facts(logits.device)
     tile, _, constants = _gradient_constants("recompute", *layout, options.kind, facts)
     arguments: dict[str, Any] = {
@@ -181,25 +185,26 @@ def _gradient_constants(
     shape: torch.Size,
     strides: tuple[int, ...],
     gradient_strides: tuple[int, ...],
+    target_strides: tuple[int, ...] | None,
     itemsize: int,
     options: Options,
     facts: DeviceFacts,
 ) -> tuple[Tile, int, dict[str, Any]]:
     """The same as `_forward_constants`, of the fused forward or of the backward."""
-    g, out = geometries(shape, strides, gradient_strides)
+    soft = target_strides is not None
+    g, out, *others = geometries(shape, strides, gradient_strides, *((target_strides,) if soft else ()))
+    probabilities = others[0] if soft else None
     if strategy == "fused":
-        tile = fused_tile(g, out, itemsize, holds_more(options, itemsize), facts)
+        tile = fused_tile(g, out, probabilities, itemsize, holds_more(options, itemsize), facts)
     else:
-        tile = backward_tile(g, out, itemsize, facts)
+        tile = backward_tile(g, out, probabilities, itemsize, facts)
     constants: dict[str, Any] = {
         **_option_constants(options),
         "n_rows": g.n_rows,
         "n_cols": g.n_cols,
-        "dlogits_row_stride": out.row_stride,
-        "row_stride": g.row_stride,
         "BLOCK_COLS": tile.block_cols,
         **_launch_options(tile),
-        **_layout_with_gradient(tile, g, out, itemsize),
+        **_layout(tile, itemsize, g, out, probabilities),
     }
     if strategy == "fused" and tile.rowwise:
         constants.update(
@@ -256,8 +261,10 @@ def _option_constants(options: Options) -> dict[str, Any]:
 
 def _row_pointers(inputs: Inputs, options: Options) -> dict[str, Any]:
     """What a call has per row and per class, besides the logits."""
+    soft = inputs.has_probabilities
     return {
-        "target_ptr": inputs.target.contiguous(),
+        "target_ptr": inputs.target.contiguous() if not soft else None,
+        "probabilities_ptr": inputs.target if soft else None,
         "target_b_ptr": _contiguous(inputs.target_b),
         "lam_ptr": _contiguous(inputs.lam),
         "lam_bits": _bits(options.lam) if inputs.target_b is not None else None,
@@ -275,19 +282,41 @@ def _slices(tile: Tile, n_rows: int, saved: Tensor) -> Tensor:
     return saved.new_empty((N_STATISTICS, n_rows, tile.n_slices))
 
 
-def _layout_with_gradient(tile: Tile, g: Geometry, out: Geometry, itemsize: int) -> dict[str, Any]:
-    """The arguments that tell a kernel how logits and gradient lie in memory, besides their row strides."""
+def _laid_out(inputs: Inputs) -> Inputs:
+    """The same, class probabilities copied where the kernels do not take their strides."""
+    if not inputs.has_probabilities:
+        return inputs
+    strides = probabilities_strides(inputs.logits, inputs.target)
+    if inputs.target.stride() == strides:
+        return inputs
+    return inputs._replace(target=torch.empty_like(inputs.logits, dtype=inputs.target.dtype).copy_(inputs.target))
+
+
+def _probabilities_strides(inputs: Inputs) -> tuple[int, ...] | None:
+    return inputs.target.stride() if inputs.has_probabilities else None
+
+
+def _layout(
+    tile: Tile, itemsize: int, g: Geometry, out: Geometry | None = None, probabilities: Geometry | None = None
+) -> dict[str, Any]:
+    """The arguments that tell a kernel how logits, gradient and class probabilities lie in memory."""
+    layout: dict[str, Any] = {"row_stride": g.row_stride}
+    layout["probabilities_row_stride"] = probabilities.row_stride if probabilities is not None else None
+    if out is not None:
+        layout["dlogits_row_stride"] = out.row_stride
     if tile.rowwise:
-        return {"GROUP": row_group(g, itemsize)}
-    same_order = g.rows_contiguous == out.rows_contiguous
+        return {**layout, "GROUP": row_group(g, itemsize)}
+    layout.update(n_inner=g.n_inner, outer_stride=g.outer_stride, col_stride=g.col_stride)
+    layout["probabilities_outer_stride"] = probabilities.outer_stride if probabilities is not None else None
+    layout["probabilities_col_stride"] = probabilities.col_stride if probabilities is not None else None
+    if out is not None:
+        layout.update(dlogits_outer_stride=out.outer_stride, dlogits_col_stride=out.col_stride)
+    tensors = [tensor for tensor in (g, out, probabilities) if tensor is not None]
+    same_order = len({tensor.rows_contiguous for tensor in tensors}) == 1
     return {
-        "n_inner": g.n_inner,
-        "dlogits_outer_stride": out.outer_stride,
-        "dlogits_col_stride": out.col_stride,
-        "outer_stride": g.outer_stride,
-        "col_stride": g.col_stride,
-        "ROWS_CONTIGUOUS": g.rows_contiguous and out.rows_contiguous,
-        "VECTOR": min(g.vector(itemsize), out.vector(itemsize)) if same_order else 1,
+        **layout,
+        "ROWS_CONTIGUOUS": all(tensor.rows_contiguous for tensor in tensors),
+        "VECTOR": min(tensor.vector(itemsize) for tensor in tensors) if same_order else 1,
         **_tile_layout(tile),
     }
 
