@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import make_probabilities
 
 import fusedloss
 
@@ -52,3 +53,26 @@ def test_forward_and_backward_stay_below(logits: tuple[Any, ...]) -> None:
     assert mark.launches <= 3
     assert mark.torch_launches == 1  # the upstream gradient, filled with 1
     assert (mark.syncs, mark.spills) == (0, 0)
+
+
+# The same with class probabilities in the logits' dtype, where every row counts: 3 passes are the floor, two read, one written.
+BOUNDS_WITH_PROBABILITIES = {
+    (4096, 10, FP32): (36, 3.05, 16),
+    (1024, 100, FP32): (38, 3.17, 16),
+    (1, 19, BF16, 64, 64): (44, 3.06, 16),
+    (252, 1000, BF16): (26.2, 3.1, 16),
+    (70, 50257, BF16): (34, 3.24, 16),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("logits", BOUNDS_WITH_PROBABILITIES, ids=str)
+def test_class_probabilities_stay_below(logits: tuple[Any, ...]) -> None:
+    n_rows, n_cols, dtype, *pixels = logits
+    target = make_probabilities(n_rows, n_cols, *pixels, dtype=dtype)
+    mark = emulated.measure(lambda x, _: fusedloss.cross_entropy(x, target), *logits)
+    instructions, passes, width = BOUNDS_WITH_PROBABILITIES[logits]
+    assert mark.instructions < instructions
+    assert mark.passes < passes
+    assert mark.narrowest >= width
+    assert (mark.launches, mark.spills) == (2, 0)
