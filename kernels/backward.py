@@ -42,6 +42,7 @@ from fusedloss.kernels.tile import (
     load_blocks,
     load_packed,
     load_tile_targets,
+    rows_on_chip,
     store_blocks,
     store_packed,
     target_logit,
@@ -162,17 +163,13 @@ def backward_tile_kernel(
         read = mask if ROWS_CONTIGUOUS else live
         e_t, q = tl.zeros_like(g), None
         if N_BLOCKS > 0:
-            if ROW_GROUP > 0:
-                blocks = held[i]
-            else:
-                blocks = load_blocks(row_ptr, col_stride, read, 0, n_cols, 0.0, BLOCK_COLS, N_BLOCKS, True)
+            packed = held[i] if ROW_GROUP > 0 else None
+            blocks = rows_on_chip(packed, row_ptr, col_stride, read, n_cols, 0.0, BLOCK_COLS, N_BLOCKS)
             blocks = transform_blocks(blocks, 0, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
-        if probabilities_ptr is not None:
-            if ROW_GROUP > 0:
-                q = held_q[i]
-            elif N_BLOCKS > 0:
-                q = load_blocks(q_row_ptr, probabilities_col_stride, read, 0, n_cols, 0.0, BLOCK_COLS, N_BLOCKS, True)
-        else:
+            if probabilities_ptr is not None:
+                packed = held_q[i] if ROW_GROUP > 0 else None
+                q = rows_on_chip(packed, q_row_ptr, probabilities_col_stride, read, n_cols, 0.0, BLOCK_COLS, N_BLOCKS)
+        if probabilities_ptr is None:
             if N_BLOCKS > 0:
                 x_t = target_logit(blocks, label, dtype, BLOCK_COLS, PART)
             else:

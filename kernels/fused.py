@@ -45,6 +45,7 @@ from fusedloss.kernels.tile import (
     load_packed,
     load_tile_targets,
     one_thread_each,
+    rows_on_chip,
     store_blocks,
     store_packed,
     target_logit,
@@ -221,16 +222,12 @@ def fused_tile_kernel(
         read = mask if ROWS_CONTIGUOUS else valid
         blocks, q = None, None
         if N_BLOCKS > 0:
-            if ROW_GROUP > 0:
-                blocks = held[i]
-            else:
-                blocks = load_blocks(row_ptr, col_stride, read, 0, n_cols, float("-inf"), BLOCK_COLS, N_BLOCKS, True)
+            packed = held[i] if ROW_GROUP > 0 else None
+            blocks = rows_on_chip(packed, row_ptr, col_stride, read, n_cols, float("-inf"), BLOCK_COLS, N_BLOCKS)
             blocks = transform_blocks(blocks, 0, n_cols, logit_scale, softcap, dtype, BLOCK_COLS, PART)
             if probabilities_ptr is not None:
-                if ROW_GROUP > 0:
-                    q = held_q[i]
-                else:
-                    q = load_blocks(q_row_ptr, probabilities_col_stride, read, 0, n_cols, 0.0, BLOCK_COLS, N_BLOCKS, True)
+                packed = held_q[i] if ROW_GROUP > 0 else None
+                q = rows_on_chip(packed, q_row_ptr, probabilities_col_stride, read, n_cols, 0.0, BLOCK_COLS, N_BLOCKS)
         row_max, rest, x_t, shift, smooth_sum, weight_total, exps = tile_statistics(
             blocks, q, row_ptr, col_stride, q_row_ptr, probabilities_col_stride, read, n_cols, label,
             weight_ptr, smoothing, logit_scale, softcap, dtype, BLOCK_COLS, N_BLOCKS, PART, HAS_SMOOTHING,

@@ -241,6 +241,24 @@ def load_blocks(
 
 
 @triton.jit
+def rows_on_chip(
+    packed,  # this turn's blocks, of packed rows, which are read for all turns at once; else None
+    row_ptr,
+    col_stride,
+    read,
+    n_cols,
+    other,
+    BLOCK_COLS: tl.constexpr,
+    N_BLOCKS: tl.constexpr,
+):
+    """The blocks of whole rows."""
+    if packed is not None:
+        return packed
+    else:
+        return load_blocks(row_ptr, col_stride, read, 0, n_cols, other, BLOCK_COLS, N_BLOCKS, True)
+
+
+@triton.jit
 def transform_blocks(
     blocks,
     first,
