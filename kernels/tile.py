@@ -310,6 +310,7 @@ def absorb_tile(
     finite = finite_max(new_max)
     exps = ()
     lane_sum = tl.zeros_like(lane_max)
+    few_sum = tl.zeros_like(lane_max)
     lane_target = tl.zeros_like(lane_max)
     for i in tl.static_range(len(blocks)):
         x = blocks[i].to(dtype)
@@ -318,7 +319,10 @@ def absorb_tile(
             at_target = _columns(first, i, BLOCK_COLS, PART) == _spread(label, BLOCK_COLS)
             e = tl.where(at_target, 0.0, e)
             lane_target = tl.where(at_target, x, lane_target)
-        lane_sum += e
+        # Eight to each other first: one by one, the small ones of 100 classes would be rounded to the last place of the largest.
+        few_sum = e if i % 8 == 0 else few_sum + e
+        if i % 8 == 7 or i == len(blocks) - 1:
+            lane_sum += few_sum
         exps = exps + (e,)
     rest = rest * tl.exp(row_max - finite) + (tl.sum(lane_sum, 1) if BLOCK_COLS > 1 else lane_sum)
     if label is not None:

@@ -25,7 +25,9 @@ class Exact(NamedTuple):
     # The largest term where the gradient is a difference of some: A p_c - a_c, though not for an index without smoothing; with
     # softcap 1 - tanh^2, of the factor 1 / cosh^2. Where logits are transformed, what the rounding of x_c makes of it, too.
     terms: float
-    loss_terms: float  # the same of the loss: how far it follows a transformed logit, times the largest of these
+    # The same of the loss: with z_loss, which class weights below 0 make a difference; and how far it follows a transformed
+    # logit, times the largest of these.
+    loss_terms: float
     ambiguous: bool  # rounding decides which rows "max" or "topk" selects
 
 
@@ -90,6 +92,7 @@ def exact_loss_and_gradient(
             rows = rows + label_smoothing / n_classes * (w * nll).sum(1)
         row_weights = w[t[:, 0]]
     gradient = (a.sum(1, keepdim=True) - a) * p - a * not_p
+    pieces = rows.abs() + (z_loss * lse.square()).abs()
     if z_loss != 0:
         rows = rows + z_loss * lse.square()
         gradient = gradient + (2 * z_loss * lse)[:, None] * p
@@ -102,11 +105,11 @@ def exact_loss_and_gradient(
     identity = torch.cat([x, asked, row_factors[:, None]], 1)
     loss, factors, ambiguous = _reduce(rows, counted, row_weights, identity, reduction, top_k, resolution)
     factors = factors * row_factors * scale
-    terms, loss_terms = [], 0.0
+    over_batch = _largest if reduction == "none" else _sum
+    terms, loss_terms = [], over_batch(factors * pieces) if z_loss != 0 else 0.0
     if logit_scale != 1 or softcap is not None:
         follows = factors * (a.abs().sum(1) + (2 * z_loss * lse).abs())
-        of_rows = _largest(follows) if reduction == "none" else float(follows.where(follows.isfinite(), 0).abs().sum())
-        loss_terms = of_rows * _largest(x)
+        loss_terms += over_batch(follows) * _largest(x)
         terms.append((follows * dloss.double().reshape(-1))[:, None] * p * slope * x)
     factors = factors * (dloss.double().reshape(-1))
     if label_smoothing > 0 or isinstance(target, tuple) or target.shape == logits.shape:
@@ -201,3 +204,7 @@ def _selected(n_counted: int, reduction: str, top_k: int | float | None) -> int:
         return 1
     assert top_k is not None
     return max(1, int(top_k * n_counted + 0.5)) if isinstance(top_k, float) else min(top_k, n_counted)
+
+
+def _sum(values: Tensor) -> float:
+    return float(values[values.isfinite()].abs().sum())
