@@ -41,7 +41,7 @@ def exact_loss_and_gradient(
     label_smoothing: float,
     top_k: int | float | None,
     scale: float,
-    sample_weight: Tensor | None = None,  # one per row
+    sample_weight: Tensor | None = None,  # one per row, or one per example
     z_loss: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -99,6 +99,7 @@ def exact_loss_and_gradient(
     row_factors = torch.ones(len(x), dtype=torch.float64)
     if sample_weight is not None:
         row_factors = sample_weight.double().reshape(-1)
+        row_factors = row_factors.repeat_interleave(len(x) // max(1, len(row_factors)))
         rows = rows * row_factors
     rows = rows.where(counted, 0)
     row_weights = row_weights.where(counted, 0)
