@@ -35,12 +35,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wrong_process = pytest.mark.skip(
         reason="runs without TRITON_INTERPRET" if INTERPRETED else "needs TRITON_INTERPRET=1 before triton is imported"
     )
+    sweep = ("sweep", "interpreter_sweep") if INTERPRETED else ("sweep",)
     for item in items:
         if (item.get_closest_marker("interpreter") is not None) != INTERPRETED:
             item.add_marker(wrong_process)
         elif item.get_closest_marker("gpu") is not None and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="torch.cuda sees no GPU"))
-        elif item.get_closest_marker("sweep") is not None and not config.getoption("--sweep"):
+        elif not config.getoption("--sweep") and any(item.get_closest_marker(name) is not None for name in sweep):
             item.add_marker(pytest.mark.skip(reason="part of the whole sweep: make test-all"))
 
 
@@ -49,6 +50,11 @@ class Path(NamedTuple):
 
     backend: str  # what fusedloss.backend() gets; "auto" asks for nothing, "torch" means PyTorch itself
     device: str
+
+
+def when_interpreted_in_the_sweep(*values: object) -> object:
+    """A parameter that takes the interpreter seconds: `make test` leaves it to the other paths."""
+    return pytest.param(*values, marks=pytest.mark.interpreter_sweep)
 
 
 TORCH = pytest.param(Path("torch", "cpu"), id="torch")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from compare import check_against_torch
-from conftest import GPU, INTERPRETER, Path, entered
+from conftest import GPU, INTERPRETER, Path, entered, when_interpreted_in_the_sweep
 from problems import make_logits, make_probabilities, make_target, make_weight
 
 import fusedloss
@@ -71,7 +71,9 @@ def test_aligned_pixels_of_more_classes_than_registers_hold(kernels: Path, dtype
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
-@pytest.mark.parametrize("shape", [(7, 10), (5, 1001), (3, 1000), (2, 32769), (2, 5, 6, 7)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(7, 10), (5, 1001), (3, 1000), when_interpreted_in_the_sweep((2, 32769)), (2, 5, 6, 7)], ids=str
+)
 def test_options(kernels: Path, shape: tuple[int, ...], weighted: bool, smoothing: float, options: dict[str, Any]) -> None:
     target = make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100)
     weight = make_weight(shape[1]) if weighted else None
@@ -135,8 +137,8 @@ def test_dtypes_of_probabilities(
     check_against_torch(logits, target, **options)
 
 
-# The first of each pair takes the interpreter seconds; of the second, which reaches the same code, it is less.
-SMALLER = {(2049, 10): (300, 10), (1, 3350, 3): (1, 2050, 3)}
+# The first takes the interpreter seconds; the second, which reaches the same code, fewer.
+SMALLER = {(1, 3350, 3): (1, 2050, 3)}
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "max", "label_smoothing": 0.1}], ids=str)
@@ -274,7 +276,7 @@ def test_extras_of_slices(kernels: Path, reduction: str, smoothing: float) -> No
 
 @pytest.mark.parametrize("labels", ["one label", "two labels"])
 @pytest.mark.parametrize("reduction", ["mean", "none", "max"])
-@pytest.mark.parametrize("shape", [(1, 1000), (23, 600), (2, 33001)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1000), (23, 600), (2, 33001), (258, 24)], ids=str)
 def test_statistics_of_rows(kernels: Path, shape: tuple[int, int], reduction: str, labels: str) -> None:
     """The reference has the definition: a NaN is the worst, the first of equal ones counts, and two labels share the target."""
     n_rows, n_cols = shape
