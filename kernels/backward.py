@@ -161,7 +161,7 @@ def backward_tile_kernel(
         live = valid & (g != 0)
         # Rows without gradient are not read, unless they share their 16 bytes with rows that have one.
         read = mask if ROWS_CONTIGUOUS else live
-        e_t, q = tl.zeros_like(g), None
+        blocks, q, e_t = None, None, tl.zeros_like(g)
         if N_BLOCKS > 0:
             packed = held[i] if ROW_GROUP > 0 else None
             blocks = rows_on_chip(packed, row_ptr, col_stride, read, n_cols, 0.0, BLOCK_COLS, N_BLOCKS)
@@ -170,19 +170,15 @@ def backward_tile_kernel(
                 packed = held_q[i] if ROW_GROUP > 0 else None
                 q = rows_on_chip(packed, q_row_ptr, probabilities_col_stride, read, n_cols, 0.0, BLOCK_COLS, N_BLOCKS)
         if probabilities_ptr is None:
-            if N_BLOCKS > 0:
-                x_t = target_logit(blocks, label, dtype, BLOCK_COLS, PART)
-            else:
-                x_t = tl.load(row_ptr + targets[i] * col_stride, mask=live, other=0.0).to(dtype)
-                x_t = transform_logits(x_t, logit_scale, softcap)
+            x_t = target_logit(
+                blocks, row_ptr, col_stride, live, targets[i], logit_scale, softcap, dtype, BLOCK_COLS, N_BLOCKS, PART
+            )
             e_t = tl.exp(x_t - maxima[i])
         e_b = None
         if target_b_ptr is not None:
-            if N_BLOCKS > 0:
-                x_b = target_logit(blocks, label_b, dtype, BLOCK_COLS, PART)
-            else:
-                x_b = tl.load(row_ptr + target_b * col_stride, mask=live, other=0.0).to(dtype)
-                x_b = transform_logits(x_b, logit_scale, softcap)
+            x_b = target_logit(
+                blocks, row_ptr, col_stride, live, target_b, logit_scale, softcap, dtype, BLOCK_COLS, N_BLOCKS, PART
+            )
             e_b = tl.exp(x_b - maxima[i])
         p_factor, at_target, smooth_factor, at_b = gradient_factors(
             target_weight, valid, counted, g, rests[i], e_t, smoothing, weight_total, n_cols,

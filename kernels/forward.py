@@ -159,7 +159,7 @@ def forward_tile_kernel(
     losses, maxima, rests, factor_totals, lses, counts, corrects = (), (), (), (), (), (), ()
     count = tl.zeros((TURN_ROWS,), dtype)
     for i in tl.static_range(N_TURNS):
-        label, target_weight, label_b, weight_b, lam = None, None, None, None, None
+        label, target_weight, weight_b, lam = None, None, None, None
         if probabilities_ptr is not None:
             counted = turn_rows[i] < n_rows
             valid = counted
@@ -172,7 +172,6 @@ def forward_tile_kernel(
                 target_b_ptr, lam_ptr, lam_bits, weight_ptr, turn_rows[i], turn_rows[i] < n_rows, targets[i], counted, valid,
                 target_weight, ignore_index, n_cols,
             )  # fmt: skip
-            label_b = target_b.to(tl.int32)
             lam += tl.zeros((TURN_ROWS,), dtype)  # it may be a number
         sample_weight = None
         if sample_weight_ptr is not None:
@@ -193,11 +192,9 @@ def forward_tile_kernel(
         )  # fmt: skip
         x_b = None
         if target_b_ptr is not None:
-            if N_BLOCKS > 0:
-                x_b = target_logit(blocks, label_b, dtype, BLOCK_COLS, PART)
-            else:
-                x_b = tl.load(row_ptr + target_b * col_stride, mask=valid, other=0.0).to(dtype)
-                x_b = transform_logits(x_b, logit_scale, softcap)
+            x_b = target_logit(
+                blocks, row_ptr, col_stride, valid, target_b, logit_scale, softcap, dtype, BLOCK_COLS, N_BLOCKS, PART
+            )
         if probabilities_ptr is not None:
             x_t, e_t = None, tl.zeros_like(rest)
             factor_totals = factor_totals + (weight_total,)

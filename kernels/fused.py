@@ -234,11 +234,9 @@ def fused_tile_kernel(
         )  # fmt: skip
         x_b, e_b = None, None
         if target_b_ptr is not None:
-            if N_BLOCKS > 0:
-                x_b = target_logit(blocks, label_b, dtype, BLOCK_COLS, PART)
-            else:
-                x_b = tl.load(row_ptr + target_b * col_stride, mask=valid, other=0.0).to(dtype)
-                x_b = transform_logits(x_b, logit_scale, softcap)
+            x_b = target_logit(
+                blocks, row_ptr, col_stride, valid, target_b, logit_scale, softcap, dtype, BLOCK_COLS, N_BLOCKS, PART
+            )
         if BLOCK_COLS > 1 and ROWS_CONTIGUOUS:  # a row's threads are many
             row_max, rest, x_t = one_thread_each(row_max), one_thread_each(rest), one_thread_each(x_t)
         if probabilities_ptr is not None:

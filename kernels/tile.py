@@ -398,13 +398,31 @@ def tile_statistics(
 
 
 @triton.jit
-def target_logit(blocks, label, dtype: tl.constexpr, BLOCK_COLS: tl.constexpr, PART: tl.constexpr):
-    """x_t of rows that are on chip as a whole, 0 where the label is no column."""
-    lane_target = tl.zeros(blocks[0].shape, dtype)
-    for i in tl.static_range(len(blocks)):
-        at_target = _columns(0, i, BLOCK_COLS, PART) == _spread(label, BLOCK_COLS)
-        lane_target = tl.where(at_target, blocks[i].to(dtype), lane_target)
-    return tl.sum(lane_target, 1) if BLOCK_COLS > 1 else lane_target
+def target_logit(
+    blocks,  # the whole rows, if they are on chip
+    row_ptr,  # (BLOCK_ROWS,) first logit of each row, read where they are not
+    col_stride,
+    read,  # (BLOCK_ROWS,)
+    target,  # (BLOCK_ROWS,) int64
+    logit_scale,
+    softcap,
+    dtype: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    N_BLOCKS: tl.constexpr,
+    PART: tl.constexpr,  # see _columns
+):
+    """The logit of a class of each row, 0 where the target is no column."""
+    if N_BLOCKS > 0:
+        label = target.to(tl.int32)
+        lane_target = tl.zeros(blocks[0].shape, dtype)
+        for i in tl.static_range(N_BLOCKS):
+            at_target = _columns(0, i, BLOCK_COLS, PART) == _spread(label, BLOCK_COLS)
+            lane_target = tl.where(at_target, blocks[i].to(dtype), lane_target)
+        x = tl.sum(lane_target, 1) if BLOCK_COLS > 1 else lane_target
+    else:
+        x = tl.load(row_ptr + target * col_stride, mask=read, other=0.0).to(dtype)
+        x = transform_logits(x, logit_scale, softcap)
+    return x
 
 
 @triton.jit
