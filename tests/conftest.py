@@ -20,8 +20,20 @@ HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 
 if INTERPRETED:
     import numpy
+    import triton.language as tl
+    from triton.runtime import interpreter
 
     numpy.seterr(all="ignore")  # inf - inf in a masked lane: a GPU does not warn either
+
+    _patch_lang = interpreter._patch_lang
+
+    def _patch_lang_once(function: Callable[..., object]) -> object:
+        """Triton's interpreter replaces the functions of triton.language at every call of a helper, though they are replaced
+        already: two thirds of the time of these tests."""
+        modules = {value for value in function.__globals__.values() if value is tl or value is tl.core}
+        return _patch_lang(function) if any(tl.core.is_builtin(module.load) for module in modules) else None
+
+    interpreter._patch_lang = _patch_lang_once
 
 # Two cores and small tensors: threads would only wait for each other.
 torch.set_num_threads(1)
@@ -35,13 +47,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wrong_process = pytest.mark.skip(
         reason="runs without TRITON_INTERPRET" if INTERPRETED else "needs TRITON_INTERPRET=1 before triton is imported"
     )
-    sweep = ("sweep", "interpreter_sweep") if INTERPRETED else ("sweep",)
     for item in items:
         if (item.get_closest_marker("interpreter") is not None) != INTERPRETED:
             item.add_marker(wrong_process)
         elif item.get_closest_marker("gpu") is not None and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="torch.cuda sees no GPU"))
-        elif not config.getoption("--sweep") and any(item.get_closest_marker(name) is not None for name in sweep):
+        elif item.get_closest_marker("sweep") is not None and not config.getoption("--sweep"):
             item.add_marker(pytest.mark.skip(reason="part of the whole sweep: make test-all"))
 
 
@@ -50,11 +61,6 @@ class Path(NamedTuple):
 
     backend: str  # what fusedloss.backend() gets; "auto" asks for nothing, "torch" means PyTorch itself
     device: str
-
-
-def when_interpreted_in_the_sweep(*values: object) -> object:
-    """A parameter that takes the interpreter seconds: `make test` leaves it to the other paths."""
-    return pytest.param(*values, marks=pytest.mark.interpreter_sweep)
 
 
 TORCH = pytest.param(Path("torch", "cpu"), id="torch")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import check_against_torch
-from conftest import AUTO, GPU, INTERPRETER, REFERENCE, Path, entered, when_interpreted_in_the_sweep
+from conftest import AUTO, GPU, INTERPRETER, REFERENCE, Path, entered
 from oracle import torch_loss
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor
@@ -166,7 +166,7 @@ def _stats_of(logits: Tensor, target: Any, ignore_index: int, rows: Tensor) -> d
 
 
 STATS_SHAPES = [
-    when_interpreted_in_the_sweep((513, 10)),  # several programs
+    (513, 10),  # several programs
     (7, 10),
     (5, 1001),
     (2, 5, 6, 7),
