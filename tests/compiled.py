@@ -149,8 +149,10 @@ def _amd_report(assembly: str, shared_bytes: int) -> Report:
         names = re.findall(rf"\b(?:global|buffer)_{verb}_(dwordx?\d?|u?short|u?byte)", assembly)
         return dict(Counter(widths[name] for name in names))
 
-    # Scalar registers spill into lanes of vector registers, not to memory.
-    return Report(metadata("vgpr_count"), metadata("vgpr_spill_count"), shared_bytes, count("load"), count("store"))
+    # The compiler's own counts are of more: scalar registers spill into lanes of vector registers, and these into accumulation
+    # registers. What goes to memory goes to a thread's scratch, of so many bytes.
+    spills = metadata("private_segment_fixed_size") // 4
+    return Report(metadata("vgpr_count"), spills, shared_bytes, count("load"), count("store"))
 
 
 def _nvidia_report(cubin: bytes, shared_bytes: int) -> Report:
