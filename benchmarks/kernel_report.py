@@ -38,9 +38,11 @@ class Case(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     options: dict[str, Any]
+    probabilities: bool = False  # the target, else class indices
 
     def __str__(self) -> str:
-        options = "".join(f", {name}={value}" for name, value in self.options.items())
+        options = ", probabilities" if self.probabilities else ""
+        options += "".join(f", {name}={value}" for name, value in self.options.items())
         return f"{' x '.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')}{options}"
 
 
@@ -69,6 +71,7 @@ CASES = (
     Case((4096, 50257), FP64, {}),
     *(Case((4096, 50257), BF16, options) for options in ({"label_smoothing": 0.1}, {"reduction": "none"}, {"reduction": "max"})),
     Case((4096, 10), FP32, {"label_smoothing": 0.1}),
+    *(Case(shape, BF16, {}, probabilities=True) for shape in ((4096, 10), (2048, 1000), (4096, 50257), (8, 19, 512, 1024))),
 )
 
 
@@ -94,6 +97,8 @@ ARCHITECTURES = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "g
 def tensors(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Logits that nobody writes, so that gigabytes of them cost no memory; targets."""
     logits = torch.empty(case.shape, dtype=case.dtype, device=device, requires_grad=True)
+    if case.probabilities:
+        return logits, torch.empty_like(logits, requires_grad=False)
     return logits, torch.zeros(case.shape[:1] + case.shape[2:], dtype=torch.int64, device=device)
 
 
@@ -117,7 +122,7 @@ def our_side(case: Case, target: str) -> tuple[list[Launch], dict[str, Any]]:
 
 def liger_side(case: Case, target: str) -> list[Launch]:
     """Liger's launches: none for what it does not serve."""
-    if "Liger" not in peers.installed() or len(case.shape) > 2 or case.options or case.dtype == FP64:
+    if "Liger" not in peers.installed() or len(case.shape) > 2 or case.options or case.probabilities or case.dtype == FP64:
         return []
     module = "liger_kernel.ops.cross_entropy"
     with (
@@ -143,7 +148,7 @@ def _compiled(launch: Launch, target: str) -> dict[str, Any]:
     return {"num_warps": launch.arguments["num_warps"], **dataclasses.asdict(_reports[kernel.hash])}
 
 
-def cached_bytes(launch: dict[str, Any], row_bytes: int, target: str) -> int:
+def cached_bytes(launch: dict[str, Any], row_bytes: float, target: str) -> float:
     """Bytes of the logits under the programs that run at the same time: a second read of theirs meets the cache or does not."""
     device, facts = DEVICES[target], FACTS[target]
     threads = launch["num_warps"] * facts.warp_size
@@ -151,10 +156,11 @@ def cached_bytes(launch: dict[str, Any], row_bytes: int, target: str) -> int:
     return min(launch["n_programs"], per_sm * facts.n_sms) * row_bytes
 
 
-def memory_passes(reads: float, writes: float, launch: dict[str, Any], row_bytes: int, target: str) -> float:
-    """Passes over the memory: a kernel's second read is free where the rows in flight fit the cache."""
-    second_read_hits = reads > 1 and cached_bytes(launch, row_bytes, target) <= DEVICES[target].cache_bytes
-    return (1 if second_read_hits else reads) + writes
+def memory_passes(reads: float, writes: float, launch: dict[str, Any], row_bytes: int, target: str, one_read: float = 1) -> float:
+    """Passes over the memory: a kernel's second read is free where the rows in flight fit the cache. `one_read`: of everything
+    that a kernel must read once, class probabilities among it."""
+    second_read_hits = reads > one_read and cached_bytes(launch, one_read * row_bytes, target) <= DEVICES[target].cache_bytes
+    return (one_read if second_read_hits else reads) + writes
 
 
 def call_record(case: Case) -> dict[str, Any]:
@@ -190,11 +196,12 @@ def target_record(case: Case, target: str) -> dict[str, Any]:
     n_cols = case.shape[1]
     main = next(launch for launch in record["launches"] if launch["kernel"] in summary["tiles"])
     block_rows = summary["tiles"][main["kernel"]][0]
+    one_read = 2 if case.probabilities else 1
     if summary["strategy"] == "fused":
-        passes = memory_passes(summary["reads"], summary["writes"], main, block_rows * n_cols * itemsize, target)
+        passes = memory_passes(summary["reads"], summary["writes"], main, block_rows * n_cols * itemsize, target, one_read)
     else:  # the second read is another launch's
         passes = summary["reads"] + summary["writes"]
-    record["memory_passes"] = passes
+    record["memory_passes"], record["floor_passes"] = passes, one_read + 1
     if liger:
         record["liger_memory_passes"] = memory_passes(2, 1, record["liger"][0], n_cols * itemsize, target)
     return record

@@ -19,6 +19,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 CASES = (
     kernel_report.Case((64, 1000), BF16, {}),
     kernel_report.Case((64, 5000), FP32, {"reduction": "max"}),
+    kernel_report.Case((64, 1000), BF16, {}, probabilities=True),
 )
 MARK = {
     "instructions": 12.0,
@@ -43,9 +44,11 @@ def page(data: dict[str, Any], folder: Path) -> str:
 
 
 def test_numbers_are_those_of_the_plan_and_the_machine_code(data: dict[str, Any]) -> None:
-    fused, recompute = (case["targets"]["sm_90"] for case in data["cases"])
+    fused, recompute, probabilities = (case["targets"]["sm_90"] for case in data["cases"])
     assert (fused["strategy"], fused["reads"], fused["writes"]) == ("fused", 1, 1)
     assert (recompute["strategy"], recompute["reads"], recompute["writes"]) == ("recompute", 2, 1)
+    assert (probabilities["strategy"], probabilities["reads"], probabilities["writes"]) == ("fused", 2, 1)
+    assert probabilities["memory_passes"] == probabilities["floor_passes"] == 3
     names = [launch["kernel"] for launch in recompute["launches"]]
     assert names == ["forward_row_kernel", "backward_row_kernel"]
     for launch in recompute["launches"]:
