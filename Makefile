@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-interpreted test-native test-compiled test-all test-clients check fuzz sanitize accuracy bench report gpu experiments
+.PHONY: help setup train test test-interpreted test-native test-emulated test-all test-clients check fuzz sanitize accuracy bench report gpu experiments
 
 help:
 	@echo "make setup     create $(VENV) and install fusedloss with what the other targets need"
@@ -35,20 +35,20 @@ train: $(READY)
 	$(PY) benchmarks/train_cifar10.py $(ARGS)
 
 # Three processes, two at a time: TRITON_INTERPRET must be set before triton is imported, and an interpreted process cannot
-# compile; what compiles for other GPUs takes the core that is free first. Each keeps one core busy, and prints when it is done.
+# compile; what an emulator runs takes the core that is free first. Each keeps one core busy, and prints when it is done.
 test: $(READY)
-	@$(MAKE) --jobs=2 --output-sync=target --no-print-directory test-interpreted test-native test-compiled ARGS="$(ARGS)"
+	@$(MAKE) --jobs=2 --output-sync=target --no-print-directory test-interpreted test-native test-emulated ARGS="$(ARGS)"
 
-COMPILED := $(addprefix tests/test_,compiled.py ptxsim.py ptxsim_marks.py report.py)
+EMULATED := $(addprefix tests/test_,ptxsim.py ptxsim_marks.py report.py)
 
 test-interpreted: $(READY)
 	TRITON_INTERPRET=1 $(PY) -m pytest -m interpreter $(ARGS)
 
 test-native: $(READY)
-	$(PY) -m pytest -m "not interpreter" $(addprefix --ignore=,$(COMPILED)) $(ARGS)
+	$(PY) -m pytest -m "not interpreter" $(addprefix --ignore=,$(EMULATED)) $(ARGS)
 
-test-compiled: $(READY)
-	$(PY) -m pytest $(COMPILED) $(ARGS)
+test-emulated: $(READY)
+	$(PY) -m pytest $(EMULATED) $(ARGS)
 
 test-all: ARGS += --sweep
 test-all: test

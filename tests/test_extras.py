@@ -166,7 +166,7 @@ def _stats_of(logits: Tensor, target: Any, ignore_index: int, rows: Tensor) -> d
 
 
 STATS_SHAPES = [
-    (513, 10),  # several programs
+    pytest.param((513, 10), marks=pytest.mark.sweep),  # several programs, as (258, 24) of test_kernels.py
     (7, 10),
     (5, 1001),
     (2, 5, 6, 7),

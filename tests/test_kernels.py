@@ -71,7 +71,9 @@ def test_aligned_pixels_of_more_classes_than_registers_hold(kernels: Path, dtype
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
-@pytest.mark.parametrize("shape", [(7, 10), (5, 1001), (3, 1000), (2, 32769), (2, 5, 6, 7)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(7, 10), (5, 1001), (3, 1000), pytest.param((2, 32769), marks=pytest.mark.sweep), (2, 5, 6, 7)], ids=str
+)
 def test_options(kernels: Path, shape: tuple[int, ...], weighted: bool, smoothing: float, options: dict[str, Any]) -> None:
     target = make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100)
     weight = make_weight(shape[1]) if weighted else None
