@@ -37,8 +37,8 @@ def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str,
     batch = max(1, int(0.002 * len(calls) / (time.perf_counter() - start)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    # Fresh pages cost a call three times as much at times, where a virtual machine has to get them from its host: 5 turns of
-    # calls that take a second would be luck.
+    # At times a call takes three times as long, where a virtual machine has to get its fresh pages from the host: the median of
+    # fewer turns would be luck.
     while time.perf_counter() < end or len(times["floor"]) < 11:
         for name, call in calls.items():
             start = time.perf_counter()

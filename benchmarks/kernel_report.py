@@ -148,7 +148,7 @@ def _compiled(launch: Launch, target: str) -> dict[str, Any]:
     return {"num_warps": launch.arguments["num_warps"], **dataclasses.asdict(_reports[kernel.hash])}
 
 
-def cached_bytes(launch: dict[str, Any], row_bytes: float, target: str) -> float:
+def cached_bytes(launch: dict[str, Any], row_bytes: int, target: str) -> int:
     """Bytes of the logits under the programs that run at the same time: a second read of theirs meets the cache or does not."""
     device, facts = DEVICES[target], FACTS[target]
     threads = launch["num_warps"] * facts.warp_size
@@ -156,7 +156,7 @@ def cached_bytes(launch: dict[str, Any], row_bytes: float, target: str) -> float
     return min(launch["n_programs"], per_sm * facts.n_sms) * row_bytes
 
 
-def memory_passes(reads: float, writes: float, launch: dict[str, Any], row_bytes: int, target: str, one_read: float = 1) -> float:
+def memory_passes(reads: float, writes: float, launch: dict[str, Any], row_bytes: int, target: str, one_read: int = 1) -> float:
     """Passes over the memory: a kernel's second read is free where the rows in flight fit the cache. `one_read`: of everything
     that a kernel must read once, class probabilities among it."""
     second_read_hits = reads > one_read and cached_bytes(launch, one_read * row_bytes, target) <= DEVICES[target].cache_bytes
