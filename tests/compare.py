@@ -10,8 +10,6 @@ from torch import Tensor
 
 import fusedloss
 
-DEFAULTS: dict[str, Any] = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0, "top_k": None, "scale": 1.0}
-
 
 def check_against_torch(
     logits: Tensor,
@@ -49,7 +47,7 @@ def _exact(
         logits.cpu(),
         tuple(map(_on_cpu, target)) if isinstance(target, tuple) else target.cpu(),
         _on_cpu(weight),
-        **{**DEFAULTS, **{name: _on_cpu(value) for name, value in options.items()}},
+        **{name: _on_cpu(value) for name, value in options.items()},
         dloss=torch.as_tensor(dloss).cpu(),
         resolution=1e-12,
     )

@@ -36,11 +36,11 @@ def exact_loss_and_gradient(
     target: Any,  # a tensor, or (target_a, target_b, lam)
     weight: Tensor | None,
     *,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    top_k: int | float | None,
-    scale: float,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    top_k: int | float | None = None,
+    scale: float = 1.0,
     sample_weight: Tensor | None = None,  # one per row, or one per example
     z_loss: float = 0.0,
     logit_scale: float = 1.0,

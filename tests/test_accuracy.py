@@ -20,12 +20,11 @@ ROOT = Path(__file__).parent.parent
 def test_fifty_digits(case: accuracy.Case) -> None:
     """mpmath against the formulas in float64: two ways to the same numbers."""
     dloss = torch.ones((), dtype=torch.float64)
-    options = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0, "top_k": None, "scale": 1.0, **case.options}
     float64 = exact_loss_and_gradient(
         case.logits,
         case.target.double() if case.target.is_floating_point() else case.target,
         None,
-        **options,
+        **case.options,
         dloss=dloss,
         resolution=0.0,
     )
