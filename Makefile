@@ -6,13 +6,14 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-interpreted test-native test-emulated test-all test-clients check fuzz sanitize accuracy bench report gpu experiments
+.PHONY: help setup train test test-interpreted test-native test-emulated test-all test-clients test-oldest check fuzz sanitize accuracy bench report gpu experiments
 
 help:
 	@echo "make setup     create $(VENV) and install fusedloss with what the other targets need"
 	@echo "make train     train the CIFAR-10 classifier with the fused loss (options: ARGS='--epochs 3 --loss torch')"
 	@echo "make test      the test suite: the part under Triton's interpreter, and the rest beside it"
 	@echo "make test-all  the same with the whole sweep"
+	@echo "make test-oldest  the same as make test with the oldest PyTorch that is supported, in .venv-oldest"
 	@echo "make test-clients  transformers, timm, Lightning and torchvision with the fused loss; installs them into $(VENV)"
 	@echo "make check     lint, format and type checks"
 	@echo "make fuzz      100,000 random problems against float64, and 1,000 under the interpreter (options: N=5000 SEED=1)"
@@ -52,6 +53,13 @@ test-emulated: $(READY)
 
 test-all: ARGS += --sweep
 test-all: test
+
+# No later numpy: Triton 3.5's interpreter does not run with it.
+test-oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check --quiet -e '.[test,train]' 'torch==2.9.*' 'numpy<2.4'
+	touch .venv-oldest/.ready
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest
 
 test-clients: $(READY)
 	$(PY) -m pip install --disable-pip-version-check --quiet -e '.[clients]'

@@ -27,7 +27,7 @@ def kernel_inputs(inputs: Inputs) -> Inputs:
         return inputs
     return Inputs(
         _rows(logits),
-        _rows(inputs.target) if inputs.has_probabilities else inputs.target.reshape(-1),
+        _rows(inputs.target) if inputs.has_probabilities() else inputs.target.reshape(-1),
         None if inputs.target_b is None else inputs.target_b.reshape(-1),
         None if inputs.lam is None else inputs.lam.reshape(-1),
         inputs.weight,

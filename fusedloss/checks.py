@@ -172,11 +172,9 @@ class InputFacts(NamedTuple):
     weight: Facts | None
     sample_weight: Facts | None
 
-    @property
     def has_probabilities(self) -> bool:
         return self.logits.shape == self.target.shape and self.target_b is None
 
-    @property
     def n_classes(self) -> int:
         shape = self.logits.shape
         return shape[0 if len(shape) == 1 else 1]
@@ -188,16 +186,16 @@ def check_tensors(facts: InputFacts, options: Options, autocast: bool) -> None:
     if any(other is not None and other.device != input.device for other in facts[1:]):  # a kernel takes any address for its own
         found = ", ".join(f"{name} on {fact.device}" for name, fact in zip(facts._fields, facts, strict=True) if fact is not None)
         raise RuntimeError(f"Expected all tensors to be on the same device, but got {found.replace('logits', 'input', 1)}")
-    if facts.has_probabilities and not target.dtype.is_floating_point:
+    if facts.has_probabilities() and not target.dtype.is_floating_point:
         raise RuntimeError(f"Expected floating point type for target with class probabilities, got {_name(target.dtype)}")
     if len(input.shape) == 0:
         raise IndexError(
             "Dimension specified as 1 but tensor has no dimensions: the logits must be (C), (N, C) or (N, C, d1, ...)"
         )
-    if facts.has_probabilities:
-        _check_probabilities(input, facts.weight, facts.n_classes, options)
+    if facts.has_probabilities():
+        _check_probabilities(input, facts.weight, facts.n_classes(), options)
     else:
-        _check_indices(input, target, facts.weight, facts.n_classes, options, autocast)
+        _check_indices(input, target, facts.weight, facts.n_classes(), options, autocast)
     if facts.target_b is not None:
         _check_second_label(target, facts.target_b)
     rows = input.shape[:1] + input.shape[2:] if len(input.shape) > 1 else torch.Size()

@@ -167,7 +167,7 @@ def _route(inputs: Inputs, options: Options) -> Route:
     )
     # All but values decides: once per kind of call, unless somebody traces it, with sizes that are symbols.
     choose = _checked_route if nobody_watches(logits) else _checked_route.__wrapped__
-    return choose(facts, options.kind, backends.requested(), _transform(), _autocast(logits))
+    return choose(facts, options.kind(), backends.requested(), _transform(), _autocast(logits))
 
 
 @lru_cache(maxsize=1024)
@@ -197,7 +197,7 @@ def _not_covered(name: str, facts: InputFacts, options: Options, out_dtype: torc
             return cpu.MISSING
         if logits.device.type not in ("cpu", "meta"):
             return f"the CPU kernel does not serve device {logits.device.type!r}"
-    if facts.has_probabilities:
+    if facts.has_probabilities():
         if target.needs_grad or (weight is not None and weight.needs_grad):
             return "the gradient to class probabilities, or to their weight, has no kernel"
         if out_dtype == torch.float64 and logits.dtype != torch.float64:
@@ -206,7 +206,7 @@ def _not_covered(name: str, facts: InputFacts, options: Options, out_dtype: torc
             return "statistics of class probabilities have no kernel"
     if any(value is not None and value.needs_grad for value in (lam, sample_weight)):
         return "the gradient to sample_weight, or to the share of two labels, has no kernel"
-    if facts.n_classes == 0:
+    if facts.n_classes() == 0:
         return "there are no classes"
     return None
 
@@ -232,7 +232,7 @@ def _autocast(logits: Tensor) -> bool:
 
 def _out_dtype(facts: InputFacts, autocast: bool) -> torch.dtype:
     dtype = autocast_dtype(facts.logits.dtype, autocast)
-    if facts.has_probabilities:
+    if facts.has_probabilities():
         dtype = torch.promote_types(dtype, autocast_dtype(facts.target.dtype, autocast))
         if facts.weight is not None:
             dtype = torch.promote_types(dtype, autocast_dtype(facts.weight.dtype, autocast))
@@ -251,7 +251,7 @@ def _call(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, LossS
         )
     if route.backend == "reference":
         return reference.cross_entropy(inputs, options, route.out_dtype)
-    if _CHECK_TARGETS and route.backend != "cpu" and not inputs.has_probabilities:  # the CPU always checks
+    if _CHECK_TARGETS and route.backend != "cpu" and not inputs.has_probabilities():  # the CPU always checks
         for target in (inputs.target, inputs.target_b):
             if target is not None:
                 check_class_indices(target, inputs.logits.shape[1], options.ignore_index)

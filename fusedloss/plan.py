@@ -11,7 +11,10 @@ ROW_REDUCTIONS = ("max", "topk")  # reductions that select rows by their loss
 
 
 class Options(NamedTuple):
-    """What the caller asked for, checked and normalised; the same for every backend."""
+    """What the caller asked for, checked and normalised; the same for every backend.
+
+    Here and below methods, not properties: torch.compile of torch 2.9 traces no property of a NamedTuple.
+    """
 
     reduction: str = "mean"  # none, sum, mean, max, topk
     ignore_index: int = -100
@@ -25,12 +28,10 @@ class Options(NamedTuple):
     lam: float = 1.0  # share of the first of two labels; Inputs.lam takes its place
     return_stats: bool = False
 
-    @property
     def kind(self) -> "Options":
         """The key of what is decided once for all calls alike: without the numbers that are others in every step."""
         return self if self.scale == 1 and self.lam == 1 else self._replace(scale=1.0, lam=1.0)
 
-    @property
     def has_extras(self) -> bool:
         """Whether a row takes more registers than PyTorch's own loss does."""
         return self.z_loss != 0 or self.logit_scale != 1 or self.softcap > 0 or self.return_stats
@@ -49,7 +50,6 @@ class Inputs(NamedTuple):
     sample_weight: Tensor | None = None  # (N, d1, ...), a factor per row; for the kernels (n_rows,)
     scale: Tensor | None = None  # 0-d, on top of Options.scale
 
-    @property
     def has_probabilities(self) -> bool:
         return self.target.dim() == self.logits.dim()
 

@@ -177,7 +177,7 @@ def backward_tile(g: Geometry, grad: Geometry, probabilities: Geometry | None, i
 
 def holds_more(options: Options, itemsize: int) -> bool:
     """Whether a row shares the registers with more than its exponentials: smoothing's weights, a cap's tanh, statistics."""
-    return options.label_smoothing > 0 or options.softcap > 0 or options.return_stats or (itemsize > 2 and options.has_extras)
+    return options.label_smoothing > 0 or options.softcap > 0 or options.return_stats or (itemsize > 2 and options.has_extras())
 
 
 @lru_cache(maxsize=1024)
@@ -342,7 +342,7 @@ def _packed_row_group(g: Geometry, itemsize: int, max_run: int) -> int:
 
 def triton_plan(reason: str, inputs: Inputs, options: Options, needs_grad: bool, device: DeviceFacts) -> Plan:
     """The plan of the Triton path for logits (N, C) or (N, C, d1, ...)."""
-    logits, soft = inputs.logits, inputs.has_probabilities
+    logits, soft = inputs.logits, inputs.has_probabilities()
     itemsize = logits.element_size()
     rows = logits if logits.dim() == 2 else logits.flatten(2)
     strides = [rows.stride(), torch.empty_like(rows, device="meta").stride()]

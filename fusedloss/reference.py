@@ -23,7 +23,7 @@ def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> t
     compute_dtype = torch.promote_types(out_dtype, torch.float32)
     logits = inputs.logits.to(compute_dtype)
     weight = inputs.weight.to(compute_dtype) if inputs.weight is not None else None
-    if inputs.has_probabilities:
+    if inputs.has_probabilities():
         logits = _transformed(logits, options)
         rows = _row_losses(logits, inputs.target.to(compute_dtype), weight, options)
         counted = torch.ones_like(rows, dtype=torch.bool)
@@ -149,7 +149,7 @@ def rows_to_select(n_counted: Tensor, options: Options) -> Tensor:
 def _stats(logits: Tensor, rows: Tensor, counted: Tensor, inputs: Inputs, options: Options) -> LossStats:
     if logits.shape[1] == 0:
         correct = torch.zeros_like(counted)
-    elif inputs.has_probabilities:
+    elif inputs.has_probabilities():
         probabilities = inputs.target.to(logits.dtype)
         at_largest = probabilities.masked_fill(logits != logits.amax(1, keepdim=True), -torch.inf)
         correct = (at_largest == probabilities.amax(1, keepdim=True)).any(1)

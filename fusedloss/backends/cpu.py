@@ -150,7 +150,7 @@ def _call(
     save: bool,
 ) -> int:
     logits, target, target_b, lam, weight, sample_weight, scale = inputs
-    has_probabilities = inputs.has_probabilities
+    has_probabilities = inputs.has_probabilities()
     accumulate = accumulation_dtype(logits.dtype)
     target = target.to(accumulate) if has_probabilities else target.contiguous()
     # In a variable until the kernel has run: what was converted lives no longer.
@@ -167,7 +167,7 @@ def _call(
         logits.dtype,
         None if loss is None else loss.dtype,
         target.dtype,
-        options.kind,
+        options.kind(),
         save,
         dlogits is not logits,
         torch.get_num_threads(),

@@ -27,7 +27,7 @@ def allocate_forward(inputs: Inputs, options: Options, out_dtype: torch.dtype, n
     accumulate = accumulation_dtype(logits.dtype)
     fused = needs_grad and fuses_gradient(options.reduction, logits.dtype)
     keeps_rows = (needs_grad and not fused) or options.reduction in ROW_REDUCTIONS
-    n_saved = STATE + (3 + inputs.has_probabilities) * n_rows
+    n_saved = STATE + (3 + inputs.has_probabilities()) * n_rows
     return Outputs(
         logits.new_empty((n_rows,) if options.reduction == "none" else (), dtype=out_dtype),
         logits.new_empty((n_saved,), dtype=accumulate) if keeps_rows else None,

@@ -46,7 +46,7 @@ def forward(
         return outputs
     saved = outputs.saved if outputs.saved is not None else _state(logits)
     layout = (logits.shape, logits.stride(), _probabilities_strides(inputs), logits.element_size())
-    tile, n_rows, constants = _forward_constants(*layout, options.kind, needs_grad, device_facts(logits.device))
+    tile, n_rows, constants = _forward_constants(*layout, options.kind(), needs_grad, device_facts(logits.device))
     reduces = options.reduction != "none" or options.return_stats
     arguments: dict[str, Any] = {
         **constants,
@@ -103,7 +103,7 @@ def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, 
     saved = _state(logits)
     layout = (logits.shape, logits.stride(), dlogits.stride(), _probabilities_strides(inputs), logits.element_size())
     facts = device_facts(logits.device)
-    tile, n_rows, constants = _gradient_constants("fused", *layout, options.kind, facts)
+    tile, n_rows, constants = _gradient_constants("fused", *layout, options.kind(), facts)
     n_partials = tile.n_programs // tile.n_slices
     arguments: dict[str, Any] = {
         **constants,
@@ -123,7 +123,7 @@ def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, 
     # Triton's interpreter runs programs one after another: none can wait for a later one. There, the launches are made twice
     # without waiting, and in the second round every slice finds what all others published in the first.
     for _ in range(2 if tile.n_slices > 1 and _interprets() else 1):
-        if inputs.has_probabilities:  # every row counts, and the denominator is known
+        if inputs.has_probabilities():  # every row counts, and the denominator is known
             if tile.n_slices > 1:
                 arguments["arrived_ptr"].zero_()
         elif tile.n_slices > 1 or (options.reduction == "mean" and n_partials > 1):
@@ -166,7 +166,7 @@ def backward(
         return dlogits
     layout = (logits.shape, logits.stride(), dlogits.stride(), _probabilities_strides(inputs), logits.element_size())
     facts = device_facts(logits.device)
-    tile, _, constants = _gradient_constants("recompute", *layout, options.kind, facts)
+    tile, _, constants = _gradient_constants("recompute", *layout, options.kind(), facts)
     arguments: dict[str, Any] = {
         **constants,
         "dlogits_ptr": dlogits,
@@ -261,7 +261,7 @@ def _option_constants(options: Options) -> dict[str, Any]:
 
 def _row_pointers(inputs: Inputs, options: Options) -> dict[str, Any]:
     """What a call has per row and per class, besides the logits."""
-    soft = inputs.has_probabilities
+    soft = inputs.has_probabilities()
     return {
         "target_ptr": inputs.target.contiguous() if not soft else None,
         "probabilities_ptr": inputs.target if soft else None,
@@ -284,7 +284,7 @@ def _slices(tile: Tile, n_rows: int, saved: Tensor) -> Tensor:
 
 def _laid_out(inputs: Inputs) -> Inputs:
     """The same, class probabilities copied where the kernels do not take their strides."""
-    if not inputs.has_probabilities:
+    if not inputs.has_probabilities():
         return inputs
     strides = probabilities_strides(inputs.logits, inputs.target)
     if inputs.target.stride() == strides:
@@ -293,7 +293,7 @@ def _laid_out(inputs: Inputs) -> Inputs:
 
 
 def _probabilities_strides(inputs: Inputs) -> tuple[int, ...] | None:
-    return inputs.target.stride() if inputs.has_probabilities else None
+    return inputs.target.stride() if inputs.has_probabilities() else None
 
 
 def _layout(
