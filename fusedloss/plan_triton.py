@@ -77,7 +77,8 @@ class DeviceFacts(NamedTuple):
     n_sms: int = 132
     capability: tuple[int, int] = (9, 0)
     l2_bytes: int = 50 << 20
-    warp_size: int = 32
+    warp_size: int = 32  # of Radeons, too
+    is_nvidia: bool = True
 
 
 class Geometry(NamedTuple):
@@ -248,7 +249,7 @@ def _slices_that_fill(g: Geometry, device: DeviceFacts) -> int:
 
 
 def _register_limit(registers: int, device: DeviceFacts) -> int | None:
-    return registers if device.warp_size == 32 else None  # an option of Triton's for NVIDIA
+    return registers if device.is_nvidia else None  # an option that Triton refuses elsewhere
 
 
 def _warps(threads: int, device: DeviceFacts) -> int:

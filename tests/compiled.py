@@ -15,7 +15,7 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 import fusedloss
 from fusedloss.backends import triton as launcher
@@ -27,12 +27,23 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# What a plan asks of each: A100, H100 and B200 SXM, MI300X.
+# GPUs of desktops and notebooks, for which kernels must compile as well.
+OTHER_TARGETS = {
+    "sm_75": GPUTarget("cuda", 75, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
+}
+# What a plan asks of each: A100, H100 and B200 SXM, MI300X; T4, RTX 4090, RTX 5090, RX 7900 XTX.
 FACTS = {
     "sm_80": DeviceFacts(108, (8, 0), 40 << 20, 32),
     "sm_90": DeviceFacts(132, (9, 0), 50 << 20, 32),
     "sm_100": DeviceFacts(148, (10, 0), 126 << 20, 32),
-    "gfx942": DeviceFacts(304, (9, 4), 4 << 20, 64),
+    "gfx942": DeviceFacts(304, (9, 4), 4 << 20, 64, is_nvidia=False),
+    "sm_75": DeviceFacts(40, (7, 5), 4 << 20, 32),
+    "sm_89": DeviceFacts(128, (8, 9), 72 << 20, 32),
+    "sm_120": DeviceFacts(170, (12, 0), 96 << 20, 32),
+    "gfx1100": DeviceFacts(48, (11, 0), 6 << 20, 32, is_nvidia=False),
 }
 _TYPES = {
     torch.float64: "fp64",
@@ -128,13 +139,15 @@ def compile_for(launch: Launch, target: str) -> Any:
             divisible = value % 16 == 0 and not parameter.do_not_specialize
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constexprs, attributes)
-    return triton.compile(source, target=TARGETS[target], options=options)
+    gpu = {**TARGETS, **OTHER_TARGETS}[target]
+    unknown = options.keys() - vars(make_backend(gpu).parse_options({})).keys()
+    assert not unknown, f"a launch on {target} would refuse {unknown}"  # triton.compile does not
+    return triton.compile(ASTSource(function, signature, constexprs, attributes), target=gpu, options=options)
 
 
 def report(kernel: Any, target: str) -> Report:
     shared_bytes = kernel.metadata.shared
-    if target == "gfx942":
+    if target.startswith("gfx"):
         return _amd_report(kernel.asm["amdgcn"], shared_bytes)
     return _nvidia_report(kernel.asm["cubin"], shared_bytes)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import TARGETS, compile_for, launches, report
+from compiled import OTHER_TARGETS, TARGETS, compile_for, launches, report
 
 import fusedloss
 from fusedloss.backends import triton as launcher
@@ -187,3 +187,17 @@ def test_cases_select_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in CASES.values():
         selected |= {launch.kernel for launch in launches(monkeypatch, "sm_90", lambda case=case: _call(*case))}
     assert selected == set(launcher._kernels())
+def _other_cells() -> Iterator[Any]:
+    for target in OTHER_TARGETS:
+        for case in ("one row a program", "ticket", "rows in registers", "slices", "topk", "pixels"):
+            seldom = () if case == "one row a program" or target == "gfx1100" else pytest.mark.sweep
+            yield pytest.param(case, target, marks=seldom)
+
+
+@pytest.mark.parametrize(("case", "target"), list(_other_cells()))
+def test_compiles_for_other_gpus_without_spills(monkeypatch: pytest.MonkeyPatch, case: str, target: str) -> None:
+    for launch in launches(monkeypatch, target, lambda: _call(*CASES[case])):
+        found = report(compile_for(launch, target), target)
+        assert found.spills == 0, f"{launch.kernel}: {found}"
+
+

@@ -340,7 +340,8 @@ def device_facts(device: torch.device) -> DeviceFacts:
     if device.type != "cuda":
         return DeviceFacts()
     found = torch.cuda.get_device_properties(device)
-    return DeviceFacts(found.multi_processor_count, (found.major, found.minor), found.L2_cache_size, found.warp_size)
+    capability = (found.major, found.minor)
+    return DeviceFacts(found.multi_processor_count, capability, found.L2_cache_size, found.warp_size, torch.version.hip is None)
 
 
 def _launch(kernel: str, n_programs: int, device: torch.device, arguments: dict[str, Any]) -> None:
