@@ -14,8 +14,9 @@ VECTOR_BYTES = 16
 # Bytes that travel together between L2 and an SM.
 SECTOR_BYTES = 32
 
-# Rows with more columns than this get a program of their own; narrower ones share a two-dimensional tile.
-MAX_SHARED_ROW_COLS = 512
+# Rows with more columns than this get a program of their own; narrower ones share a two-dimensional tile. From 257 columns on a
+# program per row asks for fewer sectors, above all of ragged rows, and from 300 on it takes fewer instructions, too.
+MAX_SHARED_ROW_COLS = 256
 # Columns of one row that a program holds at a time.
 ROW_BLOCK = 8192
 # A fused row stays in registers, in blocks of so many columns per thread. How many blocks fit into the registers without a spill
@@ -37,6 +38,8 @@ MAX_SLICES = 64
 # LONG_ROW_COLS: their exchange of statistics, 1 to 2 microseconds, costs more than an SM needs to read them.
 MIN_SLICE_COLS = 4096
 LONG_ROW_COLS = 32768
+# Up to so many rows, every program of a fused mean reads all targets, 512 bytes, which saves a launch.
+COUNTED_ROWS = 64
 # 16-byte loads that each thread has under way for a block of a row. More would spill on sm_80; fewer would need more warps, whose
 # reductions meet at barriers.
 ACCESSES_PER_THREAD = 4
@@ -46,7 +49,7 @@ SM_REGISTERS = 65536
 MAX_REGISTERS = 255
 
 # Elements of a shared tile, and of each of its threads: one warp. A row is then shared by few threads, which keep its
-# statistics many times over, and no warp waits for another (10 to 512 classes: half the instructions of tiles of 8 warps).
+# statistics many times over, and no warp waits for another (10 to 256 classes: half the instructions of tiles of 8 warps).
 TILE_ELEMENTS = 1024
 TILE_ELEMENTS_PER_THREAD = 32
 # Up to this many elements one program does everything, so that no ticket is needed.
@@ -195,6 +198,16 @@ def fused_tile(
         if tile.n_slices <= min(MAX_SLICES, device.n_sms):
             return tile
     return _shared_tile("fused_tile_kernel", g, grad, probabilities, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
+
+
+def counts_rows(tile: Tile, n_rows: int, reduction: str) -> bool:
+    """Whether each program of a fused mean sums the denominator itself, since rows are few."""
+    return reduction == "mean" and tile.rowwise and tile.n_slices == 1 and n_rows <= COUNTED_ROWS
+
+
+def needs_denominator(tile: Tile, n_rows: int, reduction: str) -> bool:
+    """Whether a launch over the targets precedes the fused one: for the mean's denominator, or for the slices' counters."""
+    return tile.n_slices > 1 or (reduction == "mean" and tile.n_programs > 1 and not counts_rows(tile, n_rows, reduction))
 
 
 @lru_cache(maxsize=1024)
@@ -360,7 +373,7 @@ def triton_plan(reason: str, inputs: Inputs, options: Options, needs_grad: bool,
         return Plan("triton", reason, "forward only", tile, None, copies, read_bytes=one_read, write_bytes=0, launches=1)
     if fuses_gradient(options.reduction, logits.dtype):
         tile = fused_tile(g, gradient, probabilities, itemsize, more, device)
-        counts = tile.n_slices > 1 or (options.reduction == "mean" and tile.n_programs > 1 and not soft)
+        counts = tile.n_slices > 1 or (not soft and needs_denominator(tile, g.n_rows, options.reduction))
         return Plan(
             "triton",
             reason,

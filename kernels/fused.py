@@ -4,9 +4,9 @@ Traffic: each logit of a counted row, and each of its class probabilities, is re
 rows and pixels (tile.py) are read with their neighbours, whether they count or not. Only a tile whose rows do not fit its
 registers is read twice. The gradient is that for an upstream gradient of 1; scale_gradient_kernel makes it right for another.
 
-The mean's denominator must be known before the first gradient is written. A single program has all rows in its tile; otherwise
-denominator_kernel, a launch of its own over the targets alone, leaves the coefficient in saved[0]. With class probabilities every
-row counts, and there is nothing to sum.
+The mean's denominator must be known before the first gradient is written. A single program has all rows in its tile; where rows
+are few, every program looks at all targets; otherwise denominator_kernel, a launch of its own over the targets alone, leaves the
+coefficient in saved[0]. With class probabilities every row counts, and there is nothing to sum.
 
     denominator_kernel     scale / sum of the counted rows' weights
     fused_tile_kernel      BLOCK_ROWS rows per program (tile.py), any strides
@@ -56,6 +56,18 @@ from fusedloss.kernels.tile import (
 )
 
 
+@triton.jit
+def weights_in_mean(rows, target_ptr, target_b_ptr, weight_ptr, ignore_index, n_rows, n_cols, dtype: tl.constexpr):
+    """What each of these rows adds to the mean's denominator; 0 for those past the end."""
+    target, counted, valid = load_target(target_ptr, rows, rows < n_rows, ignore_index, n_cols)
+    if target_b_ptr is not None:
+        _, counted_b, _ = load_target(target_b_ptr, rows, rows < n_rows, ignore_index, n_cols)
+        weights = (counted & counted_b).to(dtype)
+    else:
+        weights = load_target_weight(weight_ptr, target, counted, valid, dtype)
+    return weights
+
+
 @triton.jit(do_not_specialize=["scale_bits", "ignore_index"])
 def denominator_kernel(
     saved_ptr,  # (1,) out: the coefficient of a row's loss in the mean
@@ -77,12 +89,7 @@ def denominator_kernel(
     total = tl.zeros((BLOCK_ROWS,), dtype)
     for start in range(tl.program_id(0) * BLOCK_ROWS, n_rows, tl.num_programs(0) * BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
-        target, counted, valid = load_target(target_ptr, rows, rows < n_rows, ignore_index, n_cols)
-        if target_b_ptr is not None:
-            _, counted_b, _ = load_target(target_b_ptr, rows, rows < n_rows, ignore_index, n_cols)
-            total += (counted & counted_b).to(dtype)
-        else:
-            total += load_target_weight(weight_ptr, target, counted, valid, dtype)
+        total += weights_in_mean(rows, target_ptr, target_b_ptr, weight_ptr, ignore_index, n_rows, n_cols, dtype)
         if arrived_ptr is not None:
             tl.store(arrived_ptr + 1 + rows, 0, mask=rows < n_rows)
     if arrived_ptr is not None:
@@ -306,7 +313,7 @@ def fused_tile_kernel(
 )  # fmt: skip
 def fused_row_kernel(
     loss_ptr,  # ()
-    saved_ptr,  # (4 + 3 n_rows,), see rowwise.py; in: [0], for the mean of several class indices
+    saved_ptr,  # (4 + 3 n_rows,), see rowwise.py; in: [0], for the mean of more class indices than COUNT_ROWS
     dlogits_ptr,  # (n_rows, n_cols), classes contiguous
     row_stats_ptr,  # (2, n_rows), with the two that follow None without statistics
     counts_ptr,  # (3,) int64
@@ -341,6 +348,7 @@ def fused_row_kernel(
     BLOCK_COLS: tl.constexpr,
     N_BLOCKS: tl.constexpr,  # blocks of a slice: they stay in registers between loss and gradient
     N_SLICES: tl.constexpr,
+    COUNT_ROWS: tl.constexpr,  # as many rows at most: every program sums the mean's denominator itself; 0: saved[0] has it
     WAITS: tl.constexpr,  # for the other slices of the row; not where programs run one after another
 ):
     """Loss and gradient of one row, or of one slice of it: read once, kept in registers, written once.
@@ -381,6 +389,11 @@ def fused_row_kernel(
         g = mean_coefficient(scale, tl.zeros((), dtype) + n_rows)
     elif ticket_ptr is None:
         g = mean_coefficient(scale, target_weight if target_b_ptr is None else counted.to(dtype))
+    elif COUNT_ROWS > 0:
+        weights = weights_in_mean(
+            tl.arange(0, COUNT_ROWS), target_ptr, target_b_ptr, weight_ptr, ignore_index, n_rows, n_cols, dtype
+        )
+        g = mean_coefficient(scale, tl.sum(weights, 0))
     else:
         g = tl.load(saved_ptr)
     sample_weight = None

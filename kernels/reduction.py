@@ -73,23 +73,26 @@ def store_stats(row_stats_ptr, flags_ptr, rows, mask, counted, correct, lse, los
 def count_rows(counts_ptr, row_stats_ptr, flags_ptr, n_rows):
     """counts: rows that count, those whose target is the largest logit, and the first with the largest loss, -1 without one."""
     lanes = tl.arange(0, PARTIALS_BLOCK)
-    n_counted = tl.zeros((PARTIALS_BLOCK,), tl.int64)
-    n_correct = tl.zeros((PARTIALS_BLOCK,), tl.int64)
+    # A lane's own rows fit int32. With a single warp a thread has 32 lanes, and int64 would spill.
+    n_counted = tl.zeros((PARTIALS_BLOCK,), tl.int32)
+    n_correct = tl.zeros((PARTIALS_BLOCK,), tl.int32)
     worst_key = sortable_bits(tl.zeros((PARTIALS_BLOCK,), row_stats_ptr.dtype.element_ty)) * 0
-    worst = tl.full((PARTIALS_BLOCK,), -1, tl.int64)
+    worst_block = tl.full((PARTIALS_BLOCK,), -1, tl.int32)
     for start in range(0, n_rows, PARTIALS_BLOCK):
         rows = start + lanes
         mask = rows < n_rows
         flags = tl.load(flags_ptr + rows, mask=mask, other=0, cache_modifier=".cg")
         loss = tl.load(row_stats_ptr + n_rows + rows, mask=mask, other=0.0, cache_modifier=".cg")
-        n_counted += (flags > 0).to(tl.int64)
-        n_correct += (flags > 1).to(tl.int64)
+        n_counted += (flags > 0).to(tl.int32)
+        n_correct += (flags > 1).to(tl.int32)
         key = tl.where(flags > 0, sortable_bits(loss), worst_key * 0)  # no loss has the key 0
-        worst = tl.where(key > worst_key, rows.to(tl.int64), worst)  # a lane meets its rows in order: the first of equal ones
+        # A lane meets its rows in order: the first of equal ones.
+        worst_block = tl.where(key > worst_key, (rows // PARTIALS_BLOCK).to(tl.int32), worst_block)
         worst_key = tl.maximum(worst_key, key)
+    worst = tl.where(worst_block < 0, -1, worst_block.to(tl.int64) * PARTIALS_BLOCK + lanes)
     first = tl.min(tl.where(worst_key == tl.max(worst_key, 0), worst, n_rows), 0)
-    tl.store(counts_ptr, tl.sum(n_counted, 0))
-    tl.store(counts_ptr + 1, tl.sum(n_correct, 0))
+    tl.store(counts_ptr, tl.sum(n_counted.to(tl.int64), 0))
+    tl.store(counts_ptr + 1, tl.sum(n_correct.to(tl.int64), 0))
     tl.store(counts_ptr + 2, first)
 
 
@@ -257,12 +260,12 @@ def _kth_largest(row_loss_ptr, k, n_rows):
 def _sum_above(row_loss_ptr, threshold, n_rows):
     """Sum and number of the losses above the threshold, and how many equal it."""
     total = tl.zeros((PARTIALS_BLOCK,), tl.float64)
-    n_above = tl.zeros((PARTIALS_BLOCK,), tl.int64)
-    n_tied = tl.zeros((PARTIALS_BLOCK,), tl.int64)
+    n_above = tl.zeros((PARTIALS_BLOCK,), tl.int32)  # of a lane: see count_rows
+    n_tied = tl.zeros((PARTIALS_BLOCK,), tl.int32)
     for start in range(0, n_rows, PARTIALS_BLOCK):
         loss, key, mask = _row_keys(row_loss_ptr, start, n_rows)
         above = mask & (key > threshold)
         total += tl.where(above, loss.to(tl.float64), 0.0)
-        n_above += above.to(tl.int64)
-        n_tied += (mask & (key == threshold)).to(tl.int64)
-    return tl.sum(total, 0), tl.sum(n_above, 0), tl.sum(n_tied, 0)
+        n_above += above.to(tl.int32)
+        n_tied += (mask & (key == threshold)).to(tl.int32)
+    return tl.sum(total, 0), tl.sum(n_above.to(tl.int64), 0), tl.sum(n_tied.to(tl.int64), 0)

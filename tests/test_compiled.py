@@ -22,11 +22,16 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "packed rows, 8 to a thread": ((4096, 7), BF16, {"weight": True, "label_smoothing": 0.1}),
     "packed rows, as many columns as a thread holds": ((4096, 64), FP32, {"weight": True, "label_smoothing": 0.1}),
     "shared tile, 16-byte rows": ((4096, 100), FP32, {}),
-    "rows of 16 parts": ((4096, 512), BF16, {"weight": True, "label_smoothing": 0.1}),
+    "rows of 8 parts": ((4096, 256), BF16, {"weight": True, "label_smoothing": 0.1}),
     "rows of a padded tensor": ((4096, 100), FP32, {"padded": True}),
     "shared tile, all options": ((4096, 100), FP32, {"weight": True, "label_smoothing": 0.1, "scale": True}),
-    "one row a program": ((64, 1000), BF16, {}),
+    "one row a program": ((256, 1000), BF16, {}),
+    "one row a program, few rows": ((64, 1000), BF16, {"weight": True}),
+    "short ragged rows": ((256, 257), FP32, {}),
     "ragged rows": ((64, 1001), BF16, {}),
+    "statistics of short rows": ((256, 300), BF16, {"return_stats": True}),
+    "recompute, statistics": ((256, 1000), BF16, {"reduction": "none", "return_stats": True}),
+    "max of short rows": ((256, 1000), BF16, {"reduction": "max"}),
     "fp16, none": ((64, 1001), FP16, {"reduction": "none"}),
     "long rows": ((256, 32000), BF16, {}),
     "rows that begin inside a sector": ((256, 20008), BF16, {"weight": True}),
@@ -102,7 +107,7 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "probabilities, packed rows, bf16": ((4096, 10), BF16, {"probabilities": BF16}),
     "probabilities in fp32, packed rows": ((4096, 10), BF16, {"probabilities": FP32, "weight": True}),
     "probabilities, as many columns as a thread holds": ((4096, 64), FP32, {"probabilities": FP32, "weight": True}),
-    "probabilities, rows of 16 parts": ((4096, 512), BF16, {"probabilities": BF16, "weight": True, "label_smoothing": 0.1}),
+    "probabilities, rows of 8 parts": ((4096, 256), BF16, {"probabilities": BF16, "weight": True, "label_smoothing": 0.1}),
     "probabilities, 16-byte rows, fp64": ((4096, 100), FP64, {"probabilities": FP64}),
     "probabilities, rows of a padded tensor": ((4096, 100), FP32, {"padded": True, "probabilities": FP32}),
     "probabilities, one row a program": ((64, 1000), BF16, {"probabilities": BF16}),
@@ -182,11 +187,6 @@ def test_compiles_without_spills_and_with_wide_accesses(monkeypatch: pytest.Monk
                 assert found.store_bytes == 16, f"{launch.kernel}: {found}"
 
 
-def test_cases_select_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    selected = set()
-    for case in CASES.values():
-        selected |= {launch.kernel for launch in launches(monkeypatch, "sm_90", lambda case=case: _call(*case))}
-    assert selected == set(launcher._kernels())
 def _other_cells() -> Iterator[Any]:
     for target in OTHER_TARGETS:
         for case in ("one row a program", "ticket", "rows in registers", "slices", "topk", "pixels"):
@@ -201,3 +201,8 @@ def test_compiles_for_other_gpus_without_spills(monkeypatch: pytest.MonkeyPatch,
         assert found.spills == 0, f"{launch.kernel}: {found}"
 
 
+def test_cases_select_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    selected = set()
+    for case in CASES.values():
+        selected |= {launch.kernel for launch in launches(monkeypatch, "sm_90", lambda case=case: _call(*case))}
+    assert selected == set(launcher._kernels())

@@ -11,15 +11,18 @@ from torch import Tensor
 from fusedloss.backends.outputs import STATE, Outputs, allocate_forward, allocate_gradient
 from fusedloss.plan import Inputs, Options, Tile, accumulation_dtype
 from fusedloss.plan_triton import (
+    COUNTED_ROWS,
     VECTOR_BYTES,
     DeviceFacts,
     Geometry,
     backward_tile,
+    counts_rows,
     denominator_tile,
     forward_tile,
     fused_tile,
     geometries,
     holds_more,
+    needs_denominator,
     next_power_of_2,
     probabilities_strides,
     row_group,
@@ -126,7 +129,7 @@ def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, 
         if inputs.has_probabilities():  # every row counts, and the denominator is known
             if tile.n_slices > 1:
                 arguments["arrived_ptr"].zero_()
-        elif tile.n_slices > 1 or (options.reduction == "mean" and n_partials > 1):
+        elif needs_denominator(tile, n_rows, options.reduction):
             _launch_denominator(arguments, n_rows, logits.device, keeps_workspace)
         _launch(tile.kernel, tile.n_programs, logits.device, arguments)
 
@@ -207,9 +210,9 @@ def _gradient_constants(
         **_layout(tile, itemsize, g, out, probabilities),
     }
     if strategy == "fused" and tile.rowwise:
-        constants.update(
-            slices_ptr=None, arrived_ptr=None, N_BLOCKS=tile.n_blocks, N_SLICES=tile.n_slices, WAITS=not _interprets()
-        )
+        constants.update(slices_ptr=None, arrived_ptr=None, N_BLOCKS=tile.n_blocks, N_SLICES=tile.n_slices)
+        constants["COUNT_ROWS"] = COUNTED_ROWS if counts_rows(tile, g.n_rows, options.reduction) else 0
+        constants["WAITS"] = not _interprets()
     return tile, g.n_rows, constants
 
 
