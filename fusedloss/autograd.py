@@ -113,7 +113,9 @@ class CrossEntropyFunction(torch.autograd.Function):
             dlogits = outputs.dlogits.view(inputs.logits.shape)
             ops.scale_gradient(dlogits, dloss, backend)
         else:
-            dlogits = ops.backward(dloss.reshape(-1), kernel_inputs(inputs), saved, options, backend).view(inputs.logits.shape)
+            dlogits = ops.backward(dloss, kernel_inputs(inputs), saved, options, backend)
+            if inputs.logits.dim() > 2:
+                dlogits = dlogits.view(inputs.logits.shape)
         return dlogits, *_NO_GRADIENTS
 
 

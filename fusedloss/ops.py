@@ -56,13 +56,15 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
 
 
 def backward(
-    dloss: Tensor,  # (n_rows,) or (1,)
+    dloss: Tensor,  # of the loss's shape
     inputs: Inputs,
     saved: Tensor,
     options: Options,
     backend: str,
 ) -> Tensor:
     """Returns the gradient of the logits, in their dtype, with their strides where they are dense."""
+    if nobody_watches(inputs.logits):
+        return _BACKENDS[backend].backward(dloss, inputs, saved, options)
     return torch.ops.fusedloss.backward.default(dloss, *inputs, saved, *options, backend)
 
 

@@ -112,7 +112,7 @@ def _forward(outputs: Outputs, dlogits: Tensor | None, inputs: Inputs, options: 
 
 
 def backward(
-    dloss: Tensor,  # (n_rows,) or (1,)
+    dloss: Tensor,  # of the loss's shape
     inputs: Inputs,
     saved: Tensor,
     options: Options,
@@ -120,7 +120,9 @@ def backward(
     """The gradient of the logits."""
     dlogits = allocate_gradient(inputs.logits)
     if dlogits.numel() > 0:
-        dloss = dloss.to(saved.dtype).contiguous()
+        if dloss.dtype != saved.dtype:  # a call of to() costs what the kernel takes for 1000 logits
+            dloss = dloss.to(saved.dtype)
+        dloss = dloss.contiguous()
         _call(_library().backward, None, saved, dlogits, None, None, inputs, dloss, options, True)
     return dlogits
 

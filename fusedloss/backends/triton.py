@@ -156,7 +156,7 @@ def _launch_denominator(fused: dict[str, Any], n_rows: int, device: torch.device
 
 
 def backward(
-    dloss: Tensor,  # (n_rows,) or (1,)
+    dloss: Tensor,  # of the loss's shape
     inputs: Inputs,
     saved: Tensor,
     options: Options,
