@@ -1,14 +1,16 @@
 // Many rows side by side, one per SIMD lane: few classes (CIFAR-10), or classes that are not contiguous ((N, C, d1, ...)).
 //
-// A group is up to MAX_LANES rows of one outer block. A block of its logits is copied into a tile on the stack, class by class,
-// where it is overwritten by exp(x - m), then by the gradient, which is copied out. Where all classes fit the tile, each logit
-// is read once and each gradient written once; else groups of WIDE_LANES rows take block after block, as rows.h does, and the
-// gradient reads the logits once more: 64 rows of 1000 float32 classes are 256 KB, which L2 holds between the passes.
+// A group is up to MAX_LANES rows of one outer block. A block of its logits is copied into a tile, class by class, where it is
+// overwritten by exp(x - m), then by the gradient, which is copied out. Up to 256 classes fit the tile: each logit is read once
+// and each gradient written once. With more, the group takes block after block, as rows.h does, and the gradient reads the
+// logits once more: 64 rows of 1000 float32 classes are 256 KB, which L2 holds between the passes.
 //
 // Included once per instruction set, like simd.h.
 
-constexpr int64_t TILE = 4096;      // values: 16 KB of float32 on the stack and in L1
-constexpr int64_t WIDE_LANES = 64;  // 256 contiguous bytes of float32 per class: whole cache lines, and few enough for L2
+constexpr int64_t TILE_IN_L1 = 4096;  // values: 16 KB of float32
+constexpr int64_t TILE = 16384;       // values, in L2
+// 256 contiguous bytes of float32 per class, whole cache lines: with the 24 that L1 has room for at 150 classes, twice the time.
+constexpr int64_t WIDE_LANES = 64;
 constexpr int64_t FLUSH = 16;       // classes summed into one float before it is added to the total: keeps rounding errors small
 
 // Lanes of a group, rounded up to whole vectors, and the columns of its tile.
@@ -198,8 +200,15 @@ void lane_gradients(const Problem& problem, const Terms<A>& terms, Tile<A>& tile
 
 template <class A>
 INLINE int64_t lanes_per_group(const Problem& problem) {
-  const int64_t lanes = TILE / problem.n_cols / Simd<A>::W * Simd<A>::W;
-  return lanes == 0 ? WIDE_LANES : lanes > MAX_LANES ? MAX_LANES : lanes;
+  const int64_t lanes = TILE_IN_L1 / problem.n_cols / Simd<A>::W * Simd<A>::W;
+  return lanes < WIDE_LANES ? WIDE_LANES : lanes > MAX_LANES ? MAX_LANES : lanes;
+}
+
+// The calling thread's tile, whatever is in it.
+template <class A>
+INLINE Tile<A>& thread_tile() {
+  static_assert(sizeof(Tile<A>) <= kKeptBytes, "");
+  return *static_cast<Tile<A>*>(thread_scratch());
 }
 
 template <class A>
@@ -211,7 +220,7 @@ template <class T>
 RowSums forward_lanes(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
   using A = typename Accumulate<T>::type;
   const Terms<A> terms(problem, weight_total);
-  Tile<A> tile;
+  Tile<A>& tile = thread_tile<A>();
   GroupState<A> s;
   RowSums sums = {};
   for_groups(problem, begin, end, lanes_per_group<A>(problem), [&](int64_t row, int n_lanes) {
@@ -236,7 +245,7 @@ template <class T>
 void backward_lanes(const Problem& problem, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   const Terms<A> terms(problem, static_cast<const A*>(problem.saved)[3]);
-  Tile<A> tile;
+  Tile<A>& tile = thread_tile<A>();
   GroupState<A> s;
   for_groups(problem, begin, end, lanes_per_group<A>(problem), [&](int64_t row, int n_lanes) {
     const GroupPointers<T, A> at(problem, row);

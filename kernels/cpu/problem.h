@@ -74,7 +74,7 @@ struct Problem : Call, Kind {
 
 constexpr int64_t kState = 4;  // scalars at the head of `saved`
 
-// Memory of the calling thread for the rows that it works on: one of 262144 float32, the largest common vocabulary.
+// Memory of the calling thread for the rows that it works on: one of 262144 float32, the largest common vocabulary; or a tile.
 constexpr int64_t kKeptBytes = 1 << 20;
 void* thread_scratch();
 
