@@ -45,6 +45,9 @@ FACTS = {
     "sm_120": DeviceFacts(170, (12, 0), 96 << 20, 32),
     "gfx1100": DeviceFacts(48, (11, 0), 6 << 20, 32, is_nvidia=False),
 }
+# Instructions that spill a register, per kernel: assemblers of earlier Triton versions leave a few in variants that take all
+# registers they can have.
+ALLOWED_SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 4
 _TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
