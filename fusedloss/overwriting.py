@@ -59,10 +59,13 @@ def cross_entropy_overwriting_logits(
         raise RuntimeError("torch.compile cannot trace a forward that overwrites its input")
     if input.is_leaf:
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
-    if input.dim() < 2 or (input.dim() > 3 and not spatial_dims_collapse(input)) or torch._debug_has_internal_overlap(input) == 1:
+    strided = input.dim() >= 2 and (input.dim() <= 3 or spatial_dims_collapse(input))
+    if not strided or input.is_neg() or torch._debug_has_internal_overlap(input) == 1:
         raise RuntimeError(
             f"logits of shape {list(input.shape)} and strides {list(input.stride())} cannot be overwritten in place"
         )
+    if target.is_neg() or (weight is not None and weight.is_neg()):
+        raise RuntimeError("target or weight is a negative view, which the kernel cannot read")
     return _Overwriting.apply(input, inputs, options, route.out_dtype)
 
 

@@ -57,6 +57,10 @@ def test_misuse_raises() -> None:
         overwriting(leaf * 1, target, reduction="none")
     with pytest.raises(RuntimeError, match="cannot be overwritten"):
         overwriting((leaf * 1)[:1].expand(4, 10), target)
+    with pytest.raises(RuntimeError, match="cannot be overwritten"):
+        overwriting(torch._neg_view(leaf * 1), target)
+    with pytest.raises(RuntimeError, match="negative view"):
+        overwriting(leaf * 1, target, torch._neg_view(torch.ones(10)))
     with pytest.raises(RuntimeError, match="only the CPU kernel"), fusedloss.backend("reference"):
         overwriting(leaf * 1, target)
     with pytest.raises(IndexError, match="Target 10 is out of bounds"):

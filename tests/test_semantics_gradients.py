@@ -175,6 +175,28 @@ def test_29_layout_of_images(path: Path, shape: tuple[int, ...]) -> None:
         check_against_torch(strided, target, reduction="none")
 
 
+def _negative_view(values: Tensor) -> Tensor:
+    """The same values, whose signs are flipped in memory, as those of x.conj().imag are."""
+    return torch._neg_view(-values)
+
+
+@pytest.mark.parametrize("what", ["logits", "weight", "probabilities", "upstream"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_29_negative_views(any_cross_entropy: Function, reduction: str, what: str) -> None:
+    target = make_probabilities(6, 5) if what == "probabilities" else make_target(6, n_classes=5)
+    tensors = {"logits": make_logits(6, 5), "weight": make_weight(5), "target": target, "upstream": torch.rand(6)}
+
+    def call(logits: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        logits.requires_grad_()
+        loss = any_cross_entropy(logits, target, weight, reduction=reduction)
+        (gradient,) = torch.autograd.grad(loss, logits, upstream if reduction == "none" else upstream[0])
+        return loss, gradient
+
+    expected = call(**tensors)
+    name = "target" if what == "probabilities" else what
+    torch.testing.assert_close(call(**{**tensors, name: _negative_view(tensors[name].detach())}), expected)
+
+
 def test_29_expanded_logits_and_strided_targets(cross_entropy: Function) -> None:
     row = make_logits(1, 5)
     target = torch.tensor([0, 9, 1, 9, -100, 9, 3, 9])[::2]
