@@ -69,7 +69,10 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(9, 10), (7, 100), (3, 5003), (2, 30, 4, 5), (2, 300, 3, 7)], ids=str)
+# pixels: all classes in a tile that L1 holds, in one that L2 holds, in several
+@pytest.mark.parametrize(
+    "shape", [(9, 10), (7, 100), (3, 5003), (2, 30, 4, 5), (2, 150, 7, 11), (1, 256, 66), (2, 300, 3, 7)], ids=str
+)
 def test_every_instruction_set(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     logits = make_logits(*shape, dtype=dtype)
     target = make_target(shape[0], *shape[2:], n_classes=shape[1], ignored=-100)
