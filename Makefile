@@ -27,7 +27,7 @@ help:
 # Remade when the metadata change; a virtual environment that is there and up to date costs nothing.
 $(READY): pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check --quiet -e '.[test,train,dev]'
+	$(PY) -m pip install --disable-pip-version-check --quiet -e '.[test,train,dev]' $(VERSIONS)
 	@touch $@
 
 setup: $(READY)
@@ -56,10 +56,7 @@ test-all: test
 
 # No later numpy: Triton 3.5's interpreter does not run with it.
 test-oldest:
-	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --disable-pip-version-check --quiet -e '.[test,train]' 'torch==2.9.*' 'numpy<2.4'
-	touch .venv-oldest/.ready
-	@$(MAKE) --no-print-directory test VENV=.venv-oldest
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest VERSIONS="'torch==2.9.*' 'numpy<2.4'"
 
 test-clients: $(READY)
 	$(PY) -m pip install --disable-pip-version-check --quiet -e '.[clients]'

@@ -373,7 +373,7 @@ def triton_plan(reason: str, inputs: Inputs, options: Options, needs_grad: bool,
         return Plan("triton", reason, "forward only", tile, None, copies, read_bytes=one_read, write_bytes=0, launches=1)
     if fuses_gradient(options.reduction, logits.dtype):
         tile = fused_tile(g, gradient, probabilities, itemsize, more, device)
-        counts = tile.n_slices > 1 or (not soft and needs_denominator(tile, g.n_rows, options.reduction))
+        counts = tile.n_slices > 1 if soft else needs_denominator(tile, g.n_rows, options.reduction)
         return Plan(
             "triton",
             reason,

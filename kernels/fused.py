@@ -57,9 +57,8 @@ from fusedloss.kernels.tile import (
 
 
 @triton.jit
-def weights_in_mean(rows, target_ptr, target_b_ptr, weight_ptr, ignore_index, n_rows, n_cols, dtype: tl.constexpr):
-    """What each of these rows adds to the mean's denominator; 0 for those past the end."""
-    target, counted, valid = load_target(target_ptr, rows, rows < n_rows, ignore_index, n_cols)
+def weights_in_mean(rows, target, counted, valid, target_b_ptr, weight_ptr, ignore_index, n_rows, n_cols, dtype: tl.constexpr):
+    """What each of these rows, whose first label is loaded, adds to the mean's denominator; 0 for those past the end."""
     if target_b_ptr is not None:
         _, counted_b, _ = load_target(target_b_ptr, rows, rows < n_rows, ignore_index, n_cols)
         weights = (counted & counted_b).to(dtype)
@@ -89,7 +88,8 @@ def denominator_kernel(
     total = tl.zeros((BLOCK_ROWS,), dtype)
     for start in range(tl.program_id(0) * BLOCK_ROWS, n_rows, tl.num_programs(0) * BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
-        total += weights_in_mean(rows, target_ptr, target_b_ptr, weight_ptr, ignore_index, n_rows, n_cols, dtype)
+        target, counted, valid = load_target(target_ptr, rows, rows < n_rows, ignore_index, n_cols)
+        total += weights_in_mean(rows, target, counted, valid, target_b_ptr, weight_ptr, ignore_index, n_rows, n_cols, dtype)
         if arrived_ptr is not None:
             tl.store(arrived_ptr + 1 + rows, 0, mask=rows < n_rows)
     if arrived_ptr is not None:
@@ -195,11 +195,9 @@ def fused_tile_kernel(
         weight_sum = tl.zeros((TURN_ROWS,), dtype)
         for i in tl.static_range(N_TURNS):
             counted, valid = check_target(targets[i], ignore_index, n_cols)
-            if target_b_ptr is not None:
-                _, counted_b, _ = load_target(target_b_ptr, turn_rows[i], turn_rows[i] < n_rows, ignore_index, n_cols)
-                weight_sum += (counted & counted_b).to(dtype)
-            else:
-                weight_sum += load_target_weight(weight_ptr, targets[i], counted, valid, dtype)
+            weight_sum += weights_in_mean(
+                turn_rows[i], targets[i], counted, valid, target_b_ptr, weight_ptr, ignore_index, n_rows, n_cols, dtype
+            )
         g = mean_coefficient(scale, tl.sum(weight_sum, 0))
     else:
         g = tl.load(saved_ptr)
@@ -390,8 +388,10 @@ def fused_row_kernel(
     elif ticket_ptr is None:
         g = mean_coefficient(scale, target_weight if target_b_ptr is None else counted.to(dtype))
     elif COUNT_ROWS > 0:
+        all_rows = tl.arange(0, COUNT_ROWS)
+        targets, all_counted, all_valid = load_target(target_ptr, all_rows, all_rows < n_rows, ignore_index, n_cols)
         weights = weights_in_mean(
-            tl.arange(0, COUNT_ROWS), target_ptr, target_b_ptr, weight_ptr, ignore_index, n_rows, n_cols, dtype
+            all_rows, targets, all_counted, all_valid, target_b_ptr, weight_ptr, ignore_index, n_rows, n_cols, dtype
         )
         g = mean_coefficient(scale, tl.sum(weights, 0))
     else:

@@ -45,9 +45,10 @@ FACTS = {
     "sm_120": DeviceFacts(170, (12, 0), 96 << 20, 32),
     "gfx1100": DeviceFacts(48, (11, 0), 6 << 20, 32, is_nvidia=False),
 }
-# Instructions that spill a register, per kernel: assemblers of earlier Triton versions leave a few in variants that take all
-# registers they can have.
-ALLOWED_SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 4
+# Earlier Triton versions leave a few spill instructions in variants that take all registers they can have, and make of some
+# kernels a percent or two more instructions.
+IS_EARLIER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+ALLOWED_SPILLS = 4 if IS_EARLIER_TRITON else 0
 _TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import ALLOWED_SPILLS
+from compiled import ALLOWED_SPILLS, IS_EARLIER_TRITON
 from problems import make_probabilities
 
 import fusedloss
@@ -22,18 +22,18 @@ if emulated.emulator() is None:
     pytest.skip("../shared/ptxsim is not there", allow_module_level=True)
 
 BF16, FP32 = torch.bfloat16, torch.float32
+INSTRUCTIONS_OF_THIS_TRITON = 1.03 if IS_EARLIER_TRITON else 1
 
 # logits (N, C, dtype, pixels): instructions per logit, passes asked, narrowest access of the main loops. One row in seven is
 # ignored: with none ignored 2 passes would be the floor, here it is 13/7 = 1.86; slices have on top what they exchange. Packed
 # rows and pixels are read with their ignored neighbours: 2 is their floor, and an int64 target per row, read twice for the mean.
-# Triton 3.5 makes of some a percent or two more instructions than later ones: the bounds hold for it, too.
 BOUNDS = {
     (4096, 10, FP32): (36, 2.5, 16),
     (4096, 10, BF16): (36, 2.9, 16),
     (1024, 100, FP32): (32, 2.25, 16),
     (1024, 100, BF16): (36, 2.55, 8),
     (1, 19, BF16, 64, 64): (28, 2.6, 16),
-    (1, 19, FP32, 64, 64): (22.5, 2.4, 16),
+    (1, 19, FP32, 64, 64): (22, 2.4, 16),
     (1, 150, FP32, 64, 64): (22.5, 2.2, 16),
     (252, 1000, BF16): (15.1, 2.02, 16),
     (252, 4096, BF16): (11.5, 1.92, 16),
@@ -49,7 +49,7 @@ BOUNDS = {
 def test_forward_and_backward_stay_below(logits: tuple[Any, ...]) -> None:
     instructions, passes, width = BOUNDS[logits]
     mark = emulated.measure(fusedloss.cross_entropy, *logits)
-    assert mark.instructions < instructions
+    assert mark.instructions < instructions * INSTRUCTIONS_OF_THIS_TRITON
     assert mark.passes < passes
     assert mark.narrowest >= width
     assert mark.launches <= 3
@@ -62,7 +62,7 @@ def test_forward_and_backward_stay_below(logits: tuple[Any, ...]) -> None:
 BOUNDS_WITH_PROBABILITIES = {
     (4096, 10, FP32): (36, 3.05, 16),
     (1024, 100, FP32): (38, 3.17, 16),
-    (1, 19, BF16, 64, 64): (45.5, 3.06, 16),
+    (1, 19, BF16, 64, 64): (44, 3.06, 16),
     (252, 1000, BF16): (26.2, 3.1, 16),
     (70, 50257, BF16): (34, 3.24, 16),
 }
@@ -75,7 +75,7 @@ def test_class_probabilities_stay_below(logits: tuple[Any, ...]) -> None:
     target = make_probabilities(n_rows, n_cols, *pixels, dtype=dtype)
     mark = emulated.measure(lambda x, _: fusedloss.cross_entropy(x, target), *logits)
     instructions, passes, width = BOUNDS_WITH_PROBABILITIES[logits]
-    assert mark.instructions < instructions
+    assert mark.instructions < instructions * INSTRUCTIONS_OF_THIS_TRITON
     assert mark.passes < passes
     assert mark.narrowest >= width
     assert mark.launches == 2
