@@ -172,6 +172,7 @@ def _amd_report(assembly: str, shared_bytes: int) -> Report:
     return Report(metadata("vgpr_count"), spills, shared_bytes, count("load"), count("store"))
 
 
+@cache  # the disassembler takes as long as a compilation, and the same small kernels accompany many others
 def _nvidia_report(cubin: bytes, shared_bytes: int) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -145,18 +145,18 @@ NARROW = {"ragged shared tile", "ticket, odd batch"}
 
 def _call(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]) -> torch.Tensor:
     options = dict(options)
-    logits = torch.randn(shape, dtype=dtype)
+    logits = torch.empty(shape, dtype=dtype)  # nobody looks at the values
     if options.pop("transpose", False):
         logits, shape = logits.t(), shape[::-1]
     if options.pop("padded", False):
-        logits = torch.randn(shape[0], shape[1] + 28, dtype=dtype)[:, : shape[1]]
+        logits = torch.empty(shape[0], shape[1] + 28, dtype=dtype)[:, : shape[1]]
     logits.requires_grad_()
     target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
     if options.pop("scale", False):
         options["scale"] = torch.ones(())
     probabilities = options.pop("probabilities", None)  # their dtype
     if probabilities is not None:
-        target = torch.full_like(logits, 1 / shape[1], dtype=probabilities, requires_grad=False)
+        target = torch.empty_like(logits, dtype=probabilities, requires_grad=False)
     weight = torch.ones(shape[1], dtype=dtype) if options.pop("weight", False) else None
     if options.pop("two_labels", False):
         target = (target, target, 0.5)

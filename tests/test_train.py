@@ -1,5 +1,6 @@
 """benchmarks/train_cifar10.py: the same run after an interruption, every error one line, the losses what they claim to be."""
 
+import dataclasses
 import hashlib
 import http.server
 import importlib.util
@@ -35,8 +36,26 @@ TINY = ["--data", "digits", "--device", "cpu", "--limit", "64", "--batch-size", 
 MODELS = {"resnet": ["--width", "4"], "tutorial": ["--model", "tutorial"]}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def draw_curves():
+    """Instead of the curves, whose drawing takes longer than these runs, an empty file; what draws them, for the tests of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        draw = train.draw_curves
+        patch.setattr(train, "draw_curves", lambda run, config, out: (out / train.CURVES).touch())
+        yield draw
+
+
 def run(*arguments: object) -> int:
-    return train.main([*TINY, *map(str, arguments)])
+    """The program on few images, to train on and to test with."""
+    load_data = train.load_data
+
+    def load_few(*of: object) -> train.Data:
+        data = load_data(*of)
+        return dataclasses.replace(data, test_images=data.test_images[:64], test_labels=data.test_labels[:64])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_data", load_few)
+        return train.main([*TINY, *map(str, arguments)])
 
 
 def checkpoint(out: Path) -> dict:
@@ -93,14 +112,14 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(device, model, stop_at, tm
     monkeypatch.undo()
 
     assert checkpoint(tmp_path / "parts")["step"] == stop_at
-    assert train.main(["--resume", "--device", device, "--out", str(tmp_path / "parts")]) == 0
+    assert run("--resume", "--device", device, "--out", tmp_path / "parts") == 0
     assert_bitwise_equal(checkpoint(tmp_path / "parts"), checkpoint(tmp_path / "whole"))
 
 
 def test_resuming_a_finished_run_trains_nothing_and_reports_again(tmp_path, capsys):
     assert run("--width", 4, "--out", tmp_path) == 0
     before = checkpoint(tmp_path)
-    assert train.main(["--resume", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert run("--resume", "--out", tmp_path) == 0
     assert capsys.readouterr().out.count("time per step") == 2
     assert_bitwise_equal(checkpoint(tmp_path), before)
 
@@ -619,9 +638,10 @@ def test_shards_are_the_batch(monkeypatch):
 # ------------------------------------------------------------------------------------- products
 
 
-def test_curves_scalars_and_table(tmp_path, capsys):
+def test_curves_scalars_and_table(tmp_path, draw_curves, monkeypatch, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.setattr(train, "draw_curves", draw_curves)
     assert run("--model", "tutorial", "--out", tmp_path) == 0
     out = capsys.readouterr().out
     assert re.search(r"^loss \(train: mean\) +\d+\.\d{4} +\d+\.\d{4}$", out, re.M)
