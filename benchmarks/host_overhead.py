@@ -101,7 +101,6 @@ def stubbed_launcher() -> Iterator[None]:
         fusedloss.backend("triton"),
         mock.patch.object(launcher, "_launch", launcher._launch),
         mock.patch.object(launcher, "_keeps_compiled", launcher._keeps_compiled),
-        mock.patch.object(launcher, "_compiled", {}),
     ):
         yield
 

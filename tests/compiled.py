@@ -98,8 +98,9 @@ def launches(monkeypatch: pytest.MonkeyPatch, target: str, call: Callable[[], to
     """Our launches of `call` and of its backward on a GPU of this kind."""
     recorded: list[Launch] = []
 
-    def record(kernel: str, n_programs: int, _: torch.device, arguments: dict[str, Any]) -> None:
-        recorded.append(Launch(launcher._kernels()[kernel], n_programs, arguments))
+    def record(launch: launcher.Launch, _: torch.device, arguments: dict[str, Any]) -> None:
+        tile = launch.tile
+        recorded.append(Launch(launcher._kernels()[tile.kernel], tile.n_programs, {**launch.constants, **arguments}))
 
     with monkeypatch.context() as patch, fusedloss.backend("triton"):
         patch.setattr(launcher, "device_facts", lambda _: FACTS[target])

@@ -179,8 +179,10 @@ def test_the_wait_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = make_logits(5, 40001, dtype=BF16).requires_grad_()
     launch, slices = launcher._launch, launcher._slices
 
-    def without_wait(kernel: str, n_programs: int, device: torch.device, arguments: dict[str, Any]) -> None:
-        launch(kernel, n_programs, device, {**arguments, "WAITS": False} if "WAITS" in arguments else arguments)
+    def without_wait(of: launcher.Launch, device: torch.device, arguments: dict[str, Any]) -> None:
+        if "WAITS" in of.constants:
+            of = launcher.Launch(of.tile, {**of.constants, "WAITS": False})
+        launch(of, device, arguments)
 
     monkeypatch.setattr(launcher, "_launch", without_wait)
     monkeypatch.setattr(launcher, "_slices", lambda *arguments: slices(*arguments).fill_(torch.nan))

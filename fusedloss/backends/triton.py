@@ -1,7 +1,7 @@
 """Allocates outputs and launches the Triton kernels that the plan chose. Triton is imported at the first launch."""
 
 import struct
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
 
@@ -33,6 +33,19 @@ from fusedloss.reference import FRACTION_BITS
 N_STATISTICS = 4  # of a slice; kernels/slices.py
 
 
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """What all calls alike share of a launch; decided once. A call adds its tensors, and numbers no kernel is specialised for."""
+
+    tile: Tile
+    constants: dict[str, Any]  # arguments of the kernel, and num_warps and the like
+    compiled: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # by what Triton looks at besides; see _launch
+
+    @property
+    def n_rows(self) -> int:
+        return self.constants["n_rows"]
+
+
 def forward(
     inputs: Inputs,
     options: Options,
@@ -49,28 +62,28 @@ def forward(
         return outputs
     saved = outputs.saved if outputs.saved is not None else _state(logits)
     layout = (logits.shape, logits.stride(), _probabilities_strides(inputs), logits.element_size())
-    tile, n_rows, constants = _forward_constants(*layout, options.kind(), needs_grad, device_facts(logits.device))
+    launch = _forward_launch(*layout, options.kind(), needs_grad, device_facts(logits.device))
+    tile = launch.tile
     reduces = options.reduction != "none" or options.return_stats
     arguments: dict[str, Any] = {
-        **constants,
         "loss_ptr": outputs.loss,
         "saved_ptr": saved,
         **_workspace(2, tile.n_programs // tile.n_slices if reduces else 1, saved, keeps_workspace),
         "logits_ptr": logits,
-        **_row_pointers(inputs, options),
+        **_row_arguments(inputs, options),
         "scale_ptr": inputs.scale,
         "scale_bits": _bits(options.scale),
-        **_statistics(outputs, n_rows),
+        **_statistics(outputs, launch.n_rows),
     }
     if tile.n_slices > 1:
-        arguments["slices_ptr"] = _slices(tile, n_rows, saved)
+        arguments["slices_ptr"] = _slices(launch, saved)
         arguments["ticket_ptr"] = _ticket(saved.device, keeps_workspace)
-    _launch(tile.kernel, tile.n_programs, logits.device, arguments)
+    _launch(launch, logits.device, arguments)
     return outputs
 
 
 @lru_cache(maxsize=1024)
-def _forward_constants(
+def _forward_launch(
     shape: torch.Size,
     strides: tuple[int, ...],
     target_strides: tuple[int, ...] | None,
@@ -78,8 +91,7 @@ def _forward_constants(
     options: Options,
     save: bool,
     facts: DeviceFacts,
-) -> tuple[Tile, int, dict[str, Any]]:
-    """The tile, the number of rows, and the arguments that are no tensors: decided once per kind of call."""
+) -> Launch:
     soft = target_strides is not None
     g, *others = geometries(shape, strides, *((target_strides,) if soft else ()))
     probabilities = others[0] if soft else None
@@ -96,8 +108,10 @@ def _forward_constants(
         **_layout(tile, itemsize, g, probabilities=probabilities),
     }
     if tile.rowwise:
-        constants.update(N_SLICES=tile.n_slices, slices_ptr=None)
-    return tile, g.n_rows, constants
+        constants["N_SLICES"] = tile.n_slices
+        if tile.n_slices == 1:
+            constants["slices_ptr"] = None
+    return Launch(tile, constants)
 
 
 def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, keeps_workspace: bool) -> None:
@@ -106,22 +120,21 @@ def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, 
     saved = _state(logits)
     layout = (logits.shape, logits.stride(), dlogits.stride(), _probabilities_strides(inputs), logits.element_size())
     facts = device_facts(logits.device)
-    tile, n_rows, constants = _gradient_constants("fused", *layout, options.kind(), facts)
-    n_partials = tile.n_programs // tile.n_slices
+    launch = _gradient_launch("fused", *layout, options.kind(), facts)
+    tile, n_rows = launch.tile, launch.n_rows
     arguments: dict[str, Any] = {
-        **constants,
         "loss_ptr": outputs.loss,
         "saved_ptr": saved,
         "dlogits_ptr": dlogits,
-        **_workspace(1, n_partials, saved, keeps_workspace),
+        **_workspace(1, tile.n_programs // tile.n_slices, saved, keeps_workspace),
         "logits_ptr": logits,
-        **_row_pointers(inputs, options),
+        **_row_arguments(inputs, options),
         "scale_ptr": inputs.scale,
         "scale_bits": _bits(options.scale),
         **_statistics(outputs, n_rows),
     }
     if tile.n_slices > 1:
-        arguments["slices_ptr"] = _slices(tile, n_rows, saved)
+        arguments["slices_ptr"] = _slices(launch, saved)
         arguments["arrived_ptr"] = saved.new_empty((1 + n_rows,), dtype=torch.int32)
     # Triton's interpreter runs programs one after another: none can wait for a later one. There, the launches are made twice
     # without waiting, and in the second round every slice finds what all others published in the first.
@@ -130,29 +143,29 @@ def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, 
             if tile.n_slices > 1:
                 arguments["arrived_ptr"].zero_()
         elif needs_denominator(tile, n_rows, options.reduction):
-            _launch_denominator(arguments, n_rows, logits.device, keeps_workspace)
-        _launch(tile.kernel, tile.n_programs, logits.device, arguments)
+            counting = _denominator_launch(n_rows, logits.shape[1], options.ignore_index, facts)
+            workspace = _workspace(1, counting.tile.n_programs, saved, keeps_workspace)
+            shared = {name: arguments.get(name) for name in _DENOMINATOR_ARGUMENTS}
+            _launch(counting, logits.device, {**shared, **workspace})
+        _launch(launch, logits.device, arguments)
 
 
-def _launch_denominator(fused: dict[str, Any], n_rows: int, device: torch.device, keeps_workspace: bool) -> None:
-    """What must be known before `fused` are the arguments of a launch."""
-    tile = denominator_tile(n_rows, device_facts(device))
-    arguments: dict[str, Any] = {
-        "saved_ptr": fused["saved_ptr"],
-        "arrived_ptr": fused.get("arrived_ptr"),
-        **_workspace(1, tile.n_programs, fused["saved_ptr"], keeps_workspace),
-        "target_ptr": fused["target_ptr"],
-        "target_b_ptr": fused["target_b_ptr"],
-        "weight_ptr": fused["weight_ptr"],
-        "scale_ptr": fused["scale_ptr"],
-        "scale_bits": fused["scale_bits"],
-        "ignore_index": fused["ignore_index"],
-        "n_rows": fused["n_rows"],
-        "n_cols": fused["n_cols"],
-        "BLOCK_ROWS": tile.block_rows,
-        "num_warps": tile.num_warps,
-    }
-    _launch(tile.kernel, tile.n_programs, device, arguments)
+_DENOMINATOR_ARGUMENTS = (  # which the fused launch has, too
+    "saved_ptr",
+    "arrived_ptr",
+    "target_ptr",
+    "target_b_ptr",
+    "weight_ptr",
+    "scale_ptr",
+    "scale_bits",
+)
+
+
+@lru_cache(maxsize=1024)
+def _denominator_launch(n_rows: int, n_cols: int, ignore_index: int, facts: DeviceFacts) -> Launch:
+    tile = denominator_tile(n_rows, facts)
+    constants = {"ignore_index": ignore_index, "n_rows": n_rows, "n_cols": n_cols, "BLOCK_ROWS": tile.block_rows}
+    return Launch(tile, {**constants, "num_warps": tile.num_warps})
 
 
 def backward(
@@ -168,22 +181,20 @@ def backward(
     if logits.numel() == 0:
         return dlogits
     layout = (logits.shape, logits.stride(), dlogits.stride(), _probabilities_strides(inputs), logits.element_size())
-    facts = device_facts(logits.device)
-    tile, _, constants = _gradient_constants("recompute", *layout, options.kind(), facts)
     arguments: dict[str, Any] = {
-        **constants,
         "dlogits_ptr": dlogits,
         "dloss_ptr": dloss.contiguous(),
         "saved_ptr": saved,
         "logits_ptr": logits,
-        **_row_pointers(inputs, options),
+        **_row_arguments(inputs, options),
     }
-    _launch(tile.kernel, tile.n_programs, logits.device, arguments)
+    launch = _gradient_launch("recompute", *layout, options.kind(), device_facts(logits.device))
+    _launch(launch, logits.device, arguments)
     return dlogits
 
 
 @lru_cache(maxsize=1024)
-def _gradient_constants(
+def _gradient_launch(
     strategy: str,
     shape: torch.Size,
     strides: tuple[int, ...],
@@ -192,8 +203,8 @@ def _gradient_constants(
     itemsize: int,
     options: Options,
     facts: DeviceFacts,
-) -> tuple[Tile, int, dict[str, Any]]:
-    """The same as `_forward_constants`, of the fused forward or of the backward."""
+) -> Launch:
+    """The fused forward's, or the backward's."""
     soft = target_strides is not None
     g, out, *others = geometries(shape, strides, gradient_strides, *((target_strides,) if soft else ()))
     probabilities = others[0] if soft else None
@@ -210,25 +221,26 @@ def _gradient_constants(
         **_layout(tile, itemsize, g, out, probabilities),
     }
     if strategy == "fused" and tile.rowwise:
-        constants.update(slices_ptr=None, arrived_ptr=None, N_BLOCKS=tile.n_blocks, N_SLICES=tile.n_slices)
+        constants.update(N_BLOCKS=tile.n_blocks, N_SLICES=tile.n_slices)
+        if tile.n_slices == 1:
+            constants.update(slices_ptr=None, arrived_ptr=None)
         constants["COUNT_ROWS"] = COUNTED_ROWS if counts_rows(tile, g.n_rows, options.reduction) else 0
         constants["WAITS"] = not _interprets()
-    return tile, g.n_rows, constants
+    return Launch(tile, constants)
 
 
 def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
     """One launch, which returns at once where dloss is 1: dlogits *= dloss. Dense in memory, in whatever order of dimensions."""
     if dlogits.numel() == 0:
         return
-    tile = scale_tile(dlogits.numel(), device_facts(dlogits.device))
-    arguments: dict[str, Any] = {
-        "dlogits_ptr": dlogits,
-        "dloss_ptr": dloss,
-        "n": dlogits.numel(),
-        "BLOCK": tile.block_cols,
-        "num_warps": tile.num_warps,
-    }
-    _launch(tile.kernel, tile.n_programs, dlogits.device, arguments)
+    launch = _scale_launch(dlogits.numel(), device_facts(dlogits.device))
+    _launch(launch, dlogits.device, {"dlogits_ptr": dlogits, "dloss_ptr": dloss})
+
+
+@lru_cache(maxsize=1024)
+def _scale_launch(n: int, facts: DeviceFacts) -> Launch:
+    tile = scale_tile(n, facts)
+    return Launch(tile, {"n": n, "BLOCK": tile.block_cols, "num_warps": tile.num_warps})
 
 
 def _state(logits: Tensor) -> Tensor:
@@ -262,7 +274,7 @@ def _option_constants(options: Options) -> dict[str, Any]:
     }
 
 
-def _row_pointers(inputs: Inputs, options: Options) -> dict[str, Any]:
+def _row_arguments(inputs: Inputs, options: Options) -> dict[str, Any]:
     """What a call has per row and per class, besides the logits."""
     soft = inputs.has_probabilities()
     return {
@@ -280,9 +292,9 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return tensor.contiguous() if tensor is not None else None
 
 
-def _slices(tile: Tile, n_rows: int, saved: Tensor) -> Tensor:
+def _slices(launch: Launch, saved: Tensor) -> Tensor:
     """Where the slices of a row publish their statistics."""
-    return saved.new_empty((N_STATISTICS, n_rows, tile.n_slices))
+    return saved.new_empty((N_STATISTICS, launch.n_rows, launch.tile.n_slices))
 
 
 def _laid_out(inputs: Inputs) -> Inputs:
@@ -347,16 +359,16 @@ def device_facts(device: torch.device) -> DeviceFacts:
     return DeviceFacts(found.multi_processor_count, capability, found.L2_cache_size, found.warp_size, torch.version.hip is None)
 
 
-def _launch(kernel: str, n_programs: int, device: torch.device, arguments: dict[str, Any]) -> None:
+def _launch(launch: Launch, device: torch.device, arguments: dict[str, Any]) -> None:
     # torch leaves the device of another GPU's tensors to the caller, Triton launches on the current one.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _launch(kernel, n_programs, device, arguments)
+            _launch(launch, device, arguments)
         return
-    function = _kernels()[kernel]
+    function, n_programs = _kernels()[launch.tile.kernel], launch.tile.n_programs
     if not _keeps_compiled(device):
         try:
-            function[(n_programs,)](**arguments)
+            function[(n_programs,)](**launch.constants, **arguments)
         except (RuntimeError, ValueError) as error:
             if device.type == "cuda":
                 raise
@@ -365,45 +377,31 @@ def _launch(kernel: str, n_programs: int, device: torch.device, arguments: dict[
                 "CPU tensors need TRITON_INTERPRET=1, set before Triton is imported."
             ) from error
         return
-    # Triton's own launch asks every argument again what the kernel was specialised for: four times as long as what follows.
-    values = [arguments[name] for name in function.arg_names]
-    key = (kernel, device.index, *_specialization(function, values, arguments))
-    compiled = _compiled.get(key)
+    # Triton's own launch asks every argument what the kernel was specialised for. Of those that change between calls alike it is
+    # the presence, dtype and alignment of tensors, and of numbers whether they fit 32 bits.
+    values: dict[str, Any] = dict(launch.constants)
+    key: list[Any] = [device.index]
+    for name, value in arguments.items():
+        if value is None:
+            values[name] = None
+            key.append(None)
+        elif type(value) is int:
+            values[name] = value
+            key.append(-(2**31) <= value < 2**31)
+        else:
+            values[name] = address = value.data_ptr()
+            key += (value.dtype, address % VECTOR_BYTES == 0)
+    compiled = launch.compiled.get(tuple(key))
     if compiled is not None:
-        compiled[(n_programs, 1, 1)](*values)
+        compiled[(n_programs, 1, 1)](*[values[name] for name in function.arg_names])
         return
-    compiled = function[(n_programs,)](**arguments)
+    compiled = function[(n_programs,)](**launch.constants, **arguments)
     if compiled is not None:  # None from Triton's interpreter
-        if len(_compiled) >= 4096:  # batches of ever other sizes
-            _compiled.clear()
-        _compiled[key] = compiled
-
-
-_compiled: dict[tuple[Any, ...], Any] = {}  # kernels that were launched before, by all that Triton compiles for
+        launch.compiled[tuple(key)] = compiled
 
 
 def _keeps_compiled(device: torch.device) -> bool:
     return device.type == "cuda"  # elsewhere an emulator may take another's place
-
-
-def _specialization(function: Any, values: list[Any], arguments: dict[str, Any]) -> Iterator[Any]:
-    """What Triton compiles a kernel for: types and alignment of pointers, values of all else, a superset of what it looks at."""
-    for value, free in zip(values, _free_arguments(function), strict=True):
-        if isinstance(value, Tensor):
-            yield value.dtype
-            yield value.data_ptr() % VECTOR_BYTES == 0
-        elif free:
-            yield value is None
-        else:
-            yield value
-    yield arguments["num_warps"]
-    yield arguments.get("maxnreg")
-
-
-@cache
-def _free_arguments(function: Any) -> tuple[bool, ...]:
-    """Which parameters of a kernel it is not specialised for."""
-    return tuple(parameter.do_not_specialize for parameter in function.params)
 
 
 @lru_cache(maxsize=1)
