@@ -64,6 +64,7 @@ THREAD_ELEMENTS = 16
 MAX_RUN_ELEMENTS = 64
 MAX_PIXEL_ELEMENTS = 104
 MAX_PIXEL_ELEMENTS_PROBABILITIES = 64  # besides as many class probabilities
+MAX_PIXEL_ELEMENTS_MORE = 64  # besides what holds_more names; not of 16 bits, where a few spills cost less than more threads
 # Longer packed rows are cut into parts of so many.
 PART_ELEMENTS = 32
 # Pixels with more classes are shared by threads that lie along the classes; MIN_PIXEL_THREADS lie along the pixels, 256 bytes of
@@ -164,11 +165,13 @@ def forward_tile(g: Geometry, probabilities: Geometry | None, itemsize: int, mor
             n_slices=n_slices,
             max_registers=_register_limit(min(MAX_REGISTERS, SM_REGISTERS // (per_sm * num_warps * 32)), device),
         )
-    return _shared_tile("forward_tile_kernel", g, None, probabilities, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
+    return _shared_tile("forward_tile_kernel", g, None, probabilities, itemsize, more, SINGLE_PROGRAM_ELEMENTS, device)
 
 
 @lru_cache(maxsize=1024)
-def backward_tile(g: Geometry, grad: Geometry, probabilities: Geometry | None, itemsize: int, device: DeviceFacts) -> Tile:
+def backward_tile(
+    g: Geometry, grad: Geometry, probabilities: Geometry | None, itemsize: int, more: bool, device: DeviceFacts
+) -> Tile:
     """Cuts the backward; `grad` is the geometry of the gradient, whose strides may differ from the logits'."""
     if _one_program_per_row(g) and _same_alignment(g, grad, itemsize) and _same_alignment(g, probabilities, itemsize):
         n_cols = _row_cols(g, itemsize)
@@ -176,7 +179,7 @@ def backward_tile(g: Geometry, grad: Geometry, probabilities: Geometry | None, i
         n_programs = g.n_rows * -(-n_cols // block_cols)
         return Tile("backward_row_kernel", 1, block_cols, num_warps, max(1, n_programs), rowwise=True)
     # No reduction over the batch here, so no gain from a single program.
-    return _shared_tile("backward_tile_kernel", g, grad, probabilities, itemsize, TILE_ELEMENTS, device)
+    return _shared_tile("backward_tile_kernel", g, grad, probabilities, itemsize, more, TILE_ELEMENTS, device)
 
 
 def holds_more(options: Options, itemsize: int) -> bool:
@@ -197,7 +200,7 @@ def fused_tile(
         tile = _fused_row_tile(g, blocks[itemsize], itemsize, more or soft, device)
         if tile.n_slices <= min(MAX_SLICES, device.n_sms):
             return tile
-    return _shared_tile("fused_tile_kernel", g, grad, probabilities, itemsize, SINGLE_PROGRAM_ELEMENTS, device)
+    return _shared_tile("fused_tile_kernel", g, grad, probabilities, itemsize, more, SINGLE_PROGRAM_ELEMENTS, device)
 
 
 def counts_rows(tile: Tile, n_rows: int, reduction: str) -> bool:
@@ -293,17 +296,18 @@ def _shared_tile(
     grad: Geometry | None,
     probabilities: Geometry | None,
     itemsize: int,
+    more: bool,
     max_elements: int,
     device: DeviceFacts,
 ) -> Tile:
     """Cuts rows among programs of many rows."""
     is_packed = all(_is_packed(tensor) for tensor in (g, grad, probabilities) if tensor is not None)
-    # float64 takes two registers for a value, and class probabilities wait beside the logits.
-    doubles = 2 if itemsize == 8 and probabilities is not None else 1
-    max_run, part = MAX_RUN_ELEMENTS // doubles, PART_ELEMENTS // doubles
+    max_run, part = MAX_RUN_ELEMENTS, PART_ELEMENTS
     max_pixels = MAX_PIXEL_ELEMENTS if probabilities is None else MAX_PIXEL_ELEMENTS_PROBABILITIES
-    if itemsize == 8:
-        max_pixels //= 2
+    if more and itemsize > 2:
+        max_pixels = min(max_pixels, MAX_PIXEL_ELEMENTS_MORE)
+    if itemsize == 8:  # two registers for a value
+        max_run, part, max_pixels, max_elements = max_run // 2, part // 2, max_pixels // 2, max_elements // 2
     row_group = _packed_row_group(g, itemsize, max_run) if is_packed else 0
     one_program = next_power_of_2(g.n_rows) * next_power_of_2(g.n_cols) <= max_elements
     if row_group > 0:
@@ -391,7 +395,7 @@ def triton_plan(reason: str, inputs: Inputs, options: Options, needs_grad: bool,
         reason,
         "recompute",
         forward_tile(g, probabilities, itemsize, more, device),
-        backward_tile(g, gradient, probabilities, itemsize, device),
+        backward_tile(g, gradient, probabilities, itemsize, more, device),
         copies,
         read_bytes=2 * one_read,
         write_bytes=one_pass,

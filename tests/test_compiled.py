@@ -138,6 +138,14 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "probabilities, pixels of more classes than registers hold": ((1, 4000, 16, 16), BF16, {"probabilities": BF16}),
     "probabilities, recompute, pixels": ((4, 19, 64, 64), FP32, {"reduction": "max", "probabilities": FP32}),
     "probabilities, recompute, pixels, fp64": ((4, 19, 64, 64), FP64, {"reduction": "none", "probabilities": FP64}),
+    "packed rows, fp64, smoothing": ((4096, 64), FP64, {"weight": True, "label_smoothing": 0.1}),
+    "single program, fp64, softcap": ((64, 100), FP64, {"weight": True, "label_smoothing": 0.1, "softcap": 30.0}),
+    "pixels of many classes, smoothing": ((4, 104, 64, 64), FP32, {"weight": True, "label_smoothing": 0.1}),
+    "pixels of many classes, recompute": (
+        (4, 104, 64, 64),
+        FP32,
+        {"weight": True, "label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-3, "reduction": "none"},
+    ),
 }
 # What cannot be read 16 bytes at a time: rows of 101, of which no thread can hold four; 40950 gradients, where they are scaled.
 NARROW = {"ragged shared tile", "ticket, odd batch"}

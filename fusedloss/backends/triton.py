@@ -208,10 +208,8 @@ def _gradient_launch(
     soft = target_strides is not None
     g, out, *others = geometries(shape, strides, gradient_strides, *((target_strides,) if soft else ()))
     probabilities = others[0] if soft else None
-    if strategy == "fused":
-        tile = fused_tile(g, out, probabilities, itemsize, holds_more(options, itemsize), facts)
-    else:
-        tile = backward_tile(g, out, probabilities, itemsize, facts)
+    cut = fused_tile if strategy == "fused" else backward_tile
+    tile = cut(g, out, probabilities, itemsize, holds_more(options, itemsize), facts)
     constants: dict[str, Any] = {
         **_option_constants(options),
         "n_rows": g.n_rows,
