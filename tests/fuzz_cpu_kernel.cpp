@@ -90,7 +90,8 @@ void one_problem(int number) {
   p.n_inner = p.n_cols > 1000 ? uniform(0, 5) : uniform(0, 400);
   p.logits_dtype = uniform(0, 3);
   p.loss_dtype = coin() ? p.logits_dtype : p.logits_dtype == kFloat64 ? kFloat64 : kFloat32;
-  p.target_kind = pick<int64_t>({int64_t(kInt64), int64_t(kInt64), int64_t(kUint8), int64_t(kProbabilities)});
+  p.target_kind = pick<int64_t>(
+      {int64_t(kInt64), int64_t(kInt64), int64_t(kUint8), int64_t(kProbabilities), int64_t(kProbabilitiesAsLogits)});
   p.reduction = uniform(0, 4);
   p.save = 1;
   p.scale = coin() ? 1 : 0.25;
@@ -99,23 +100,25 @@ void one_problem(int number) {
   p.logit_scale = coin(0.7) ? 1 : -0.5;
   p.softcap = coin(0.7) ? 0 : 5;
   p.lam_factor = uniform(0, 4) / 4.0;
-  p.ignore_index = p.target_kind == kProbabilities ? -100 : pick<int64_t>({int64_t(-100), int64_t(0), int64_t(3), int64_t(255)});
+  p.ignore_index = p.has_probabilities() ? -100 : pick<int64_t>({int64_t(-100), int64_t(0), int64_t(3), int64_t(255)});
   p.top_k_is_fraction = coin();
   p.top_k = p.top_k_is_fraction ? uniform(1, int64_t(1) << 32) : uniform(1, 50);
 
   const int64_t accumulate = p.logits_dtype == kFloat64 ? kFloat64 : kFloat32;
   const size_t n_rows = size_t(p.n_rows()), wide = item_size(accumulate);
   const bool fused = (p.reduction == kSum || p.reduction == kMean) && coin(0.8);
-  const bool wild = coin(0.3), soft = p.target_kind == kProbabilities, weighted = coin(0.4);
+  const bool wild = coin(0.3), soft = p.has_probabilities(), weighted = coin(0.4);
   const bool two_labels = !soft && coin(0.3), has_lam = coin(), has_sample_weight = coin(0.3), has_stats = !soft && coin(0.3);
 
   Buffer logits(random_strides(p, p.logits_strides) * item_size(p.logits_dtype));
   for (size_t i = 0; i < logits.size / item_size(p.logits_dtype); ++i) put(logits, p.logits_dtype, i, random_logit(wild));
-  Buffer target(soft ? random_strides(p, p.target_strides) * wide : n_rows * (p.target_kind == kUint8 ? 1 : 8));
+  const int64_t soft_dtype = p.target_kind == kProbabilities ? accumulate : p.logits_dtype;
+  const size_t soft_size = item_size(soft_dtype);
+  Buffer target(soft ? random_strides(p, p.target_strides) * soft_size : n_rows * (p.target_kind == kUint8 ? 1 : 8));
   Buffer target_b(two_labels ? target.size : 0);
   bool bad = false;
   std::vector<bool> ignored(n_rows);
-  for (size_t i = 0; soft && i < target.size / wide; ++i) put(target, accumulate, i, 1.0 / double(uniform(1, 9)));
+  for (size_t i = 0; soft && i < target.size / soft_size; ++i) put(target, soft_dtype, i, 1.0 / double(uniform(1, 9)));
   for (size_t row = 0; !soft && row < n_rows; ++row) {
     bool outside = false;
     for (Buffer* labels : {&target, &target_b}) {

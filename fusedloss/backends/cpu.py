@@ -26,7 +26,7 @@ ISA_NAMES = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3, "avx512bf16": 4}
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "max": 3, "topk": 4}
-_INT64, _UINT8, _PROBABILITIES = range(3)
+_INT64, _UINT8, _PROBABILITIES, _PROBABILITIES_AS_LOGITS = range(4)
 _CALL = struct.Struct("=12Q 2d")
 _KIND = struct.Struct("=4d 11q 3q 9q Q")
 
@@ -154,7 +154,10 @@ def _call(
     logits, target, target_b, lam, weight, sample_weight, scale = inputs
     has_probabilities = inputs.has_probabilities()
     accumulate = accumulation_dtype(logits.dtype)
-    target = target.to(accumulate) if has_probabilities else target.contiguous()
+    if not has_probabilities:
+        target = target.contiguous()
+    elif target.dtype != logits.dtype:
+        target = target.to(accumulate)
     # In a variable until the kernel has run: what was converted lives no longer.
     target_b = None if target_b is None else target_b.contiguous()
     lam = None if lam is None else lam.to(accumulate).contiguous()
@@ -214,7 +217,10 @@ def _kind(
     """The part of a problem that only shapes, strides, dtypes and options decide."""
     n_elements = math.prod(shape)
     rows = plan_cpu.rows(shape, logits_strides, dlogits_strides, probabilities_strides)
-    indices = _UINT8 if target_dtype == torch.uint8 else _INT64
+    if probabilities_strides is None:
+        target_kind = _UINT8 if target_dtype == torch.uint8 else _INT64
+    else:
+        target_kind = _PROBABILITIES if target_dtype == accumulation_dtype(logits_dtype) else _PROBABILITIES_AS_LOGITS
     return _KIND.pack(
         options.label_smoothing,
         options.z_loss,
@@ -225,7 +231,7 @@ def _kind(
         options.top_k == 0,
         _DTYPES[logits_dtype],
         _DTYPES[loss_dtype] if loss_dtype is not None else 0,
-        indices if probabilities_strides is None else _PROBABILITIES,
+        target_kind,
         _REDUCTIONS[options.reduction],
         save,
         requested_isa,

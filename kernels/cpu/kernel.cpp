@@ -75,7 +75,7 @@ TargetSummary summarise(const Problem& problem, int64_t begin, int64_t end) {
 template <class A>
 TargetSummary summarise_targets(const Problem& problem) {
   TargetSummary total = {-1, 0, 0};
-  if (problem.target_kind == kProbabilities) {
+  if (problem.has_probabilities()) {
     total.n_counted = problem.n_rows();
     total.weight = double(total.n_counted);
     return total;
@@ -173,7 +173,7 @@ int64_t forward(const Problem& problem) {
   if (targets.first_bad >= 0) return targets.first_bad + 1;
 
   double weight_total = double(problem.n_cols);
-  if (problem.weight && problem.smoothing > 0 && problem.target_kind != kProbabilities) {
+  if (problem.weight && problem.smoothing > 0 && !problem.has_probabilities()) {
     weight_total = 0;
     for (int64_t c = 0; c < problem.n_cols; ++c) weight_total += double(static_cast<const A*>(problem.weight)[c]);
   }

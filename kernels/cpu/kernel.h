@@ -18,7 +18,7 @@ constexpr int64_t MIN_ROW_COLS = 64;
 INLINE bool takes_rows(const Problem& problem) {
   return problem.n_cols >= MIN_ROW_COLS && problem.logits_strides.col == 1 &&
          (!problem.dlogits || problem.dlogits_strides.col == 1) &&
-         (problem.target_kind != kProbabilities || problem.target_strides.col == 1);
+         (!problem.has_probabilities() || problem.target_strides.col == 1);
 }
 
 template <class T>

@@ -25,12 +25,23 @@ struct Tile {
   alignas(64) A z[TILE], q[TILE], dz[TILE];
 };
 
+// Asks for the lanes of a class some way ahead of class c. Classes lie a page or more apart, where the hardware looks for
+// nothing: 150 float32 classes of 64 x 64 pixels took a quarter more time without, 1000 half as much again.
+template <bool FOR_WRITING, class T>
+INLINE void prefetch_class(const T* lanes, int64_t col, int n_lanes, int64_t c, int64_t n_cols) {
+  const int64_t ahead = n_cols < 64 ? n_cols / 2 : 32;
+  if (c + ahead >= n_cols) return;
+  const char* bytes = reinterpret_cast<const char*>(lanes + (c + ahead) * col);
+  for (int64_t i = 0; i < n_lanes * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, FOR_WRITING);
+}
+
 // to[c * lanes + lane] = from[lane * row + c * col]; 0 in lanes without a row.
 template <class T, class A>
 void load_tile(A* to, int lanes, const T* from, int64_t row, int64_t col, int n_lanes, int64_t n_cols) {
   constexpr int W = Simd<A>::W;
   if (row == 1) {
     for (int64_t c = 0; c < n_cols; ++c) {
+      prefetch_class<false>(from, col, n_lanes, c, n_cols);
       for (int lane = 0; lane < lanes; lane += W) {
         const T* at = from + c * col + lane;
         store(to + c * lanes + lane, lane + W <= n_lanes ? Vector<A>(load(at)) : load_partial<A, T>(at, n_lanes - lane));
@@ -57,6 +68,7 @@ void store_tile(T* to, const A* from, int lanes, int64_t row, int64_t col, int n
   constexpr int W = Simd<A>::W;
   if (row == 1) {
     for (int64_t c = 0; c < n_cols; ++c) {
+      prefetch_class<true>(to, col, n_lanes, c, n_cols);
       for (int lane = 0; lane < lanes; lane += W) {
         const Vector<A> v = load(from + c * lanes + lane);
         T* at = to + c * col + lane;
@@ -79,11 +91,13 @@ void store_tile(T* to, const A* from, int lanes, int64_t row, int64_t col, int n
 }
 
 // Fills tile.q with q of classes [start, start + n).
-template <class A>
-void load_tile_q(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const A* p, int n_lanes, int64_t start,
-                 int64_t n) {
+template <class T, class A>
+void load_tile_q(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const GroupPointers<T, A>& at, int n_lanes,
+                 int64_t start, int64_t n) {
   const Strides& strides = problem.target_strides;
-  if (terms.soft) load_tile<A, A>(tile.q, tile.lanes, p + start * strides.col, strides.row, strides.col, n_lanes, n);
+  const int64_t first = start * strides.col;
+  if (at.p) load_tile<A, A>(tile.q, tile.lanes, at.p + first, strides.row, strides.col, n_lanes, n);
+  if (at.p_as_logits) load_tile<T, A>(tile.q, tile.lanes, at.p_as_logits + first, strides.row, strides.col, n_lanes, n);
   for (int64_t c = 0; c < n; ++c) {
     const Vector<A> w = broadcast(terms.weight ? terms.weight[start + c] : A(1));
     for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
@@ -190,7 +204,7 @@ void lane_gradients(const Problem& problem, const Terms<A>& terms, Tile<A>& tile
     const int64_t n = problem.n_cols - start < tile.cols ? problem.n_cols - start : tile.cols;
     if (!has_exp) {
       load_logits(problem, terms, tile, at.x, n_lanes, start, n);
-      if (terms.per_class) load_tile_q(problem, terms, tile, at.p, n_lanes, start, n);
+      if (terms.per_class) load_tile_q(problem, terms, tile, at, n_lanes, start, n);
       exp_tile(tile, n, s);
     }
     tile_gradient(terms, tile, start, n, s);
@@ -230,7 +244,7 @@ RowSums forward_lanes(const Problem& problem, int64_t begin, int64_t end, double
     for (int64_t start = 0; start < problem.n_cols; start += tile.cols) {
       const int64_t n = problem.n_cols - start < tile.cols ? problem.n_cols - start : tile.cols;
       load_logits(problem, terms, tile, at.x, n_lanes, start, n);
-      if (terms.per_class) load_tile_q(problem, terms, tile, at.p, n_lanes, start, n);
+      if (terms.per_class) load_tile_q(problem, terms, tile, at, n_lanes, start, n);
       tile_stats(terms, tile, start, n, s);
     }
     s.finish_forward(problem, terms, row, n_lanes, sums);

@@ -10,7 +10,7 @@ namespace fusedloss {
 
 enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16 };
 enum Reduction : int64_t { kNone, kSum, kMean, kMax, kTopK };
-enum TargetKind : int64_t { kInt64, kUint8, kProbabilities };
+enum TargetKind : int64_t { kInt64, kUint8, kProbabilities, kProbabilitiesAsLogits };
 enum Isa : int64_t { kBest, kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 // Element (outer, inner, c) lies at outer * outer + inner * row + c * col elements; row r is (r / n_inner, r % n_inner).
@@ -21,14 +21,14 @@ struct Strides {
 struct Call {
   // outputs; "A" is the accumulation type: double for kFloat64, else float
   void* loss;       // (n_rows,) of loss_dtype for kNone, else ()
-  void* saved;      // A: 4 + 3 n_rows values, described in kernels/rowwise.py, and n_rows times Q for kProbabilities; null where
+  void* saved;      // A: 4 + 3 n_rows values, described in kernels/rowwise.py, and n_rows times Q for probabilities; null where
                     // neither save nor the reduction needs rows
   void* dlogits;    // logits_dtype; forward: null unless the strategy is fused; may be the logits themselves, with their strides
   void* row_stats;  // A (2, n_rows): log-sum-exp and loss of every row, or null
   int64_t* counts;  // (3,): rows counted, rows correct, the row of the largest loss or -1; or null, with row_stats
   // inputs
   const void* logits;
-  const void* target;         // int64 or uint8 (n_rows,); A with target_strides for kProbabilities
+  const void* target;         // int64 or uint8 (n_rows,); with target_strides A for kProbabilities, or the logits' type
   const void* target_b;       // the second of two labels, like target; or null
   const void* lam;            // A (n_rows,), the first label's share of each row; or null: lam_factor is the share
   const void* weight;         // A (n_cols,), or null
@@ -59,6 +59,7 @@ struct Kind {
 
 struct Problem : Call, Kind {
   int64_t n_rows() const { return n_outer * n_inner; }
+  bool has_probabilities() const { return target_kind == kProbabilities || target_kind == kProbabilitiesAsLogits; }
   int64_t offset(const Strides& s, int64_t row) const {
     return n_outer == 1 ? row * s.row : row / n_inner * s.outer + row % n_inner * s.row;
   }
@@ -67,7 +68,7 @@ struct Problem : Call, Kind {
     return target_kind == kUint8 ? int64_t(static_cast<const uint8_t*>(labels)[row]) : static_cast<const int64_t*>(labels)[row];
   }
   bool is_counted(int64_t row) const {
-    return target_kind == kProbabilities ||
+    return has_probabilities() ||
            (label(target, row) != ignore_index && (!target_b || label(target_b, row) != ignore_index));
   }
 };

@@ -34,7 +34,7 @@ struct Terms {
   A z_loss, lam_factor, logit_scale, softcap, per_softcap;
 
   Terms(const Problem& problem, double weight_total)
-      : soft(problem.target_kind == kProbabilities),
+      : soft(problem.has_probabilities()),
         uniform(!soft && problem.smoothing > 0 && !problem.weight),
         per_class(soft || (problem.smoothing > 0 && problem.weight)),
         two_labels(problem.target_b),
@@ -170,7 +170,7 @@ double store_row(const Problem& problem, int64_t row, bool counted, A loss, A ma
   if (problem.save) {
     saved[kState + row] = max;
     saved[kState + problem.n_rows() + row] = rest;
-    if (problem.target_kind == kProbabilities) saved[kState + 3 * problem.n_rows() + row] = q_total;
+    if (problem.has_probabilities()) saved[kState + 3 * problem.n_rows() + row] = q_total;
   }
   if (problem.reduction == kMax || problem.reduction == kTopK)
     saved[kState + 2 * problem.n_rows() + row] = counted ? loss : -kInfinity<A>;
@@ -322,15 +322,15 @@ template <class T, class A>
 struct GroupPointers {
   const T* x;
   T* dx;       // null without a gradient
-  const A* p;  // probabilities; null for class indices
+  const A* p;            // probabilities, or
+  const T* p_as_logits;  // probabilities in the logits' type; both null for class indices
   int64_t x_stride, dx_stride, p_stride;
 
   GroupPointers(const Problem& problem, int64_t row)
       : x(static_cast<const T*>(problem.logits) + problem.offset(problem.logits_strides, row)),
         dx(problem.dlogits ? static_cast<T*>(problem.dlogits) + problem.offset(problem.dlogits_strides, row) : nullptr),
-        p(problem.target_kind == kProbabilities
-              ? static_cast<const A*>(problem.target) + problem.offset(problem.target_strides, row)
-              : nullptr),
+        p(probabilities<A>(problem, kProbabilities, row)),
+        p_as_logits(probabilities<T>(problem, kProbabilitiesAsLogits, row)),
         x_stride(problem.logits_strides.row),
         dx_stride(problem.dlogits_strides.row),
         p_stride(problem.target_strides.row) {}
@@ -340,6 +340,14 @@ struct GroupPointers {
     other.x += lane * x_stride;
     if (dx) other.dx += lane * dx_stride;
     if (p) other.p += lane * p_stride;
+    if (p_as_logits) other.p_as_logits += lane * p_stride;
     return other;
+  }
+
+ private:
+  template <class P>
+  static const P* probabilities(const Problem& problem, TargetKind kind, int64_t row) {
+    if (problem.target_kind != kind) return nullptr;
+    return static_cast<const P*>(problem.target) + problem.offset(problem.target_strides, row);
   }
 };

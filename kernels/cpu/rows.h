@@ -94,7 +94,7 @@ A exp_block(A* e, const A* z, int64_t n, A m, const Prefetch& next) {
   return horizontal_sum<A>(sum);
 }
 
-// q of the classes of a block, 0 from n on; p: probabilities, or null. Returns the sum.
+// q of the classes of a block, 0 from n on; p: probabilities, which may be where q goes, or null. Returns the sum.
 template <class A>
 A load_q(A* q, const A* p, const A* w, int64_t n, const Terms<A>& terms) {
   using V = Vector<A>;
@@ -205,6 +205,14 @@ INLINE Prefetch ahead(const T* logits, T* dlogits) {
   return {reinterpret_cast<uintptr_t>(logits), reinterpret_cast<uintptr_t>(dlogits), sizeof(T)};
 }
 
+// The probabilities of a block; those in the logits' type are widened into q. Null for class indices.
+template <class T, class A>
+const A* block_probabilities(A* q, const GroupPointers<T, A>& at, const Columns<A>& columns) {
+  if (!at.p_as_logits) return columns.of(at.p);
+  load_block<T, A>(q, at.p_as_logits + columns.start, columns.n);
+  return q;
+}
+
 // z = the transformed logits of a block, -inf from columns.n to whole vectors; returns the maximum.
 template <class T, class A>
 A load_logits(A* z, const T* x, const Columns<A>& columns, const Terms<A>& terms) {
@@ -229,7 +237,8 @@ void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, 
     if (rest != 0 && larger != m) rest *= double(exp_nonpositive1(m - finite));
     if (terms.uniform) q_sum += double(sum_q<A, false>(z, nullptr, columns.n, shift));
     if (terms.per_class) {
-      q_total += double(load_q<A>(scratch.q, columns.of(at.p), columns.of(terms.weight), columns.n, terms));
+      const A* p = block_probabilities(scratch.q, at, columns);
+      q_total += double(load_q<A>(scratch.q, p, columns.of(terms.weight), columns.n, terms));
       q_sum += double(sum_q<A, true>(z, scratch.q, columns.n, shift));
     }
     if (terms.two_labels && columns.has(s.target_b[lane])) s.x_b[lane] = z[s.target_b[lane] - start];
@@ -263,7 +272,9 @@ void row_gradient(const Problem& problem, const Terms<A>& terms, const GroupStat
     } else if (problem.n_cols > BLOCK && scratch.block_maxima[start / BLOCK] != max) {
       factor *= exp_nonpositive1(scratch.block_maxima[start / BLOCK] - m);
     }
-    if (terms.per_class) load_q<A>(scratch.q, columns.of(at.p), columns.of(terms.weight), columns.n, terms);
+    if (terms.per_class) {
+      load_q<A>(scratch.q, block_probabilities(scratch.q, at, columns), columns.of(terms.weight), columns.n, terms);
+    }
     if (terms.per_class || terms.capped) {
       gradient_block<A>(e, terms.per_class ? scratch.q : nullptr, terms.capped ? scratch.dz : nullptr, padded<A>(columns.n),
                         factor, constant, s.q[lane]);
