@@ -186,7 +186,7 @@ void tile_gradient(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t 
     }
   }
   for (int lane = 0; lane < tile.lanes; ++lane) {
-    if (!s.live[lane]) {  // 0 times an infinite or NaN statistic would be NaN
+    if (s.live[lane] == 0) {  // 0 times an infinite or NaN statistic would be NaN
       for (int64_t c = 0; c < n; ++c) tile.at(c, lane) = s.at_t[lane];
       continue;
     }

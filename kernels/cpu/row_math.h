@@ -96,7 +96,8 @@ struct RowFactors {
 template <class A>
 INLINE Vector<A> log_sum(const RowStats<A>& s, const Terms<A>& terms) {
   if (terms.soft) return log_(s.rest);
-  return s.x_t == s.max ? log1p_(s.rest) : log_(s.rest + exp_nonpositive(s.x_t - s.max));
+  // Where the target is not the largest, that one has put 1 into rest: one logarithm serves both.
+  return log1p_(s.x_t == s.max ? s.rest : (s.rest - A(1)) + exp_nonpositive(s.x_t - s.max));
 }
 
 template <class A>
@@ -148,79 +149,60 @@ INLINE uint64_t sortable_bits(double loss) {
   return loss != loss ? ~uint64_t(0) : bits >> 63 ? ~bits : bits | 0x8000000000000000u;
 }
 
-// d(batch loss)/d(loss of the row) in the backward, upstream gradient and scale included; 0 for rows that do not count.
-template <class A>
-A row_coefficient(const Problem& problem, int64_t row) {
-  const A* saved = static_cast<const A*>(problem.saved);
-  const A* dloss = static_cast<const A*>(problem.dloss);
-  if (!problem.is_counted(row)) return 0;
-  A coefficient = saved[0];
-  if (problem.reduction == kMax || problem.reduction == kTopK) {
-    auto key = sortable_bits(saved[kState + 2 * problem.n_rows() + row]), threshold = sortable_bits(saved[2]);
-    coefficient = key > threshold ? coefficient : key == threshold ? saved[1] : A(0);
-  }
-  if (problem.sample_weight) coefficient *= static_cast<const A*>(problem.sample_weight)[row];
-  return coefficient * dloss[problem.reduction == kNone ? row : 0];
-}
-
-// Stores what the forward keeps of a row; returns its loss if the batch reduction needs it.
-template <class A>
-double store_row(const Problem& problem, int64_t row, bool counted, A loss, A max, A rest, A q_total) {
-  A* saved = static_cast<A*>(problem.saved);
-  if (problem.save) {
-    saved[kState + row] = max;
-    saved[kState + problem.n_rows() + row] = rest;
-    if (problem.has_probabilities()) saved[kState + 3 * problem.n_rows() + row] = q_total;
-  }
-  if (problem.reduction == kMax || problem.reduction == kTopK)
-    saved[kState + 2 * problem.n_rows() + row] = counted ? loss : -kInfinity<A>;
-  if (problem.reduction != kNone) return double(loss);
-  A scaled = A(problem.scale) * loss;
-  switch (problem.loss_dtype) {
-    case kFloat32: static_cast<float*>(problem.loss)[row] = float(scaled); break;
-    case kFloat64: static_cast<double*>(problem.loss)[row] = double(scaled); break;
-    case kBfloat16: store1(static_cast<bfloat16*>(problem.loss) + row, float(scaled)); break;
-    default: store1(static_cast<float16*>(problem.loss) + row, float(scaled)); break;
-  }
-  return 0;
-}
-
 // The same per row of a group, one row per lane: what the two layouts share. Lanes without a row, or whose row does not count,
 // compute something harmless.
 constexpr int MAX_LANES = 256;
 
 template <class A>
 struct GroupState {
-  static constexpr int N = MAX_LANES;
+  static constexpr int N = MAX_LANES, W = Simd<A>::W;
+  using V = Vector<A>;
+
   alignas(64) A max[N], rest[N], x_t[N], x_b[N], w_t[N], w_b[N], k_t[N], k_b[N], shift[N], q_sum[N], q_total[N];
   alignas(64) A g[N], loss[N], lse[N], p[N], constant[N], q[N], at_t[N], at_b[N];
+  alignas(64) A live[N];           // 1: the row counts, and in the backward has a coefficient other than 0; else 0
   int64_t target[N], target_b[N];  // -1: none, for soft targets and lanes that are not live
-  bool live[N];                    // the row counts, and in the backward has a coefficient other than 0
 
   // Lanes [0, lanes) for rows [row, row + n): their targets and coefficients.
   void begin_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n, int lanes, A coefficient) {
-    for (int lane = 0; lane < lanes; ++lane) {
-      live[lane] = lane < n && problem.is_counted(row + lane);
-      g[lane] = live[lane] && terms.sample_weight ? coefficient * terms.sample_weight[row + lane] : coefficient;
-      max[lane] = -kInfinity<A>, rest[lane] = q_sum[lane] = q_total[lane] = 0;
-      set_targets(problem, terms, lane, row + lane);
+    read_targets(problem, terms, row, n, lanes);
+    for (int lane = 0; lane < lanes; lane += W) {
+      V factor = broadcast(coefficient);
+      if (terms.sample_weight) factor *= rows(terms.sample_weight + row, lane, n);
+      store(g + lane, factor), store(max + lane, broadcast(-kInfinity<A>)), store(rest + lane, V{});
+      store(q_sum + lane, V{}), store(q_total + lane, V{}), store(x_t + lane, V{}), store(shift + lane, V{});
     }
+    weigh_targets(terms, row, lanes);
   }
   // The same, and the statistics of the forward; x: the logits of the first row.
   template <class T>
   void begin_backward(const Problem& problem, const Terms<A>& terms, const T* x, int64_t row, int n, int lanes) {
-    const A* saved = static_cast<const A*>(problem.saved) + kState;
     const int64_t n_rows = problem.n_rows(), col = problem.logits_strides.col;
-    for (int lane = 0; lane < lanes; ++lane, x += problem.logits_strides.row) {
-      const int64_t r = row + lane;
-      g[lane] = lane < n ? row_coefficient<A>(problem, r) : A(0);
-      live[lane] = g[lane] != 0 && (terms.soft || (is_class(problem, problem.target, r) &&
-                                                   (!terms.two_labels || is_class(problem, problem.target_b, r))));
-      max[lane] = 0, rest[lane] = 1, q_total[lane] = 0;
-      set_targets(problem, terms, lane, r);
-      if (!live[lane]) continue;
-      max[lane] = saved[r], rest[lane] = saved[n_rows + r];
-      if (terms.soft) q_total[lane] = saved[3 * n_rows + r];
+    const A *head = static_cast<const A*>(problem.saved), *saved = head + kState + row;
+    const A* dloss = static_cast<const A*>(problem.dloss);
+    read_targets(problem, terms, row, n, lanes);
+    for (int lane = 0; lane < lanes; lane += W) {
+      V factor = broadcast(head[0]);
+      if (selects(problem)) factor = selected(saved + 2 * n_rows, lane, n, head);
+      factor *= problem.reduction == kNone ? rows(dloss + row, lane, n) : broadcast(dloss[0]);
+      if (terms.sample_weight) factor *= rows(terms.sample_weight + row, lane, n);
+      const V counted = load(live + lane);
+      factor = counted != V{} ? factor : V{};  // not times 0: the upstream gradient may be infinite
+      store(g + lane, factor), store(live + lane, factor != V{} ? counted : V{});
+    }
+    for (int lane = 0; lane < n && !terms.soft; ++lane)  // an index that changed since the forward is never an address
+      if (!is_class(problem, target[lane]) || (terms.two_labels && !is_class(problem, target_b[lane]))) live[lane] = 0;
+    for (int lane = 0; lane < lanes; lane += W) {
+      const auto is_live = V(load(live + lane)) != V{};
+      store(max + lane, is_live ? rows(saved, lane, n) : V{});
+      store(rest + lane, is_live ? rows(saved + n_rows, lane, n) : broadcast(A(1)));
+      if (terms.soft) store(q_total + lane, is_live ? rows(saved + 3 * n_rows, lane, n) : V{});
+      store(q_sum + lane, V{}), store(x_t + lane, V{}), store(shift + lane, V{});
+    }
+    for (int lane = 0; lane < lanes; ++lane)
+      if (live[lane] == 0) target[lane] = target_b[lane] = -1;
+    weigh_targets(terms, row, lanes);
+    for (int lane = 0; lane < n; ++lane, x += problem.logits_strides.row) {
       if (target[lane] >= 0) x_t[lane] = logit(terms, x + target[lane] * col);
       if (terms.two_labels && target_b[lane] >= 0) x_b[lane] = logit(terms, x + target_b[lane] * col);
     }
@@ -233,26 +215,19 @@ struct GroupState {
   }
   // Losses of all rows from their statistics, and what else the caller wants to know of them.
   void finish_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n, RowSums& sums) {
-    for (int lane = 0; lane < n; lane += Simd<A>::W) {
+    for (int lane = 0; lane < n; lane += W) {
       const RowStats<A> s = stats(terms, lane);
-      const Vector<A> log_d = log_sum(s, terms);
-      store(loss + lane, row_loss<A>(s, terms, log_d)), store(lse + lane, s.max + log_d);
+      const V log_d = log_sum(s, terms), counted = load(live + lane);
+      V losses = row_loss<A>(s, terms, log_d);
+      if (terms.sample_weight) losses *= rows(terms.sample_weight + row, lane, n);
+      store(loss + lane, counted != V{} ? losses : V{}), store(lse + lane, counted != V{} ? s.max + log_d : V{});
     }
-    const bool keeps = problem.save || (problem.reduction != kSum && problem.reduction != kMean);
-    for (int lane = 0; lane < n; ++lane) {
-      const int64_t r = row + lane;
-      if (!live[lane]) loss[lane] = lse[lane] = 0;
-      if (live[lane] && terms.sample_weight) loss[lane] *= terms.sample_weight[r];
-      const double summand = keeps ? store_row<A>(problem, r, live[lane], loss[lane], max[lane], rest[lane], q_total[lane])
-                                   : double(loss[lane]);
-      // Of float32 losses a double has 29 bits to spare.
-      if constexpr (sizeof(A) == sizeof(double)) sums.loss.add(summand);
-      else sums.loss.sum += summand;
-      if (!problem.row_stats) continue;
-      A* row_stats = static_cast<A*>(problem.row_stats);
-      row_stats[r] = lse[lane], row_stats[problem.n_rows() + r] = loss[lane];
-      sums.n_correct += live[lane] && is_correct(terms, lane, r);
-    }
+    store_rows(problem, row, n);
+    if (problem.reduction != kNone) add_losses(sums.loss, n);
+    if (!problem.row_stats) return;
+    A* row_stats = static_cast<A*>(problem.row_stats) + row;
+    copy(row_stats, lse, n), copy(row_stats + problem.n_rows(), loss, n);
+    for (int lane = 0; lane < n; ++lane) sums.n_correct += live[lane] != 0 && is_correct(terms, lane, row + lane);
   }
   // Factors of all gradients. Of rows that are not live at_t is the whole gradient: 0, or NaN for an index that changed.
   void factors(const Problem& problem, const Terms<A>& terms, int n) {
@@ -265,36 +240,119 @@ struct GroupState {
         f.p *= terms.logit_scale, f.constant *= terms.logit_scale, f.q *= terms.logit_scale;
         f.at_t *= terms.logit_scale, f.at_b *= terms.logit_scale;
       }
-      store(p + lane, f.p), store(constant + lane, f.constant), store(q + lane, f.q), store(at_t + lane, f.at_t);
+      const V dead = problem.dloss ? (V(load(g + lane)) != V{} ? broadcast(kNaN<A>) : V{}) : V{};
+      store(p + lane, f.p), store(constant + lane, f.constant), store(q + lane, f.q);
+      store(at_t + lane, V(load(live + lane)) != V{} ? f.at_t : dead);
       if (terms.two_labels) store(at_b + lane, f.at_b);
     }
-    for (int lane = 0; lane < n; ++lane)
-      if (!live[lane]) at_t[lane] = problem.dloss && g[lane] != 0 ? kNaN<A> : A(0);
   }
 
  private:
-  // A class index that changed since the forward is never an address.
-  static bool is_class(const Problem& problem, const void* labels, int64_t row) {
-    const int64_t t = problem.label(labels, row);
-    return t >= 0 && t < problem.n_cols;
+  // Values of the rows from lane on, 0 from row n on; values: that of row 0.
+  static INLINE V rows(const A* values, int lane, int n) {
+    return lane + W <= n ? V(load(values + lane)) : load_partial<A, A>(values + lane, n - lane);
   }
+  static INLINE void copy(A* to, const A* from, int n) { __builtin_memcpy(to, from, size_t(n) * sizeof(A)); }
+
+  static bool selects(const Problem& problem) { return problem.reduction == kMax || problem.reduction == kTopK; }
+  // The coefficients of rows that max and topk selected by their losses; head: of saved.
+  static V selected(const A* losses, int lane, int n, const A* head) {
+    V factor{};
+    const auto threshold = sortable_bits(head[2]);
+    for (int i = 0; i < W && lane + i < n; ++i) {
+      const auto key = sortable_bits(losses[lane + i]);
+      factor[i] = key > threshold ? head[0] : key == threshold ? head[1] : A(0);
+    }
+    return factor;
+  }
+
+  static bool is_class(const Problem& problem, int64_t t) { return t >= 0 && t < problem.n_cols; }
   template <class T>
   static A logit(const Terms<A>& terms, const T* x) {
     return terms.transformed ? terms.transform(broadcast(A(load1(x))))[0] : A(load1(x));
   }
-  void set_targets(const Problem& problem, const Terms<A>& terms, int lane, int64_t row) {
-    target[lane] = live[lane] && !terms.soft ? problem.label(problem.target, row) : -1;
-    x_t[lane] = shift[lane] = 0;
-    w_t[lane] = k_t[lane] = terms.weight && target[lane] >= 0 ? terms.weight[target[lane]] : A(1);
-    if (!terms.two_labels) return;
-    target_b[lane] = live[lane] ? problem.label(problem.target_b, row) : -1;
-    x_b[lane] = k_b[lane] = 0, w_b[lane] = 1;
-    if (target_b[lane] == target[lane]) {  // one label: its whole share counts for a, whose gradient does not cancel
-      target_b[lane] = -1;
-      return;
+
+  // The labels, and which rows count.
+  void read_targets(const Problem& problem, const Terms<A>& terms, int64_t row, int n, int lanes) {
+    if (terms.soft) {
+      for (int lane = 0; lane < n; ++lane) target[lane] = -1, live[lane] = 1;
+    } else {
+      problem.target_kind == kUint8 ? read_labels<uint8_t>(problem, row, n) : read_labels<int64_t>(problem, row, n);
     }
-    w_b[lane] = terms.weight ? terms.weight[target_b[lane]] : A(1);
-    k_b[lane] = w_b[lane] * (A(1) - terms.share(row)), k_t[lane] *= terms.share(row);
+    for (int lane = n; lane < lanes; ++lane) target[lane] = target_b[lane] = -1, live[lane] = 0;
+  }
+  template <class Label>
+  void read_labels(const Problem& problem, int64_t row, int n) {
+    const Label* a = static_cast<const Label*>(problem.target) + row;
+    const int64_t ignored = problem.ignore_index;
+    for (int lane = 0; lane < n; ++lane) {
+      const int64_t t = int64_t(a[lane]);
+      target[lane] = t == ignored ? -1 : t, live[lane] = A(t != ignored);
+    }
+    if (!problem.target_b) return;
+    const Label* b = static_cast<const Label*>(problem.target_b) + row;
+    for (int lane = 0; lane < n; ++lane) {
+      target_b[lane] = int64_t(b[lane]);
+      if (target_b[lane] == ignored) live[lane] = 0;
+      if (live[lane] == 0) target[lane] = target_b[lane] = -1;
+    }
+  }
+  // The labels' class weights and shares.
+  void weigh_targets(const Terms<A>& terms, int64_t row, int lanes) {
+    const V one = broadcast(A(1));
+    for (int lane = 0; lane < lanes; lane += W) store(w_t + lane, one), store(k_t + lane, one);
+    if (terms.weight)
+      for (int lane = 0; lane < lanes; ++lane)
+        if (target[lane] >= 0) w_t[lane] = k_t[lane] = terms.weight[target[lane]];
+    if (!terms.two_labels) return;
+    for (int lane = 0; lane < lanes; ++lane) {
+      x_b[lane] = k_b[lane] = 0, w_b[lane] = 1;
+      if (target_b[lane] == target[lane]) {  // one label: its whole share counts for a, whose gradient does not cancel
+        target_b[lane] = -1;
+        continue;
+      }
+      const A share = terms.share(row + lane);
+      w_b[lane] = terms.weight ? terms.weight[target_b[lane]] : A(1);
+      k_b[lane] = w_b[lane] * (A(1) - share), k_t[lane] *= share;
+    }
+  }
+
+  // What is kept of the rows for the backward, and for reductions that select among them; or their losses.
+  void store_rows(const Problem& problem, int64_t row, int n) const {
+    const int64_t n_rows = problem.n_rows();
+    A* saved = problem.saved ? static_cast<A*>(problem.saved) + kState + row : nullptr;
+    if (problem.save) {
+      copy(saved, max, n), copy(saved + n_rows, rest, n);
+      if (problem.has_probabilities()) copy(saved + 3 * n_rows, q_total, n);
+    }
+    if (selects(problem))
+      for (int lane = 0; lane < n; ++lane) saved[2 * n_rows + lane] = live[lane] != 0 ? loss[lane] : -kInfinity<A>;
+    if (problem.reduction != kNone) return;
+    switch (problem.loss_dtype) {
+      case kFloat32: return store_losses(static_cast<float*>(problem.loss) + row, A(problem.scale), n);
+      case kFloat64: return store_losses(static_cast<double*>(problem.loss) + row, A(problem.scale), n);
+      case kBfloat16: return store_losses(static_cast<bfloat16*>(problem.loss) + row, A(problem.scale), n);
+      default: return store_losses(static_cast<float16*>(problem.loss) + row, A(problem.scale), n);
+    }
+  }
+  template <class T>
+  void store_losses(T* to, A scale, int n) const {
+    using Wide = typename Accumulate<T>::type;
+    for (int lane = 0; lane < n; ++lane) store1(to + lane, Wide(scale * loss[lane]));
+  }
+  // Of float32 losses a double has 29 bits to spare; four sums, for they wait for each other.
+  void add_losses(CompensatedSum& sum, int n) const {
+    if constexpr (sizeof(A) == sizeof(double)) {
+      for (int lane = 0; lane < n; ++lane) sum.add(loss[lane]);
+    } else {
+      double parts[4] = {};
+      int lane = 0;
+      for (; lane + 4 <= n; lane += 4) {
+        UNROLL for (int i = 0; i < 4; ++i) parts[i] += double(loss[lane + i]);
+      }
+      for (; lane < n; ++lane) parts[0] += double(loss[lane]);
+      sum.sum += (parts[0] + parts[1]) + (parts[2] + parts[3]);
+    }
   }
   // Whether the label with the larger share has the largest logit. A NaN is in `rest`, which infinite logits make NaN too.
   bool is_correct(const Terms<A>& terms, int lane, int64_t row) const {

@@ -299,7 +299,7 @@ template <class T, class A>
 void group_gradients(const Problem& problem, const Terms<A>& terms, const GroupState<A>& s, int n, Scratch<A>& scratch,
                      const GroupPointers<T, A>& at) {
   for (int lane = 0; lane < n; ++lane) {
-    if (s.live[lane]) {
+    if (s.live[lane] != 0) {
       row_gradient<T, A>(problem, terms, s, lane, scratch, at.row(lane));
     } else {
       fill_row<T, A>(at.row(lane).dx, problem.n_cols, s.at_t[lane]);
@@ -320,7 +320,7 @@ RowSums forward_rows(const Problem& problem, int64_t begin, int64_t end, double 
     const GroupPointers<T, A> at(problem, row);
     s.begin_forward(problem, terms, row, n, Simd<A>::W, A(coefficient));
     for (int lane = 0; lane < n; ++lane)
-      if (s.live[lane]) row_stats<T, A>(problem, terms, s, lane, scratch, at.row(lane));  // else its logits may be NaN
+      if (s.live[lane] != 0) row_stats<T, A>(problem, terms, s, lane, scratch, at.row(lane));  // else its logits may be NaN
     s.finish_forward(problem, terms, row, n, sums);
     if (!problem.dlogits) return;
     s.factors(problem, terms, n);
