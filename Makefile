@@ -36,11 +36,12 @@ train: $(READY)
 	$(PY) benchmarks/train_cifar10.py $(ARGS)
 
 # Three processes, two at a time: TRITON_INTERPRET must be set before triton is imported, and an interpreted process cannot
-# compile; the emulator's tests and the report's take the core that is free first. Each keeps one core busy, and prints when done.
+# compile; the emulator's tests and the GPU benchmarks' take the core that is free first. Each keeps one core busy, and prints
+# when done.
 test: $(READY)
 	@$(MAKE) --jobs=2 --output-sync=target --no-print-directory test-interpreted test-native test-emulated ARGS="$(ARGS)"
 
-EMULATED := $(addprefix tests/test_,ptxsim.py ptxsim_marks.py report.py)
+EMULATED := $(addprefix tests/test_,ptxsim.py ptxsim_marks.py report.py bench_gpu.py host_overhead.py)
 
 test-interpreted: $(READY)
 	TRITON_INTERPRET=1 $(PY) -m pytest -m interpreter $(ARGS)

@@ -11,7 +11,7 @@ constexpr int64_t TILE_IN_L1 = 4096;  // values: 16 KB of float32
 constexpr int64_t TILE = 16384;       // values, in L2
 // 256 contiguous bytes of float32 per class, whole cache lines: with the 24 that L1 has room for at 150 classes, twice the time.
 constexpr int64_t WIDE_LANES = 64;
-constexpr int64_t FLUSH = 16;       // classes summed into one float before it is added to the total: keeps rounding errors small
+constexpr int64_t FLUSH = 16;  // classes summed into one float before it is added to the total: keeps rounding errors small
 
 // Lanes of a group, rounded up to whole vectors, and the columns of its tile.
 template <class A>
