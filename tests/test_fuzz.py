@@ -109,7 +109,7 @@ def test_random_problems(path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # the interpreter's maximum is numpy's, which warns
 @pytest.mark.parametrize("path", [INTERPRETER])
 def test_random_problems_under_the_interpreter(path: Path) -> None:
-    @_settings(ASKED // 100 or 30)  # a second each
+    @_settings(ASKED // 100 or 60)  # a second each
     @given(problem=problems(max_elements=1100))
     def run(problem: Problem) -> None:
         with entered(path):
