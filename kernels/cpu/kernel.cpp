@@ -198,8 +198,8 @@ int64_t forward(const Problem& problem) {
     problem.counts[2] = worst_row(problem, static_cast<const A*>(problem.row_stats) + problem.n_rows());
   }
   if (problem.reduction == kNone) return 0;
-  const bool selects = problem.reduction == kMax || problem.reduction == kTopK;
-  store_loss(problem, selects ? select_rows<A>(problem, targets.n_counted) : problem.scale * (total.loss.value() / denominator));
+  store_loss(problem, problem.selects_rows() ? select_rows<A>(problem, targets.n_counted)
+                                             : problem.scale * (total.loss.value() / denominator));
   return 0;
 }
 

@@ -170,7 +170,6 @@ struct GroupState {
       V factor = broadcast(coefficient);
       if (terms.sample_weight) factor *= rows(terms.sample_weight + row, lane, n);
       store(g + lane, factor), store(max + lane, broadcast(-kInfinity<A>)), store(rest + lane, V{});
-      store(q_sum + lane, V{}), store(q_total + lane, V{}), store(x_t + lane, V{}), store(shift + lane, V{});
     }
     weigh_targets(terms, row, lanes);
   }
@@ -183,24 +182,23 @@ struct GroupState {
     read_targets(problem, terms, row, n, lanes);
     for (int lane = 0; lane < lanes; lane += W) {
       V factor = broadcast(head[0]);
-      if (selects(problem)) factor = selected(saved + 2 * n_rows, lane, n, head);
+      if (problem.selects_rows()) factor = selected(saved + 2 * n_rows, lane, n, head);
       factor *= problem.reduction == kNone ? rows(dloss + row, lane, n) : broadcast(dloss[0]);
       if (terms.sample_weight) factor *= rows(terms.sample_weight + row, lane, n);
       const V counted = load(live + lane);
       factor = counted != V{} ? factor : V{};  // not times 0: the upstream gradient may be infinite
       store(g + lane, factor), store(live + lane, factor != V{} ? counted : V{});
     }
-    for (int lane = 0; lane < n && !terms.soft; ++lane)  // an index that changed since the forward is never an address
+    for (int lane = 0; lane < lanes && !terms.soft; ++lane) {  // an index that changed since the forward is never an address
       if (!is_class(problem, target[lane]) || (terms.two_labels && !is_class(problem, target_b[lane]))) live[lane] = 0;
+      if (live[lane] == 0) target[lane] = target_b[lane] = -1;
+    }
     for (int lane = 0; lane < lanes; lane += W) {
       const auto is_live = V(load(live + lane)) != V{};
       store(max + lane, is_live ? rows(saved, lane, n) : V{});
       store(rest + lane, is_live ? rows(saved + n_rows, lane, n) : broadcast(A(1)));
       if (terms.soft) store(q_total + lane, is_live ? rows(saved + 3 * n_rows, lane, n) : V{});
-      store(q_sum + lane, V{}), store(x_t + lane, V{}), store(shift + lane, V{});
     }
-    for (int lane = 0; lane < lanes; ++lane)
-      if (live[lane] == 0) target[lane] = target_b[lane] = -1;
     weigh_targets(terms, row, lanes);
     for (int lane = 0; lane < n; ++lane, x += problem.logits_strides.row) {
       if (target[lane] >= 0) x_t[lane] = logit(terms, x + target[lane] * col);
@@ -254,7 +252,6 @@ struct GroupState {
   }
   static INLINE void copy(A* to, const A* from, int n) { __builtin_memcpy(to, from, size_t(n) * sizeof(A)); }
 
-  static bool selects(const Problem& problem) { return problem.reduction == kMax || problem.reduction == kTopK; }
   // The coefficients of rows that max and topk selected by their losses; head: of saved.
   static V selected(const A* losses, int lane, int n, const A* head) {
     V factor{};
@@ -272,7 +269,7 @@ struct GroupState {
     return terms.transformed ? terms.transform(broadcast(A(load1(x))))[0] : A(load1(x));
   }
 
-  // The labels, and which rows count.
+  // The labels, and which rows count; zeros where statistics are added up, or are not known.
   void read_targets(const Problem& problem, const Terms<A>& terms, int64_t row, int n, int lanes) {
     if (terms.soft) {
       for (int lane = 0; lane < n; ++lane) target[lane] = -1, live[lane] = 1;
@@ -280,6 +277,8 @@ struct GroupState {
       problem.target_kind == kUint8 ? read_labels<uint8_t>(problem, row, n) : read_labels<int64_t>(problem, row, n);
     }
     for (int lane = n; lane < lanes; ++lane) target[lane] = target_b[lane] = -1, live[lane] = 0;
+    for (int lane = 0; lane < lanes; lane += W)
+      store(q_sum + lane, V{}), store(q_total + lane, V{}), store(x_t + lane, V{}), store(shift + lane, V{});
   }
   template <class Label>
   void read_labels(const Problem& problem, int64_t row, int n) {
@@ -325,7 +324,7 @@ struct GroupState {
       copy(saved, max, n), copy(saved + n_rows, rest, n);
       if (problem.has_probabilities()) copy(saved + 3 * n_rows, q_total, n);
     }
-    if (selects(problem))
+    if (problem.selects_rows())
       for (int lane = 0; lane < n; ++lane) saved[2 * n_rows + lane] = live[lane] != 0 ? loss[lane] : -kInfinity<A>;
     if (problem.reduction != kNone) return;
     switch (problem.loss_dtype) {
@@ -379,7 +378,7 @@ INLINE void for_groups(const Problem& problem, int64_t begin, int64_t end, int64
 template <class T, class A>
 struct GroupPointers {
   const T* x;
-  T* dx;       // null without a gradient
+  T* dx;                 // null without a gradient
   const A* p;            // probabilities, or
   const T* p_as_logits;  // probabilities in the logits' type; both null for class indices
   int64_t x_stride, dx_stride, p_stride;
