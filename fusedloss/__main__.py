@@ -15,7 +15,7 @@ def report() -> str:
     lines = [
         f"fusedloss {__version__}, torch {torch.__version__}, triton {_triton()}, Python {platform.python_version()}",
         f"machine   {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
-        f"backend   {backends.requested()} (FUSEDLOSS_BACKEND or `with fusedloss.backend(...)` asks for another)",
+        f"backend   {backends.requested} (FUSEDLOSS_BACKEND or `with fusedloss.backend(...)` asks for another)",
     ]
     if cpu.LIBRARY is None:
         lines.append(f"cpu       reference path: {cpu.MISSING}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fusedloss import ops, reference
+from fusedloss.known import KnownCall
 from fusedloss.plan import Inputs, Options, fuses_gradient, spatial_dims_collapse
 
 
@@ -97,26 +98,58 @@ class CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dlosses: Tensor) -> tuple[Tensor | None, ...]:
         dloss = dlosses[0]  # the others are of statistics
-        # create_graph=True: the gradient itself must be differentiable. Under vmap (is_grads_batched) no kernel serves dloss.
-        differentiable = torch.is_grad_enabled() or _is_batched(dloss)
-        if ctx.dlogits is not None and not differentiable:
+        if ctx.dlogits is not None and not _is_differentiable(dloss):
             return _scaled_fused_gradient(ctx, dloss), *_NO_GRADIENTS
         *tensors, saved = ctx.saved_tensors
-        inputs, (options, out_dtype, backend) = Inputs(*tensors), ctx.call
-        if differentiable:
-            with torch.enable_grad():
-                loss, _ = reference.cross_entropy(inputs, options, out_dtype)
-                (dlogits,) = torch.autograd.grad(loss, inputs.logits, dloss, create_graph=True)
-        elif fuses_gradient(options.reduction, inputs.logits.dtype):
-            # Handed out already: the same bits once more, so that two backwards add up to exactly twice one.
-            outputs = ops.forward(kernel_inputs(inputs), options, out_dtype, True, backend)
-            dlogits = outputs.dlogits.view(inputs.logits.shape)
-            ops.scale_gradient(dlogits, dloss, backend)
+        return _gradient(dloss, Inputs(*tensors), saved, *ctx.call), *_NO_GRADIENTS
+
+
+class KnownCrossEntropyFunction(torch.autograd.Function):
+    """The same for a call that was served before: logits (N, C), class indices, weights or not."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float, known: KnownCall) -> Tensor:
+        loss, saved, dlogits = known.prepared.forward(logits, target, weight, scale)
+        if weight is None and saved is None:  # each costs a percent of a step
+            ctx.save_for_backward(logits, target)
         else:
-            dlogits = ops.backward(dloss, kernel_inputs(inputs), saved, options, backend)
-            if inputs.logits.dim() > 2:
-                dlogits = dlogits.view(inputs.logits.shape)
-        return dlogits, *_NO_GRADIENTS
+            ctx.save_for_backward(logits, target, weight, saved)
+        ctx.kept = known, scale, dlogits
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        known, scale, dlogits = ctx.kept
+        if dlogits is not None and not torch.is_grad_enabled() and known.takes_dloss(dloss):
+            ctx.kept = known, scale, None
+            known.prepared.scale_gradient(dlogits, dloss)
+            return dlogits, None, None, None, None
+        logits, target, *others = ctx.saved_tensors
+        weight, saved = others or (None, None)  # saved: where no gradient was made
+        inputs, options = Inputs(logits, target, weight=weight), known.options._replace(scale=scale)
+        return _gradient(dloss, inputs, saved, options, known.out_dtype, known.backend), None, None, None, None
+
+
+def _gradient(dloss: Tensor, inputs: Inputs, saved: Any, options: Options, out_dtype: torch.dtype, backend: str) -> Tensor:
+    """The logits' gradient from what was saved: all but the first backward of the fused strategy."""
+    logits = inputs.logits
+    if _is_differentiable(dloss):
+        with torch.enable_grad():
+            loss, _ = reference.cross_entropy(inputs, options, out_dtype)
+            return torch.autograd.grad(loss, logits, dloss, create_graph=True)[0]
+    if fuses_gradient(options.reduction, logits.dtype):
+        # Handed out already: the same bits once more, so that two backwards add up to exactly twice one.
+        dlogits = ops.forward(kernel_inputs(inputs), options, out_dtype, True, backend).dlogits.view(logits.shape)
+        ops.scale_gradient(dlogits, dloss, backend)
+        return dlogits
+    dlogits = ops.backward(dloss, kernel_inputs(inputs), saved, options, backend)
+    return dlogits.view(logits.shape) if logits.dim() > 2 else dlogits
+
+
+def _is_differentiable(dloss: Tensor) -> bool:
+    """Whether a kernel's gradient would not do: under create_graph=True it must be differentiable itself, under vmap
+    (is_grads_batched) no kernel serves dloss."""
+    return torch.is_grad_enabled() or _is_batched(dloss)
 
 
 def _is_batched(dloss: Tensor) -> bool:

@@ -10,17 +10,19 @@ from torch.autograd import forward_ad
 from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fusedloss import backends, reference
-from fusedloss.autograd import CrossEntropyFunction, forward_only
+from fusedloss import backends, ops, reference
+from fusedloss.autograd import CrossEntropyFunction, KnownCrossEntropyFunction, forward_only
 from fusedloss.backends import cpu
 from fusedloss.backends.triton import device_facts
 from fusedloss.checks import Facts, InputFacts, autocast_dtype, check_class_indices, check_options, check_tensors
+from fusedloss.known import KNOWN, KnownCall, remember, same_kind, seen_before
 from fusedloss.ops import nobody_watches
 from fusedloss.plan import Inputs, Options, Plan
 from fusedloss.plan_cpu import cpu_plan
 from fusedloss.plan_triton import DeviceFacts, triton_plan
 from fusedloss.stats import LossStats
 
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _CHECK_TARGETS = os.environ.get("FUSEDLOSS_CHECK_TARGETS", "0") not in ("", "0")
 
 
@@ -97,6 +99,33 @@ def cross_entropy(
         Zhang et al. 2018, arXiv:1710.09412 (MixUp); Yun et al. 2019, arXiv:1905.04899 (CutMix); Chowdhery et al. 2022,
         arXiv:2204.02311 (z-loss); Gemma Team 2024, arXiv:2408.00118 (softcap).
     """
+    key = None
+    if (
+        type(scale) is float
+        and type(ignore_index) is int
+        and size_average is reduce is top_k is sample_weight is None
+        and not return_stats
+        and type(target) is not tuple
+        and not _is_dynamo_compiling()
+    ):
+        key = (
+            ignore_index,
+            reduction,
+            label_smoothing,
+            z_loss,
+            logit_scale,
+            softcap,
+            weight is None,
+            backends.requested,
+            torch.is_grad_enabled(),
+            forward_ad._current_level,
+            torch._C._len_torch_function_stack(),
+        )
+        for call in KNOWN.get(key, ()):
+            if call.takes(input, target) if weight is None else call.takes(input, target, weight):
+                if call.needs_grad:
+                    return KnownCrossEntropyFunction.apply(input, target, weight, scale, call)
+                return call.prepared.forward(input, target, weight, scale)[0]
     target, target_b, lam = _labels(target)
     lam_tensor = lam if isinstance(lam, Tensor) else None
     if has_torch_function_variadic(input, target, target_b, lam_tensor, weight, sample_weight):
@@ -126,17 +155,42 @@ def cross_entropy(
     )
     scale_tensor = scale if isinstance(scale, Tensor) else None
     inputs = Inputs(input, target, target_b, lam_tensor, weight, sample_weight, scale_tensor)
+    return _serve(inputs, options, None if isinstance(label_smoothing, Tensor) else key)
+
+
+def _serve(inputs: Inputs, options: Options, key: tuple[Any, ...] | None) -> Any:
+    """The long way; key: by which the next such call may be known."""
+    logits, scale = inputs.logits, inputs.scale
     route = _route(inputs, options)
     factor = None  # of the loss, outside the kernel
-    if scale_tensor is not None:
-        if scale_tensor.requires_grad and torch.is_grad_enabled():
-            factor, inputs = scale_tensor, inputs._replace(scale=None)
-        elif scale_tensor.device != input.device:
-            inputs = inputs._replace(scale=scale_tensor.to(input.device, non_blocking=True))
+    if scale is not None:
+        if scale.requires_grad and torch.is_grad_enabled():
+            factor, inputs = scale, inputs._replace(scale=None)
+        elif scale.device != logits.device:
+            inputs = inputs._replace(scale=scale.to(logits.device, non_blocking=True))
     loss, stats = _call(inputs, options, route)
+    if key is not None:
+        _remember(key, inputs, options, route, loss)
     if factor is not None:
         loss = loss * factor.to(loss)
-    return (loss, stats) if return_stats else loss
+    return (loss, stats) if options.return_stats else loss
+
+
+def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: "Route", loss: Tensor) -> None:
+    """Has the next call like this one go straight to its backend: logits (N, C) with class indices, where Python's time shows."""
+    logits, target, weight = inputs.logits, inputs.target, inputs.weight
+    if route.backend == "reference" or (_CHECK_TARGETS and route.backend != "cpu"):
+        return
+    if logits.dim() != 2 or target.dim() != 1 or inputs.target_b is not None or logits.stride() != (logits.shape[1], 1):
+        return
+    if not nobody_watches(*inputs) or not seen_before(key, logits):
+        return
+    needs_grad = logits.requires_grad and torch.is_grad_enabled()
+    prepared = ops.prepare(inputs, options, route.out_dtype, needs_grad, route.backend)
+    takes = same_kind(logits, target) if weight is None else same_kind(logits, target, weight)
+    takes_dloss = same_kind(loss.detach())
+    if prepared is not None and takes is not None and takes_dloss is not None:
+        remember(key, KnownCall(takes, takes_dloss, needs_grad, options, route.out_dtype, route.backend, prepared))
 
 
 class Route(NamedTuple):
@@ -167,7 +221,7 @@ def _route(inputs: Inputs, options: Options) -> Route:
     )
     # All but values decides: once per kind of call, unless somebody traces it, with sizes that are symbols.
     choose = _checked_route if nobody_watches(logits) else _checked_route.__wrapped__
-    return choose(facts, options.kind(), backends.requested(), _transform(), _autocast(logits))
+    return choose(facts, options.kind(), backends.requested, _transform(), _autocast(logits))
 
 
 @lru_cache(maxsize=1024)

@@ -34,9 +34,9 @@ def rows(shape: tuple[int, ...], *strides: tuple[int, ...] | None) -> Rows:
     return Rows(1, n_outer * n_inner, n_cols, flat) if one_block else Rows(n_outer, n_inner, n_cols, flat)
 
 
-def threads(n_elements: int, available: int) -> int:
-    """Threads for a problem of so many logits; the result is the same whatever their number."""
-    return max(1, min(available, n_elements // ELEMENTS_PER_THREAD))
+def max_threads(n_elements: int) -> int:
+    """Threads worth waking for a problem of so many logits; the result is the same whatever their number."""
+    return max(1, n_elements // ELEMENTS_PER_THREAD)
 
 
 def cpu_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool) -> Plan:
@@ -50,7 +50,7 @@ def cpu_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool) ->
         read_bytes=one_pass,
         write_bytes=0,
         launches=1,
-        threads=threads(logits.numel(), torch.get_num_threads()),
+        threads=min(max_threads(logits.numel()), torch.get_num_threads()),
     )
     if not needs_grad:
         return plan

@@ -20,14 +20,14 @@ def test_an_unknown_backend() -> None:
 
 
 def test_requests_nest_and_end_with_their_block() -> None:
-    before = backends.requested()
+    before = backends.requested
     with fusedloss.backend("reference"):
         with fusedloss.backend("triton"):
-            assert backends.requested() == "triton"
+            assert backends.requested == "triton"
         with pytest.raises(KeyError), fusedloss.backend("triton"):
             raise KeyError
-        assert backends.requested() == "reference"
-    assert backends.requested() == before
+        assert backends.requested == "reference"
+    assert backends.requested == before
 
 
 def _run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:

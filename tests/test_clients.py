@@ -4,6 +4,7 @@ Models are built from a configuration with random weights; nothing is downloaded
 """
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,13 +22,18 @@ Train = Callable[[], list[float]]  # seeds everything itself; returns the loss o
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The logits' shapes of what reached fusedloss."""
     seen: list[tuple[int, ...]] = []
-    call = functional._call
+    call, known = functional._call, functional.KnownCrossEntropyFunction
 
     def recording(inputs: Any, options: Any, route: Any) -> Any:
         seen.append(tuple(inputs.logits.shape))
         return call(inputs, options, route)
 
+    def recording_known(logits: Tensor, *arguments: Any) -> Any:
+        seen.append(tuple(logits.shape))
+        return known.apply(logits, *arguments)
+
     monkeypatch.setattr(functional, "_call", recording)
+    monkeypatch.setattr(functional, "KnownCrossEntropyFunction", SimpleNamespace(apply=recording_known))
     return seen
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,7 +65,7 @@ def test_small_problems_wake_no_thread(two_threads: None) -> None:
 @pytest.fixture(params=[name for name, number in cpu.ISA_NAMES.items() if 0 < number <= cpu.ISA_NAMES.get(cpu.ISA, 0)])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     assert cpu.LIBRARY is not None
-    monkeypatch.setattr(cpu, "LIBRARY", cpu.LIBRARY._replace(requested_isa=cpu.ISA_NAMES[request.param]))
+    monkeypatch.setattr(cpu, "LIBRARY", replace(cpu.LIBRARY, requested_isa=cpu.ISA_NAMES[request.param]))
     return request.param
 
 
@@ -86,7 +87,7 @@ def test_every_instruction_set(isa: str, shape: tuple[int, ...], dtype: torch.dt
 def test_special_logits(monkeypatch: pytest.MonkeyPatch, isa_of_specials: str) -> None:
     """Infinities and NaN in any position of a row, in both layouts, end where PyTorch's do."""
     assert cpu.LIBRARY is not None
-    monkeypatch.setattr(cpu, "LIBRARY", cpu.LIBRARY._replace(requested_isa=cpu.ISA_NAMES[isa_of_specials]))
+    monkeypatch.setattr(cpu, "LIBRARY", replace(cpu.LIBRARY, requested_isa=cpu.ISA_NAMES[isa_of_specials]))
     for n_cols in (10, 70, 5000):
         for value in (float("inf"), float("-inf"), float("nan"), 1e4, -1e4):
             for column in (0, 3, n_cols - 1):

@@ -13,12 +13,7 @@ def _checked(name: str) -> str:
     return name
 
 
-_requested = _checked(os.environ.get("FUSEDLOSS_BACKEND", "auto"))
-
-
-def requested() -> str:
-    """The backend asked for, "auto" where nobody asked."""
-    return _requested
+requested = _checked(os.environ.get("FUSEDLOSS_BACKEND", "auto"))  # read as backends.requested: it changes
 
 
 @contextmanager
@@ -33,9 +28,9 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: `name` is none of these.
     """
-    global _requested
-    previous, _requested = _requested, _checked(name)
+    global requested
+    previous, requested = requested, _checked(name)
     try:
         yield
     finally:
-        _requested = previous
+        requested = previous

@@ -8,16 +8,17 @@ import ctypes
 import math
 import os
 import struct
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from fusedloss import plan_cpu
-from fusedloss.backends.outputs import Outputs, allocate_forward, allocate_gradient
+from fusedloss.backends.outputs import Allocators, Outputs, allocate_forward, allocate_gradient, forward_allocators
 from fusedloss.plan import Inputs, Options, accumulation_dtype
 from fusedloss.reference import FRACTION_BITS
 
@@ -27,15 +28,30 @@ ISA_NAMES = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3, "avx512bf16": 4}
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "max": 3, "topk": 4}
 _INT64, _UINT8, _PROBABILITIES, _PROBABILITIES_AS_LOGITS = range(4)
-_CALL = struct.Struct("=12Q 2d")
-_KIND = struct.Struct("=4d 11q 3q 9q Q")
+_ABI = 2
+_CALL = struct.Struct("=12Q 2d q")
+_KIND = struct.Struct("=4d 10q 3q 9q Q")
 
 
-class Library(NamedTuple):
-    """The loaded kernel and what its calls need."""
-
+class Functions(NamedTuple):
     forward: Any
     backward: Any
+
+
+class Kind(NamedTuple):
+    """What only shapes, strides, dtypes and options decide: the same for all calls alike."""
+
+    functions: Functions
+    packed: bytes  # that part of a problem
+    max_threads: int  # that are worth waking
+
+
+@dataclass(frozen=True, eq=False)
+class Library:
+    """The loaded kernel and what its calls need."""
+
+    functions: Functions
+    holding_gil: Functions  # for problems that one thread solves before another could make use of the lock
     isa: str
     requested_isa: int
     gomp_parallel: int
@@ -51,16 +67,22 @@ def _load() -> tuple[Library | None, str | None]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"the compiled CPU kernel does not load: {error}"
-    library.fusedloss_problem_bytes.restype = ctypes.c_int64
-    if library.fusedloss_problem_bytes() != _CALL.size + _KIND.size:
+    # A library from before this number has no such function.
+    if not hasattr(library, "fusedloss_abi") or library.fusedloss_abi() != _ABI:
         return None, f"the compiled CPU kernel {path} is of another version: build it again"
-    library.fusedloss_forward.argtypes = library.fusedloss_backward.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
-    library.fusedloss_forward.restype = library.fusedloss_best_isa.restype = ctypes.c_int64
-    library.fusedloss_backward.restype = None
+    library.fusedloss_best_isa.restype = ctypes.c_int64
     requested = ISA_NAMES[os.environ.get("FUSEDLOSS_CPU_ISA", "auto")]
     best = library.fusedloss_best_isa()
     isa = list(ISA_NAMES)[min(requested, best) if requested else best]
-    return Library(library.fusedloss_forward, library.fusedloss_backward, isa, requested, _gomp_parallel(), str(path)), None
+    functions, holding_gil = _functions(library), _functions(ctypes.PyDLL(str(path)))
+    return Library(functions, holding_gil, isa, requested, _gomp_parallel(), str(path)), None
+
+
+def _functions(library: ctypes.CDLL) -> Functions:
+    forward, backward = library.fusedloss_forward, library.fusedloss_backward
+    forward.argtypes = backward.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+    forward.restype, backward.restype = ctypes.c_int64, None
+    return Functions(forward, backward)
 
 
 def _find() -> Path | None:
@@ -103,12 +125,17 @@ def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype
 
 
 def _forward(outputs: Outputs, dlogits: Tensor | None, inputs: Inputs, options: Options, save: bool) -> None:
+    inputs = _as_read(inputs)
+    kind = _kind_of(inputs, dlogits, None if dlogits is None else dlogits.stride(), outputs.loss.dtype, options, save)
     loss, saved, _, row_stats, counts = outputs
-    bad_row = _call(_library().forward, loss, saved, dlogits, row_stats, counts, inputs, None, options, save)
+    bad_row = _run(kind.functions.forward, kind, loss, saved, dlogits, row_stats, counts, None, inputs, options)
     if bad_row:
-        n_classes, labels = inputs.logits.shape[1], (inputs.target, inputs.target_b)
-        values = [label.reshape(-1)[bad_row - 1].item() for label in labels if label is not None]
-        raise IndexError(f"Target {next(t for t in values if not 0 <= t < n_classes)} is out of bounds.")
+        _raise_out_of_bounds(bad_row - 1, inputs.logits.shape[1], inputs.target, inputs.target_b)
+
+
+def _raise_out_of_bounds(row: int, n_classes: int, *labels: Tensor | None) -> NoReturn:
+    values = [label.reshape(-1)[row].item() for label in labels if label is not None]
+    raise IndexError(f"Target {next(t for t in values if not 0 <= t < n_classes)} is out of bounds.")
 
 
 def backward(
@@ -122,8 +149,9 @@ def backward(
     if dlogits.numel() > 0:
         if dloss.dtype != saved.dtype:  # a call of to() costs what the kernel takes for 1000 logits
             dloss = dloss.to(saved.dtype)
-        dloss = dloss.contiguous()
-        _call(_library().backward, None, saved, dlogits, None, None, inputs, dloss, options, True)
+        inputs = _as_read(inputs)
+        kind = _kind_of(inputs, dlogits, dlogits.stride(), None, options, True)
+        _run(kind.functions.backward, kind, None, saved, dlogits, None, None, dloss.contiguous(), inputs, options)
     return dlogits
 
 
@@ -133,52 +161,94 @@ def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
         dlogits.mul_(dloss)
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The forward of calls alike, on contiguous logits (N, C) with class indices, and weights or not."""
+
+    new: Allocators
+    kind: Kind
+
+    def forward(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, what the backward reads and the gradient for an upstream gradient of 1; as `Outputs` has them."""
+        new, kind = self.new, self.kind
+        loss = new.loss()
+        saved = None if new.saved is None else new.saved()
+        dlogits = None if new.dlogits is None else new.dlogits()
+        call = _CALL.pack(  # as in _run, which as a call of its own is 3 % of a small step
+            loss.data_ptr(),
+            0 if saved is None else saved.data_ptr(),
+            0 if dlogits is None else dlogits.data_ptr(),
+            0,
+            0,
+            logits.data_ptr(),
+            target.data_ptr(),
+            0,
+            0,
+            0 if weight is None else weight.data_ptr(),
+            0,
+            0,
+            scale,
+            1.0,
+            1 if kind.max_threads == 1 else min(kind.max_threads, torch.get_num_threads()),
+        )
+        bad_row = kind.functions.forward(call, kind.packed)
+        if bad_row:
+            _raise_out_of_bounds(bad_row - 1, logits.shape[1], target)
+        return loss, saved, dlogits
+
+    scale_gradient = staticmethod(scale_gradient)
+
+
+def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool) -> Prepared | None:
+    """What `forward` decides for these arguments, or None where it has to convert a tensor first."""
+    if any(read is not given for read, given in zip(_as_read(inputs), inputs, strict=True)):
+        return None
+    new = forward_allocators(inputs, options, out_dtype, needs_grad)
+    fused = new.dlogits is not None
+    kind = _kind_of(inputs, None, inputs.logits.stride() if fused else None, out_dtype, options, needs_grad and not fused)
+    return Prepared(new, kind)
+
+
 def _library() -> Library:
     if LIBRARY is None:
         raise RuntimeError(MISSING)
     return LIBRARY
 
 
-def _call(
+def _as_read(inputs: Inputs) -> Inputs:
+    """The same in dtypes and layouts that the kernel reads, whatever is so already as it is."""
+    logits, target, target_b, lam, weight, sample_weight, scale = inputs
+    accumulate = accumulation_dtype(logits.dtype)
+    if not inputs.has_probabilities():
+        target = target.contiguous()
+    elif target.dtype != logits.dtype:
+        target = target.to(accumulate)
+    return Inputs(
+        logits,
+        target,
+        None if target_b is None else target_b.contiguous(),
+        None if lam is None else lam.to(accumulate).contiguous(),
+        None if weight is None else weight.to(accumulate).contiguous(),
+        None if sample_weight is None else sample_weight.to(accumulate).contiguous(),
+        scale,
+    )
+
+
+def _run(
     function: Any,
+    kind: Kind,
     loss: Tensor | None,
     saved: Tensor | None,
     dlogits: Tensor | None,
     row_stats: Tensor | None,
     counts: Tensor | None,
-    inputs: Inputs,
     dloss: Tensor | None,
+    inputs: Inputs,
     options: Options,
-    save: bool,
 ) -> int:
     logits, target, target_b, lam, weight, sample_weight, scale = inputs
-    has_probabilities = inputs.has_probabilities()
-    accumulate = accumulation_dtype(logits.dtype)
-    if not has_probabilities:
-        target = target.contiguous()
-    elif target.dtype != logits.dtype:
-        target = target.to(accumulate)
-    # In a variable until the kernel has run: what was converted lives no longer.
-    target_b = None if target_b is None else target_b.contiguous()
-    lam = None if lam is None else lam.to(accumulate).contiguous()
-    weight = None if weight is None else weight.to(accumulate).contiguous()
-    sample_weight = None if sample_weight is None else sample_weight.to(accumulate).contiguous()
-    library = _library()
-    kind = _kind(
-        logits.shape,
-        logits.stride(),
-        None if dlogits is None else dlogits.stride(),
-        target.stride() if has_probabilities else None,
-        logits.dtype,
-        None if loss is None else loss.dtype,
-        target.dtype,
-        options.kind(),
-        save,
-        dlogits is not logits,
-        torch.get_num_threads(),
-        library.requested_isa,
-        library.gomp_parallel,
-    )
     call = _CALL.pack(
         0 if loss is None else loss.data_ptr(),
         0 if saved is None else saved.data_ptr(),
@@ -194,8 +264,33 @@ def _call(
         0 if dloss is None else dloss.data_ptr(),
         options.scale if scale is None else options.scale * scale.item(),
         options.lam,
+        1 if kind.max_threads == 1 else min(kind.max_threads, torch.get_num_threads()),
     )
-    return function(call, kind)
+    return function(call, kind.packed)
+
+
+def _kind_of(
+    inputs: Inputs,
+    dlogits: Tensor | None,
+    gradient_strides: tuple[int, ...] | None,
+    loss_dtype: torch.dtype | None,
+    options: Options,
+    save: bool,
+) -> Kind:
+    logits, target = inputs.logits, inputs.target
+    return _kind(
+        logits.shape,
+        logits.stride(),
+        gradient_strides,
+        target.stride() if inputs.has_probabilities() else None,
+        logits.dtype,
+        loss_dtype,
+        target.dtype,
+        options.kind(),
+        save,
+        dlogits is not logits,
+        _library(),
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -210,18 +305,15 @@ def _kind(
     options: Options,
     save: bool,
     fresh: bool,
-    available_threads: int,
-    requested_isa: int,
-    gomp_parallel: int,
-) -> bytes:
-    """The part of a problem that only shapes, strides, dtypes and options decide."""
+    library: Library,
+) -> Kind:
     n_elements = math.prod(shape)
     rows = plan_cpu.rows(shape, logits_strides, dlogits_strides, probabilities_strides)
     if probabilities_strides is None:
         target_kind = _UINT8 if target_dtype == torch.uint8 else _INT64
     else:
         target_kind = _PROBABILITIES if target_dtype == accumulation_dtype(logits_dtype) else _PROBABILITIES_AS_LOGITS
-    return _KIND.pack(
+    packed = _KIND.pack(
         options.label_smoothing,
         options.z_loss,
         options.logit_scale,
@@ -234,12 +326,13 @@ def _kind(
         target_kind,
         _REDUCTIONS[options.reduction],
         save,
-        requested_isa,
-        plan_cpu.threads(n_elements, available_threads),
+        library.requested_isa,
         n_elements * logits_dtype.itemsize if dlogits_strides is not None and fresh else 0,
         rows.n_outer,
         rows.n_inner,
         rows.n_cols,
         *rows.strides,
-        gomp_parallel,
+        library.gomp_parallel,
     )
+    max_threads = plan_cpu.max_threads(n_elements)
+    return Kind(library.functions if max_threads > 1 else library.holding_gil, packed, max_threads)

@@ -1,5 +1,9 @@
 """Allocates what the operators return, for every backend and for tracing with fake tensors."""
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,21 +24,67 @@ class Outputs(NamedTuple):
     counts: Any  # Tensor | None, int64, (3,): rows counted, rows correct, index of the worst; with return_stats
 
 
+class Sizes(NamedTuple):
+    """Of what a forward returns; None: it does not."""
+
+    loss: tuple[int, ...]
+    saved: int | None
+    has_gradient: bool
+    row_stats: tuple[int, int] | None
+
+
+def output_sizes(inputs: Inputs, options: Options, needs_grad: bool) -> Sizes:
+    """For inputs as the kernels take them."""
+    logits = inputs.logits
+    n_rows = logits.shape[0] if logits.dim() == 2 else logits.shape[0] * logits.shape[2]
+    fused = needs_grad and fuses_gradient(options.reduction, logits.dtype)
+    keeps_rows = (needs_grad and not fused) or options.reduction in ROW_REDUCTIONS
+    return Sizes(
+        (n_rows,) if options.reduction == "none" else (),
+        STATE + (3 + inputs.has_probabilities()) * n_rows if keeps_rows else None,
+        fused,
+        (2, n_rows) if options.return_stats else None,
+    )
+
+
 def allocate_forward(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool) -> Outputs:
     """The forward's outputs, for inputs as the kernels take them."""
     logits = inputs.logits
-    n_rows = logits.shape[0] if logits.dim() == 2 else logits.shape[0] * logits.shape[2]
+    loss, saved, has_gradient, row_stats = output_sizes(inputs, options, needs_grad)
     accumulate = accumulation_dtype(logits.dtype)
-    fused = needs_grad and fuses_gradient(options.reduction, logits.dtype)
-    keeps_rows = (needs_grad and not fused) or options.reduction in ROW_REDUCTIONS
-    n_saved = STATE + (3 + inputs.has_probabilities()) * n_rows
     return Outputs(
-        logits.new_empty((n_rows,) if options.reduction == "none" else (), dtype=out_dtype),
-        logits.new_empty((n_saved,), dtype=accumulate) if keeps_rows else None,
-        allocate_gradient(logits) if fused else None,
-        logits.new_empty((2, n_rows), dtype=accumulate) if options.return_stats else None,
-        logits.new_empty((3,), dtype=torch.int64) if options.return_stats else None,
+        logits.new_empty(loss, dtype=out_dtype),
+        None if saved is None else logits.new_empty((saved,), dtype=accumulate),
+        allocate_gradient(logits) if has_gradient else None,
+        None if row_stats is None else logits.new_empty(row_stats, dtype=accumulate),
+        None if row_stats is None else logits.new_empty((3,), dtype=torch.int64),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Allocators:
+    """Make the outputs of calls alike, of contiguous logits without statistics, in half the time that asking them takes."""
+
+    loss: Callable[[], Tensor]
+    saved: Callable[[], Tensor] | None
+    dlogits: Callable[[], Tensor] | None
+
+
+def forward_allocators(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool) -> Allocators:
+    """What `allocate_forward` allocates for these arguments."""
+    logits = inputs.logits
+    loss, saved, has_gradient, _ = output_sizes(inputs, options, needs_grad)
+    return Allocators(
+        allocator(loss, out_dtype, logits.device),
+        None if saved is None else allocator((saved,), accumulation_dtype(logits.dtype), logits.device),
+        allocator(logits.shape, logits.dtype, logits.device) if has_gradient else None,
+    )
+
+
+def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """Makes contiguous tensors of this shape."""
+    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return partial(torch.empty_strided, tuple(shape), strides, dtype=dtype, device=device)
 
 
 def allocate_gradient(logits: Tensor) -> Tensor:

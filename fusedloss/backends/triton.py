@@ -1,14 +1,23 @@
 """Allocates outputs and launches the Triton kernels that the plan chose. Triton is imported at the first launch."""
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from typing import Any
+from functools import cache, cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedloss.backends.outputs import STATE, Outputs, allocate_forward, allocate_gradient
+from fusedloss.backends.outputs import (
+    STATE,
+    Allocators,
+    Outputs,
+    allocate_forward,
+    allocate_gradient,
+    allocator,
+    forward_allocators,
+)
 from fusedloss.plan import Inputs, Options, Tile, accumulation_dtype
 from fusedloss.plan_triton import (
     COUNTED_ROWS,
@@ -45,6 +54,29 @@ class Launch:
     def n_rows(self) -> int:
         return self.constants["n_rows"]
 
+    @cached_property
+    def function(self) -> Any:
+        return _kernels()[self.tile.kernel]
+
+    @cached_property
+    def template(self) -> list[Any]:
+        """All arguments of the kernel in order; None where a call has its own."""
+        return [self.constants.get(name) for name in self.function.arg_names]
+
+    @cached_property
+    def slots(self) -> list[tuple[int, str]]:
+        """Places and names of the arguments that a call has."""
+        return [(place, name) for place, name in enumerate(self.function.arg_names) if name not in self.constants]
+
+
+class Launches(NamedTuple):
+    """Of a forward."""
+
+    main: Launch
+    counting: Launch | None  # before it, where no gradient can be written until the rows are counted
+    fused: bool
+    n_partials: int  # sums that the last program adds up
+
 
 def forward(
     inputs: Inputs,
@@ -55,31 +87,66 @@ def forward(
 ) -> Outputs:
     """One launch: every row's loss, and their reduction. The fused strategy writes the gradient in the same launch."""
     inputs = _laid_out(inputs)
-    logits = inputs.logits
     outputs = allocate_forward(inputs, options, out_dtype, needs_grad)
-    if outputs.dlogits is not None:
-        _fused(outputs, outputs.dlogits, inputs, options, keeps_workspace)
-        return outputs
+    strides = None if outputs.dlogits is None else outputs.dlogits.stride()
+    _forward(outputs, inputs, options, _forward_launches(inputs, strides, options, needs_grad), keeps_workspace)
+    return outputs
+
+
+def _forward_launches(inputs: Inputs, gradient_strides: tuple[int, ...] | None, options: Options, needs_grad: bool) -> Launches:
+    logits, facts = inputs.logits, device_facts(inputs.logits.device)
+    shape, strides, target_strides = logits.shape, logits.stride(), _probabilities_strides(inputs)
+    if gradient_strides is None:
+        launch = _forward_launch(shape, strides, target_strides, logits.element_size(), options.kind(), needs_grad, facts)
+        reduces = options.reduction != "none" or options.return_stats
+        return Launches(launch, None, False, launch.tile.n_programs // launch.tile.n_slices if reduces else 1)
+    layout = (shape, strides, gradient_strides, target_strides, logits.element_size())
+    launch = _gradient_launch("fused", *layout, options.kind(), facts)
+    counts = not inputs.has_probabilities() and needs_denominator(launch.tile, launch.n_rows, options.reduction)
+    counting = _denominator_launch(launch.n_rows, shape[1], options.ignore_index, facts) if counts else None
+    return Launches(launch, counting, True, launch.tile.n_programs // launch.tile.n_slices)
+
+
+def _forward(outputs: Outputs, inputs: Inputs, options: Options, launches: Launches, keeps_workspace: bool) -> None:
+    logits, n_rows = inputs.logits, launches.main.n_rows
     saved = outputs.saved if outputs.saved is not None else _state(logits)
-    layout = (logits.shape, logits.stride(), _probabilities_strides(inputs), logits.element_size())
-    launch = _forward_launch(*layout, options.kind(), needs_grad, device_facts(logits.device))
-    tile = launch.tile
-    reduces = options.reduction != "none" or options.return_stats
-    arguments: dict[str, Any] = {
+    arguments = {
         "loss_ptr": outputs.loss,
         "saved_ptr": saved,
-        **_workspace(2, tile.n_programs // tile.n_slices if reduces else 1, saved, keeps_workspace),
         "logits_ptr": logits,
         **_row_arguments(inputs, options),
         "scale_ptr": inputs.scale,
         "scale_bits": _bits(options.scale),
-        **_statistics(outputs, launch.n_rows),
+        **_statistics(outputs, n_rows),
     }
+    if outputs.dlogits is not None:
+        arguments["dlogits_ptr"] = outputs.dlogits
+    _launch_forward(launches, logits.device, arguments, saved, keeps_workspace)
+
+
+def _launch_forward(
+    launches: Launches, device: torch.device, arguments: dict[str, Any], saved: Tensor, keeps_workspace: bool
+) -> None:
+    """Adds the workspace to the arguments, and launches."""
+    launch, counting, fused, n_partials = launches
+    tile = launch.tile
+    arguments.update(_workspace(1 if fused else 2, n_partials, saved, keeps_workspace))
     if tile.n_slices > 1:
         arguments["slices_ptr"] = _slices(launch, saved)
-        arguments["ticket_ptr"] = _ticket(saved.device, keeps_workspace)
-    _launch(launch, logits.device, arguments)
-    return outputs
+        if fused:
+            arguments["arrived_ptr"] = saved.new_empty((1 + launch.n_rows,), dtype=torch.int32)
+        else:
+            arguments["ticket_ptr"] = _ticket(device, keeps_workspace)
+    # Triton's interpreter runs programs one after another: none can wait for a later one. There, the launches are made twice
+    # without waiting, and in the second round every slice finds what all others published in the first.
+    for _ in range(2 if fused and tile.n_slices > 1 and _interprets() else 1):
+        if counting is not None:
+            workspace = _workspace(1, counting.tile.n_programs, saved, keeps_workspace)
+            shared = {name: arguments.get(name) for name in _DENOMINATOR_ARGUMENTS}
+            _launch(counting, device, {**shared, **workspace})
+        elif fused and tile.n_slices > 1:  # every row counts, and the denominator is known
+            arguments["arrived_ptr"].zero_()
+        _launch(launch, device, arguments)
 
 
 @lru_cache(maxsize=1024)
@@ -112,42 +179,6 @@ def _forward_launch(
         if tile.n_slices == 1:
             constants["slices_ptr"] = None
     return Launch(tile, constants)
-
-
-def _fused(outputs: Outputs, dlogits: Tensor, inputs: Inputs, options: Options, keeps_workspace: bool) -> None:
-    """One launch, or two where no gradient can be written before the rows are counted, or slices need counters at zero."""
-    logits = inputs.logits
-    saved = _state(logits)
-    layout = (logits.shape, logits.stride(), dlogits.stride(), _probabilities_strides(inputs), logits.element_size())
-    facts = device_facts(logits.device)
-    launch = _gradient_launch("fused", *layout, options.kind(), facts)
-    tile, n_rows = launch.tile, launch.n_rows
-    arguments: dict[str, Any] = {
-        "loss_ptr": outputs.loss,
-        "saved_ptr": saved,
-        "dlogits_ptr": dlogits,
-        **_workspace(1, tile.n_programs // tile.n_slices, saved, keeps_workspace),
-        "logits_ptr": logits,
-        **_row_arguments(inputs, options),
-        "scale_ptr": inputs.scale,
-        "scale_bits": _bits(options.scale),
-        **_statistics(outputs, n_rows),
-    }
-    if tile.n_slices > 1:
-        arguments["slices_ptr"] = _slices(launch, saved)
-        arguments["arrived_ptr"] = saved.new_empty((1 + n_rows,), dtype=torch.int32)
-    # Triton's interpreter runs programs one after another: none can wait for a later one. There, the launches are made twice
-    # without waiting, and in the second round every slice finds what all others published in the first.
-    for _ in range(2 if tile.n_slices > 1 and _interprets() else 1):
-        if inputs.has_probabilities():  # every row counts, and the denominator is known
-            if tile.n_slices > 1:
-                arguments["arrived_ptr"].zero_()
-        elif needs_denominator(tile, n_rows, options.reduction):
-            counting = _denominator_launch(n_rows, logits.shape[1], options.ignore_index, facts)
-            workspace = _workspace(1, counting.tile.n_programs, saved, keeps_workspace)
-            shared = {name: arguments.get(name) for name in _DENOMINATOR_ARGUMENTS}
-            _launch(counting, logits.device, {**shared, **workspace})
-        _launch(launch, logits.device, arguments)
 
 
 _DENOMINATOR_ARGUMENTS = (  # which the fused launch has, too
@@ -239,6 +270,69 @@ def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
 def _scale_launch(n: int, facts: DeviceFacts) -> Launch:
     tile = scale_tile(n, facts)
     return Launch(tile, {"n": n, "BLOCK": tile.block_cols, "num_warps": tile.num_warps})
+
+
+_ABSENT = dict.fromkeys(  # from all calls that are prepared
+    (
+        "probabilities_ptr",
+        "target_b_ptr",
+        "lam_ptr",
+        "lam_bits",
+        "sample_weight_ptr",
+        "scale_ptr",
+        "row_stats_ptr",
+        "counts_ptr",
+        "flags_ptr",
+    )
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The forward of calls alike, on contiguous logits (N, C) with class indices, and weights or not."""
+
+    new: Allocators
+    new_state: Callable[[], Tensor]
+    launches: Launches
+    scaling: Launch
+    device: torch.device
+
+    def forward(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, what the backward reads and the gradient for an upstream gradient of 1; as `Outputs` has them."""
+        new = self.new
+        loss = new.loss()
+        saved = None if new.saved is None else new.saved()
+        dlogits = None if new.dlogits is None else new.dlogits()
+        state = self.new_state() if saved is None else saved
+        arguments = {
+            **_ABSENT,
+            "loss_ptr": loss,
+            "saved_ptr": state,
+            "logits_ptr": logits,
+            "target_ptr": target,
+            "weight_ptr": weight,
+            "scale_bits": _bits(scale),
+        }
+        if dlogits is not None:
+            arguments["dlogits_ptr"] = dlogits
+        _launch_forward(self.launches, self.device, arguments, state, keeps_workspace=True)
+        return loss, saved, dlogits
+
+    def scale_gradient(self, dlogits: Tensor, dloss: Tensor) -> None:
+        _launch(self.scaling, self.device, {"dlogits_ptr": dlogits, "dloss_ptr": dloss})
+
+
+def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool) -> Prepared | None:
+    """What `forward` decides for these arguments, or None where it has to copy a tensor first, or nothing is to be done."""
+    if inputs.logits.numel() == 0 or not all(tensor is None or tensor.is_contiguous() for tensor in inputs):
+        return None
+    new, device = forward_allocators(inputs, options, out_dtype, needs_grad), inputs.logits.device
+    strides = inputs.logits.stride() if new.dlogits is not None else None
+    new_state = allocator((STATE,), accumulation_dtype(inputs.logits.dtype), device)
+    scaling = _scale_launch(inputs.logits.numel(), device_facts(device))
+    return Prepared(new, new_state, _forward_launches(inputs, strides, options, needs_grad), scaling, device)
 
 
 def _state(logits: Tensor) -> Tensor:
@@ -363,10 +457,10 @@ def _launch(launch: Launch, device: torch.device, arguments: dict[str, Any]) -> 
         with torch.cuda.device(device):
             _launch(launch, device, arguments)
         return
-    function, n_programs = _kernels()[launch.tile.kernel], launch.tile.n_programs
+    n_programs = launch.tile.n_programs
     if not _keeps_compiled(device):
         try:
-            function[(n_programs,)](**launch.constants, **arguments)
+            launch.function[(n_programs,)](**launch.constants, **arguments)
         except (RuntimeError, ValueError) as error:
             if device.type == "cuda":
                 raise
@@ -377,23 +471,23 @@ def _launch(launch: Launch, device: torch.device, arguments: dict[str, Any]) -> 
         return
     # Triton's own launch asks every argument what the kernel was specialised for. Of those that change between calls alike it is
     # the presence, dtype and alignment of tensors, and of numbers whether they fit 32 bits.
-    values: dict[str, Any] = dict(launch.constants)
+    values = launch.template.copy()
     key: list[Any] = [device.index]
-    for name, value in arguments.items():
+    for place, name in launch.slots:
+        value = arguments[name]
         if value is None:
-            values[name] = None
             key.append(None)
         elif type(value) is int:
-            values[name] = value
+            values[place] = value
             key.append(-(2**31) <= value < 2**31)
         else:
-            values[name] = address = value.data_ptr()
+            values[place] = address = value.data_ptr()
             key += (value.dtype, address % VECTOR_BYTES == 0)
     compiled = launch.compiled.get(tuple(key))
     if compiled is not None:
-        compiled[(n_programs, 1, 1)](*[values[name] for name in function.arg_names])
+        compiled[(n_programs, 1, 1)](*values)
         return
-    compiled = function[(n_programs,)](**launch.constants, **arguments)
+    compiled = launch.function[(n_programs,)](**launch.constants, **arguments)
     if compiled is not None:  # None from Triton's interpreter
         launch.compiled[tuple(key)] = compiled
 

@@ -8,6 +8,8 @@
 
 namespace fusedloss {
 
+constexpr int64_t kAbi = 2;  // raised with every change of what follows; cpu.py refuses a library of another number
+
 enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16 };
 enum Reduction : int64_t { kNone, kSum, kMean, kMax, kTopK };
 enum TargetKind : int64_t { kInt64, kUint8, kProbabilities, kProbabilitiesAsLogits };
@@ -37,6 +39,7 @@ struct Call {
   // scalars
   double scale;
   double lam_factor;
+  int64_t n_threads;
 };
 
 struct Kind {
@@ -48,7 +51,6 @@ struct Kind {
   int64_t logits_dtype, loss_dtype, target_kind, reduction;
   int64_t save;            // forward: whether fusedloss_backward may follow
   int64_t isa;             // kBest, or a lower one for tests
-  int64_t n_threads;
   int64_t fresh_bytes;     // of dlogits, if its memory was allocated for this call; else 0
   // shapes and strides
   int64_t n_outer, n_inner, n_cols;

@@ -1,0 +1,70 @@
+"""Calls like one that was served before, found again by one question to PyTorch.
+
+The checks, the choice of path and the plan depend on all but the values of the tensors. Asking for all of that, tensor by tensor,
+takes Python longer than the loss of a 128 x 10 batch takes; the test by which torch.compile knows a call again asks the same in a
+quarter of a microsecond: type, dtype, device, sizes, strides, requires_grad and the dispatch keys, thus whether autocast, a
+dispatch mode or a transform is active, or a tensor is a negative view.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedloss.plan import Options
+
+MAX_KEYS = 256
+MAX_CALLS = 8  # of one key: where another is looked for, each costs a tenth of a microsecond
+MAX_SEEN = 1024
+
+_TensorGuards = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # private: without it no call is known again
+
+
+@dataclass(frozen=True, eq=False)
+class KnownCall:
+    """What was decided for a call, which plain tensors made that nobody watched."""
+
+    takes: Callable[..., bool]  # logits, target and weight, if any
+    takes_dloss: Callable[[Tensor], bool]
+    needs_grad: bool
+    options: Options  # but the scale
+    out_dtype: torch.dtype
+    backend: str
+    prepared: Any  # the backend's: forward(logits, target, weight, scale), scale_gradient(dlogits, dloss)
+
+
+KNOWN: dict[tuple[Any, ...], tuple[KnownCall, ...]] = {}  # by options and settings
+_seen: set[tuple[Any, ...]] = set()
+
+
+def seen_before(key: tuple[Any, ...], logits: Tensor) -> bool:
+    """Whether such a call may come again. Remembering one takes as long as serving it: not for a shape that comes once."""
+    if len(KNOWN.get(key, ())) == MAX_CALLS:
+        return False
+    call = (key, logits.shape, logits.dtype)
+    if call in _seen:
+        return True
+    if len(_seen) >= MAX_SEEN:
+        _seen.clear()
+    _seen.add(call)
+    return False
+
+
+def remember(key: tuple[Any, ...], call: KnownCall) -> None:
+    if len(KNOWN) >= MAX_KEYS:
+        KNOWN.clear()
+    KNOWN[key] = (*KNOWN.get(key, ()), call)  # replaced as a whole: another thread may be looking through them
+
+
+def same_kind(*tensors: Tensor) -> Callable[..., bool] | None:
+    """A test whether others are such tensors, no two of them the same; None where PyTorch has none, or not for these."""
+    if _TensorGuards is None:
+        return None
+    check = _TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+    ).check
+    return check if check(*tensors) else None

@@ -1,0 +1,313 @@
+"""Calls like one served before take a shorter way (fusedloss/known.py): who takes it, and that nobody can tell."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import CPU, GPU, INTERPRETER, Path, entered
+from problems import make_logits, make_target, make_weight
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedloss
+from fusedloss import functional, known
+
+N, C = 6, 10
+
+
+@pytest.fixture(params=[CPU, INTERPRETER, GPU])
+def path(request: pytest.FixtureRequest) -> Iterator[Path]:
+    with entered(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The calls that took the long way, since none was known."""
+    table: dict[Any, Any] = {}
+    monkeypatch.setattr(known, "KNOWN", table)
+    monkeypatch.setattr(functional, "KNOWN", table)
+    monkeypatch.setattr(known, "_seen", set())
+    seen: list[Any] = []
+    dispatch = functional._call
+    monkeypatch.setattr(functional, "_call", lambda *arguments: seen.append(arguments) or dispatch(*arguments))
+    return seen
+
+
+def problem(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return make_logits(N, C, dtype=dtype).requires_grad_(), make_target(N, n_classes=C, ignored=-100)
+
+
+def served(logits: Tensor, target: Tensor, *arguments: Any, dloss: float = 1.0, **options: Any) -> tuple[Tensor, Tensor | None]:
+    loss = fusedloss.cross_entropy(logits, target, *arguments, **options)
+    if not loss.requires_grad:
+        return loss, None
+    return loss.detach(), torch.autograd.grad(loss, logits, torch.full_like(loss, dloss))[0]
+
+
+def equal(ours: tuple[Tensor, Tensor | None], theirs: tuple[Tensor, Tensor | None]) -> bool:
+    return all(
+        (a is None and b is None) or (a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def without_known(call: Callable[[], Any]) -> Any:
+    """What the long way returns, or the exception that it raises."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "KNOWN", {})
+        return outcome(call)
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "sum", "scale": 0.5},
+        {"reduction": "none"},
+        {"reduction": "max"},
+        {"label_smoothing": 0.1, "ignore_index": -100},
+        {"z_loss": 1e-3, "logit_scale": 0.5, "softcap": 20.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_third_call_is_known_and_returns_the_same_bits(
+    path: Path, calls: list[Any], options: dict[str, Any], dtype: torch.dtype, weighted: bool
+) -> None:
+    logits, target = problem(dtype)
+    weight = make_weight(C, dtype=dtype) if weighted else None
+    first = served(logits, target, weight, dloss=0.5, **options)
+    served(logits, target, weight, dloss=0.5, **options)
+    assert len(calls) == 2
+    assert equal(served(logits, target, weight, dloss=0.5, **options), first)
+    # The C++ kernel reads weights in float32 or float64: others are converted on the long way.
+    converts = weighted and path.backend == "cpu" and dtype in (torch.bfloat16, torch.float16)
+    assert len(calls) == (3 if converts else 2)
+
+
+def test_known_without_a_gradient(path: Path, calls: list[Any]) -> None:
+    logits, target = problem()
+    losses = []
+    for _ in range(3):
+        with torch.no_grad():
+            losses.append(fusedloss.cross_entropy(logits, target))
+        losses.append(fusedloss.cross_entropy(logits.detach(), target))
+    assert len(calls) == 4
+    assert not any(loss.requires_grad for loss in losses)
+    assert len({loss.item() for loss in losses}) == 1
+
+
+class _Functions(TorchFunctionMode):
+    """Doubles our loss."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return 2 * result if function is fusedloss.cross_entropy else result
+
+
+class _Operators(TorchDispatchMode):
+    """Doubles the loss of our operator."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return (2 * result[0], *result[1:]) if function is torch.ops.fusedloss.forward.default else result
+
+
+class _Subclass(Tensor):
+    pass
+
+
+def _in(context: Callable[[], Any]) -> Callable[..., Any]:
+    def run(logits: Tensor, target: Tensor) -> Any:
+        with context():
+            return served(logits, target)
+
+    return run
+
+
+def _forward_ad(logits: Tensor, target: Tensor) -> Any:
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(logits.detach().requires_grad_(), torch.ones_like(logits))
+        return forward_ad.unpack_dual(fusedloss.cross_entropy(dual, target)).tangent
+
+
+OTHERS = {
+    "shape": lambda logits, target: served(logits[:4].detach().requires_grad_(), target[:4]),
+    "dtype": lambda logits, target: served(logits.detach().double().requires_grad_(), target),
+    "strides": lambda logits, target: served(logits.detach().t().contiguous().t().requires_grad_(), target),
+    "targets that are strided": lambda logits, target: served(logits, target.repeat_interleave(2)[::2]),
+    "uint8 targets": lambda logits, target: served(logits, target.clamp(min=0).byte()),
+    "int32 targets": lambda logits, target: served(logits, target.int()),
+    "a list": lambda logits, target: served(logits, target.tolist()),
+    "class probabilities": lambda logits, target: served(logits, logits.detach().softmax(1)),
+    "no gradient": lambda logits, target: served(logits.detach(), target),
+    "a parameter": lambda logits, target: served(nn.Parameter(logits.detach()), target),
+    "a subclass": lambda logits, target: served(logits.detach().as_subclass(_Subclass).requires_grad_(), target),
+    "a negative view": lambda logits, target: served(torch._neg_view(logits.detach()).requires_grad_(), target),
+    "meta": lambda logits, target: fusedloss.cross_entropy(logits.to("meta"), target.to("meta")).device.type,
+    "weight": lambda logits, target: served(logits, target, make_weight(C)),
+    "a weight too long": lambda logits, target: served(logits, target, make_weight(C + 1)),
+    "no such class": lambda logits, target: served(logits, target.clamp(min=0) + C),
+    "ignore_index": lambda logits, target: served(logits, target, ignore_index=3),
+    "ignore_index True": lambda logits, target: served(logits, target, ignore_index=True),
+    "reduction": lambda logits, target: served(logits, target, reduction="sum"),
+    "no reduction": lambda logits, target: served(logits, target, reduction="median"),
+    "label_smoothing": lambda logits, target: served(logits, target, label_smoothing=0.2),
+    "label_smoothing of a tensor": lambda logits, target: served(logits, target, label_smoothing=torch.tensor(0.2)),
+    "label_smoothing too large": lambda logits, target: served(logits, target, label_smoothing=2.0),
+    "size_average": lambda logits, target: served(logits, target, reduce=False),
+    "scale": lambda logits, target: served(logits, target, scale=0.25),
+    "an int scale": lambda logits, target: served(logits, target, scale=2),
+    "a scale of a tensor": lambda logits, target: served(logits, target, scale=torch.tensor(0.25)),
+    "z_loss": lambda logits, target: served(logits, target, z_loss=0.1),
+    "an infinite z_loss": lambda logits, target: served(logits, target, z_loss=float("inf")),
+    "logit_scale": lambda logits, target: served(logits, target, logit_scale=0.1),
+    "softcap": lambda logits, target: served(logits, target, softcap=5.0),
+    "topk": lambda logits, target: served(logits, target, reduction="topk", top_k=1),
+    "top_k without topk": lambda logits, target: served(logits, target, top_k=1),
+    "sample_weight": lambda logits, target: served(logits, target, sample_weight=torch.rand(N, generator=torch.manual_seed(0))),
+    "two labels": lambda logits, target: served(logits, (target, target, 0.5)),
+    "statistics": lambda logits, target: fusedloss.cross_entropy(logits, target, return_stats=True)[1].n_counted,
+    "no_grad": _in(torch.no_grad),
+    "inference_mode": _in(torch.inference_mode),
+    "autocast": _in(lambda: torch.autocast("cpu", torch.bfloat16)),
+    "a function mode": _in(_Functions),
+    "a dispatch mode": _in(_Operators),
+    "the reference": _in(lambda: fusedloss.backend("reference")),
+    "torch.func.grad": lambda logits, target: torch.func.grad(fusedloss.cross_entropy)(logits.detach(), target),
+    "vmap": lambda logits, target: torch.func.vmap(fusedloss.cross_entropy, (None, 0))(logits, target.expand(2, N)),
+    "forward-mode differentiation": _forward_ad,
+}
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated", "ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS.keys())
+def test_another_call_is_served_as_if_none_were_known(calls: list[Any], other: Callable[..., Any]) -> None:
+    logits, target = problem()
+    for _ in range(3):
+        served(logits, target)
+    assert len(calls) <= 3
+    expected = without_known(lambda: other(logits, target))
+    for _ in range(3):  # known itself by then, perhaps
+        found = outcome(lambda: other(logits, target))
+        if isinstance(expected, tuple) and isinstance(expected[0], Tensor):
+            assert equal(found, expected)
+        elif isinstance(expected, Tensor):
+            assert torch.equal(found, expected)
+        else:
+            assert found == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_backward_of_a_known_call(path: Path, dtype: torch.dtype) -> None:
+    logits, target = problem(dtype)
+
+    def backwards() -> list[Tensor]:
+        loss = fusedloss.cross_entropy(logits, target, label_smoothing=0.1, scale=0.5)
+        one, two = torch.ones_like(loss), torch.full_like(loss, 3.0)
+        found = [torch.autograd.grad(loss, logits, dloss, retain_graph=True)[0] for dloss in (two, one, two)]
+        found.append(torch.autograd.grad(loss, logits, torch.stack([one, two]), retain_graph=True, is_grads_batched=True)[0])
+        (gradient,) = torch.autograd.grad(loss, logits, two, create_graph=True)
+        found.append(gradient.detach())
+        found.append(torch.autograd.grad(gradient.square().sum(), logits)[0])
+        found.append(torch.autograd.grad(loss, logits)[0])
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            torch.autograd.grad(loss, logits)
+        return found
+
+    expected = without_known(backwards)
+    for _ in range(3):
+        assert all(map(torch.equal, backwards(), expected))
+    assert known.KNOWN
+
+
+def test_logits_changed_after_a_known_forward(path: Path) -> None:
+    """As on the long way: the gradient is there already, a second backward notices."""
+    logits, target = problem()
+    expected = served(logits, target)[1]
+    served(logits, target)
+    changed = logits.detach().clone().requires_grad_()
+    loss = fusedloss.cross_entropy(changed, target)
+    changed.data.zero_()
+    with torch.no_grad():
+        changed.add_(1)
+    (gradient,) = torch.autograd.grad(loss, changed, retain_graph=True)
+    assert torch.equal(gradient, expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, changed)
+
+
+def test_saved_tensor_hooks_see_a_known_call(path: Path) -> None:
+    logits, target = problem()
+    packed: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: packed.append(tensor.data_ptr()), lambda tensor: tensor):
+        for n_calls in range(1, 4):
+            fusedloss.cross_entropy(logits, target)
+            assert packed.count(logits.data_ptr()) == n_calls
+
+
+def test_no_tensor_is_kept(path: Path, calls: list[Any]) -> None:
+    logits, target = problem()
+    for _ in range(3):
+        served(logits, target, scale=0.5, label_smoothing=torch.tensor(0.1))
+        served(logits, target)
+    kept = weakref.ref(logits), weakref.ref(target)
+    del logits, target
+    calls.clear()
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None]
+
+
+def test_what_is_remembered_is_bounded(calls: list[Any]) -> None:
+    target = make_target(N, n_classes=C)
+    for n_rows in range(1, 20):
+        logits = make_logits(n_rows, C)
+        for _ in range(2):
+            fusedloss.cross_entropy(logits, target.repeat(4)[:n_rows].contiguous())
+    assert {len(of_one_key) for of_one_key in known.KNOWN.values()} == {known.MAX_CALLS}
+    logits = make_logits(N, C)
+    for ignored in range(2 * known.MAX_KEYS):
+        for _ in range(2):
+            fusedloss.cross_entropy(logits, target, ignore_index=-1 - ignored)
+    assert len(known.KNOWN) <= known.MAX_KEYS
+    for _ in range(3):
+        fusedloss.cross_entropy(logits, target)
+    for ignored in range(known.MAX_SEEN):
+        fusedloss.cross_entropy(logits, target, ignore_index=-1000 - ignored)
+    assert len(known._seen) <= known.MAX_SEEN
+
+
+def test_the_number_of_threads_is_no_part_of_it(calls: list[Any]) -> None:
+    logits, target = make_logits(64, 1000).requires_grad_(), make_target(64, n_classes=1000)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 1, 2):
+            torch.set_num_threads(threads)
+            found.append(served(logits, target))
+    finally:
+        torch.set_num_threads(before)
+    assert len(calls) == 2
+    assert all(equal(each, found[0]) for each in found)
+
+
+def test_a_torch_without_the_guards_takes_the_long_way(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
+    monkeypatch.setattr(known, "_TensorGuards", None)
+    logits, target = problem()
+    results = [served(logits, target) for _ in range(3)]
+    assert len(calls) == 3
+    assert all(equal(result, results[0]) for result in results)
