@@ -9,6 +9,7 @@ memory  growth of the resident set's peak during forward and backward, in units 
 
 import argparse
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ LARGE = 32 << 20  # bytes; below, what the allocator kept of earlier calls hides
 
 
 def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median seconds per call, the calls taking turns."""
+    """Median seconds per call, the calls taking turns, in random order: who follows whom decides which caches are cold."""
     for call in calls.values():
         call()
         call()
@@ -36,11 +37,13 @@ def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str,
         call()
     batch = max(1, int(0.002 * len(calls) / (time.perf_counter() - start)))
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     end = time.perf_counter() + seconds
     # At times a call takes three times as long, where a virtual machine has to get its fresh pages from the host: the median of
     # fewer turns would be luck.
     while time.perf_counter() < end or len(times["floor"]) < 11:
-        for name, call in calls.items():
+        for name in order.sample(list(calls), len(calls)):
+            call = calls[name]
             start = time.perf_counter()
             for _ in range(batch):
                 call()

@@ -11,9 +11,10 @@ namespace {
 #include "row_math.h"
 #include "rows.h"
 #include "lanes.h"
+#include "few.h"
 
 // From this many classes on, a contiguous row fills whole vectors; with fewer, the lanes of rows side by side do.
-constexpr int64_t MIN_ROW_COLS = 64;
+constexpr int64_t MIN_ROW_COLS = MAX_FEW_COLS + 1;
 
 INLINE bool takes_rows(const Problem& problem) {
   return problem.n_cols >= MIN_ROW_COLS && problem.logits_strides.col == 1 &&
@@ -23,13 +24,16 @@ INLINE bool takes_rows(const Problem& problem) {
 
 template <class T>
 RowSums forward_typed(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
-  return takes_rows(problem) ? forward_rows<T>(problem, begin, end, coefficient, weight_total)
-                             : forward_lanes<T>(problem, begin, end, coefficient, weight_total);
+  if (takes_rows(problem)) return forward_rows<T>(problem, begin, end, coefficient, weight_total);
+  if (takes_few(problem)) return forward_few<T>(problem, begin, end, coefficient, weight_total);
+  return forward_lanes<T>(problem, begin, end, coefficient, weight_total);
 }
 
 template <class T>
 void backward_typed(const Problem& problem, int64_t begin, int64_t end) {
-  takes_rows(problem) ? backward_rows<T>(problem, begin, end) : backward_lanes<T>(problem, begin, end);
+  if (takes_rows(problem)) return backward_rows<T>(problem, begin, end);
+  if (takes_few(problem)) return backward_few<T>(problem, begin, end);
+  backward_lanes<T>(problem, begin, end);
 }
 
 RowSums forward(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {

@@ -149,6 +149,40 @@ INLINE uint64_t sortable_bits(double loss) {
   return loss != loss ? ~uint64_t(0) : bits >> 63 ? ~bits : bits | 0x8000000000000000u;
 }
 
+// Losses of n rows, for reduction "none".
+template <class T, class A>
+INLINE void store_losses_as(const Problem& problem, int64_t row, const A* losses, int n) {
+  using Wide = typename Accumulate<T>::type;
+  T* to = static_cast<T*>(problem.loss) + row;
+  const A scale = A(problem.scale);
+  for (int lane = 0; lane < n; ++lane) store1(to + lane, Wide(scale * losses[lane]));
+}
+template <class A>
+void store_losses(const Problem& problem, int64_t row, const A* losses, int n) {
+  switch (problem.loss_dtype) {
+    case kFloat32: return store_losses_as<float>(problem, row, losses, n);
+    case kFloat64: return store_losses_as<double>(problem, row, losses, n);
+    case kBfloat16: return store_losses_as<bfloat16>(problem, row, losses, n);
+    default: return store_losses_as<float16>(problem, row, losses, n);
+  }
+}
+
+// Of float32 losses a double has 29 bits to spare; four sums, for they wait for each other.
+template <class A>
+INLINE void add_losses(CompensatedSum& sum, const A* losses, int n) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    for (int lane = 0; lane < n; ++lane) sum.add(losses[lane]);
+  } else {
+    double parts[4] = {};
+    int lane = 0;
+    for (; lane + 4 <= n; lane += 4) {
+      UNROLL for (int i = 0; i < 4; ++i) parts[i] += double(losses[lane + i]);
+    }
+    for (; lane < n; ++lane) parts[0] += double(losses[lane]);
+    sum.sum += (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  }
+}
+
 // The same per row of a group, one row per lane: what the two layouts share. Lanes without a row, or whose row does not count,
 // compute something harmless.
 constexpr int MAX_LANES = 256;
@@ -221,7 +255,7 @@ struct GroupState {
       store(loss + lane, counted != V{} ? losses : V{}), store(lse + lane, counted != V{} ? s.max + log_d : V{});
     }
     store_rows(problem, row, n);
-    if (problem.reduction != kNone) add_losses(sums.loss, n);
+    if (problem.reduction != kNone) add_losses(sums.loss, loss, n);
     if (!problem.row_stats) return;
     A* row_stats = static_cast<A*>(problem.row_stats) + row;
     copy(row_stats, lse, n), copy(row_stats + problem.n_rows(), loss, n);
@@ -326,32 +360,7 @@ struct GroupState {
     }
     if (problem.selects_rows())
       for (int lane = 0; lane < n; ++lane) saved[2 * n_rows + lane] = live[lane] != 0 ? loss[lane] : -kInfinity<A>;
-    if (problem.reduction != kNone) return;
-    switch (problem.loss_dtype) {
-      case kFloat32: return store_losses(static_cast<float*>(problem.loss) + row, A(problem.scale), n);
-      case kFloat64: return store_losses(static_cast<double*>(problem.loss) + row, A(problem.scale), n);
-      case kBfloat16: return store_losses(static_cast<bfloat16*>(problem.loss) + row, A(problem.scale), n);
-      default: return store_losses(static_cast<float16*>(problem.loss) + row, A(problem.scale), n);
-    }
-  }
-  template <class T>
-  void store_losses(T* to, A scale, int n) const {
-    using Wide = typename Accumulate<T>::type;
-    for (int lane = 0; lane < n; ++lane) store1(to + lane, Wide(scale * loss[lane]));
-  }
-  // Of float32 losses a double has 29 bits to spare; four sums, for they wait for each other.
-  void add_losses(CompensatedSum& sum, int n) const {
-    if constexpr (sizeof(A) == sizeof(double)) {
-      for (int lane = 0; lane < n; ++lane) sum.add(loss[lane]);
-    } else {
-      double parts[4] = {};
-      int lane = 0;
-      for (; lane + 4 <= n; lane += 4) {
-        UNROLL for (int i = 0; i < 4; ++i) parts[i] += double(loss[lane + i]);
-      }
-      for (; lane < n; ++lane) parts[0] += double(loss[lane]);
-      sum.sum += (parts[0] + parts[1]) + (parts[2] + parts[3]);
-    }
+    if (problem.reduction == kNone) store_losses(problem, row, loss, n);
   }
   // Whether the label with the larger share has the largest logit. A NaN is in `rest`, which infinite logits make NaN too.
   bool is_correct(const Terms<A>& terms, int lane, int64_t row) const {

@@ -1,0 +1,211 @@
+// Rows of few classes with one class index each, as CIFAR-10 has: a vector of rows at a time, in registers and a tile.
+//
+// lanes.h can do the same with twice the instructions; and its state of 20 values for each of up to 256 rows drives a training
+// step out of the caches, which a batch of 128 x 10 feels more than the instructions.
+//
+// Included once per instruction set, like simd.h.
+
+constexpr int64_t MAX_FEW_COLS = 63;
+
+INLINE bool takes_few(const Problem& problem) {
+  return problem.n_cols <= MAX_FEW_COLS && problem.n_outer == 1 && problem.logits_strides.col == 1 &&
+         (!problem.dlogits || problem.dlogits_strides.col == 1) && !problem.has_probabilities() && !problem.target_b &&
+         !problem.weight && !problem.row_stats && !problem.selects_rows() && problem.logit_scale == 1 && problem.softcap == 0;
+}
+
+#if FUSEDLOSS_VECTOR_BYTES == 32
+// v[i][j] becomes v[j][i].
+INLINE void transpose(F::V (&v)[8]) {
+  __m256 pairs[8], quads[8];
+  UNROLL for (int i = 0; i < 4; ++i) {
+    pairs[2 * i] = _mm256_unpacklo_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
+    pairs[2 * i + 1] = _mm256_unpackhi_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
+  }
+  UNROLL for (int i = 0; i < 8; i += 4) {
+    UNROLL for (int j = 0; j < 2; ++j) {
+      quads[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      quads[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  }
+  UNROLL for (int i = 0; i < 4; ++i) {
+    v[i] = (F::V)_mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+    v[i + 4] = (F::V)_mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+  }
+}
+
+// Whole vectors of rows, 8 classes at a time; the last 8 again where 8 does not divide their number.
+template <class T>
+INLINE bool load_few(float* to, const T* from, int64_t row, int n_rows, int64_t n_cols) {
+  if (n_rows < F::W || n_cols < F::W) return false;
+  for (int64_t c = 0; c < n_cols; c += F::W) {
+    if (c > n_cols - F::W) c = n_cols - F::W;
+    F::V v[8];
+    UNROLL for (int i = 0; i < 8; ++i) v[i] = load(from + i * row + c);
+    transpose(v);
+    UNROLL for (int i = 0; i < 8; ++i) store(to + (c + i) * F::W, v[i]);
+  }
+  return true;
+}
+template <class T>
+INLINE bool store_few(T* to, const float* from, int64_t row, int n_rows, int64_t n_cols) {
+  if (n_rows < F::W || n_cols < F::W) return false;
+  for (int64_t c = 0; c < n_cols; c += F::W) {
+    if (c > n_cols - F::W) c = n_cols - F::W;
+    F::V v[8];
+    UNROLL for (int i = 0; i < 8; ++i) v[i] = load(from + (c + i) * F::W);
+    transpose(v);
+    UNROLL for (int i = 0; i < 8; ++i) store(to + i * row + c, v[i]);
+  }
+  return true;
+}
+#endif
+template <class T, class A>
+INLINE bool load_few(A*, const T*, int64_t, int, int64_t) {
+  return false;
+}
+template <class T, class A>
+INLINE bool store_few(T*, const A*, int64_t, int, int64_t) {
+  return false;
+}
+
+// Rows [row, row + n), one per lane. Lanes without a row compute something harmless.
+template <class T, class A>
+struct FewRows {
+  static constexpr int W = Simd<A>::W;
+  using V = Vector<A>;
+  using I = Integers<A>;
+  using Int = typename Simd<A>::Int;
+
+  const Problem& problem;
+  const int64_t row;
+  const int n;
+  alignas(64) A tile[MAX_FEW_COLS * W];  // class by class: logits, then exponentials, then gradients
+
+  INLINE FewRows(const Problem& problem, int64_t row, int64_t end)
+      : problem(problem), row(row), n(end - row < W ? int(end - row) : W) {
+    const int64_t stride = problem.logits_strides.row;
+    const T* x = static_cast<const T*>(problem.logits) + row * stride;
+    if (!load_few(tile, x, stride, n, problem.n_cols)) load_tile<T, A>(tile, W, x, stride, 1, n, problem.n_cols);
+  }
+
+  // The class indices, -1 where a row is ignored.
+  INLINE I targets() const {
+    typedef int64_t Wide __attribute__((vector_size(W * 8)));
+    Wide t;
+    if (problem.target_kind == kInt64 && n == W) {
+      __builtin_memcpy(&t, static_cast<const int64_t*>(problem.target) + row, sizeof t);
+    } else {
+      int64_t labels[W];
+      for (int i = 0; i < W; ++i) labels[i] = i < n ? problem.label(problem.target, row + i) : problem.ignore_index;
+      __builtin_memcpy(&t, labels, sizeof t);
+    }
+    return __builtin_convertvector(t == problem.ignore_index ? Wide{} - 1 : t, I);
+  }
+  // The same in the backward: n_cols for an index that somebody changed since the forward, to that of no class.
+  INLINE I targets_now() const {
+    I target = I{} - 1;
+    for (int i = 0; i < n; ++i) {
+      const int64_t t = problem.label(problem.target, row + i);
+      if (t != problem.ignore_index) target[i] = Int(uint64_t(t) < uint64_t(problem.n_cols) ? t : problem.n_cols);
+    }
+    return target;
+  }
+
+  // Values of the rows; values: that of the first.
+  INLINE V of_rows(const A* values) const { return n == W ? V(load(values)) : load_partial<A, A>(values, n); }
+  INLINE void keep(A* values, V v) const { n == W ? store(values, v) : store_partial<A, A>(values, n, v); }
+
+  // Overwrites the exponentials with the gradients, `dead` in rows that are not live, and copies them out.
+  INLINE void store_gradients(RowFactors<A> f, I target, I live, V dead) {
+    const int64_t n_cols = problem.n_cols;  // here and below: a store might change what is read through a reference
+    for (int64_t c = 0; c < n_cols; ++c) {
+      const V d = target == Int(c) ? f.at_t : V(load(tile + c * W)) * f.p - f.constant;
+      store(tile + c * W, live ? d : dead);  // not times 0: a statistic may be infinite
+    }
+    const int64_t stride = problem.dlogits_strides.row;
+    T* dx = static_cast<T*>(problem.dlogits) + row * stride;
+    if (!store_few(dx, tile, stride, n, n_cols)) store_tile<T, A>(dx, tile, W, stride, 1, n, n_cols);
+  }
+};
+
+template <class A>
+INLINE RowStats<A> few_stats(Vector<A> max, Vector<A> rest, Vector<A> x_t, Vector<A> shift, Vector<A> q_sum) {
+  const Vector<A> one = broadcast(A(1)), zero{};
+  return {max, rest, x_t, zero, one, zero, one, zero, shift, q_sum, zero};
+}
+
+template <class T>
+RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
+  using A = typename Accumulate<T>::type;
+  using V = Vector<A>;
+  using Rows = FewRows<T, A>;
+  using I = typename Rows::I;
+  const Terms<A> terms(problem, weight_total);
+  A* saved = problem.save ? static_cast<A*>(problem.saved) + kState : nullptr;
+  RowSums sums = {};
+  for (int64_t row = begin; row < end; row += Rows::W) {
+    Rows rows(problem, row, end);
+    const I target = rows.targets(), counted = I(target >= 0);
+    const int64_t n_cols = problem.n_cols;
+    const bool uniform = terms.uniform;
+    V max = broadcast(-kInfinity<A>), x_t{}, rest{}, q_sum{};
+    for (int64_t c = 0; c < n_cols; ++c) max = max_(V(load(rows.tile + c * Rows::W)), max);
+    const V shift = finite_max_vector<A>(max);
+    for (int64_t flush = 0; flush < n_cols; flush += FLUSH) {
+      V part{}, q_part{};
+      for (int64_t c = flush; c < n_cols && c < flush + FLUSH; ++c) {
+        const V z = load(rows.tile + c * Rows::W);
+        const I is_target = I(target == typename Rows::Int(c));
+        const V e = is_target ? V{} : exp_nonpositive(z - shift);
+        x_t = is_target ? z : x_t;
+        part += e;
+        if (uniform) q_part += shift - z;
+        store(rows.tile + c * Rows::W, e);
+      }
+      rest += part, q_sum += q_part;
+    }
+
+    const RowStats<A> s = few_stats<A>(max, rest, x_t, shift, q_sum);
+    V g = broadcast(A(coefficient)), losses = row_loss<A>(s, terms, log_sum(s, terms));
+    if (terms.sample_weight) {
+      const V factor = rows.of_rows(terms.sample_weight + row);
+      g *= factor, losses *= factor;
+    }
+    alignas(64) A loss[Rows::W];
+    store(loss, V(counted ? losses : V{}));
+    problem.reduction == kNone ? store_losses(problem, row, loss, rows.n) : add_losses(sums.loss, loss, rows.n);
+    if (saved) rows.keep(saved + row, max), rows.keep(saved + problem.n_rows() + row, rest);
+    if (problem.dlogits) rows.store_gradients(row_factors<A>(s, terms, g), target, counted, V{});
+  }
+  return sums;
+}
+
+template <class T>
+void backward_few(const Problem& problem, int64_t begin, int64_t end) {
+  using A = typename Accumulate<T>::type;
+  using V = Vector<A>;
+  using Rows = FewRows<T, A>;
+  using I = typename Rows::I;
+  const A *head = static_cast<const A*>(problem.saved), *saved = head + kState;
+  const A* dloss = static_cast<const A*>(problem.dloss);
+  const Terms<A> terms(problem, head[3]);
+  for (int64_t row = begin; row < end; row += Rows::W) {
+    Rows rows(problem, row, end);
+    const I target = rows.targets_now(), counted = I(target >= 0);
+    V g = head[0] * (problem.reduction == kNone ? rows.of_rows(dloss + row) : broadcast(dloss[0]));
+    if (terms.sample_weight) g *= rows.of_rows(terms.sample_weight + row);
+    g = counted ? g : V{};  // not times 0: the upstream gradient may be infinite
+    const I live = counted & I(target < typename Rows::Int(problem.n_cols)) & I(g != V{});
+    const V max = live ? rows.of_rows(saved + row) : V{}, shift = finite_max_vector<A>(max);
+    const V rest = live ? rows.of_rows(saved + problem.n_rows() + row) : broadcast(A(1));
+    const int64_t n_cols = problem.n_cols;
+    V x_t{};
+    for (int64_t c = 0; c < n_cols; ++c) {
+      const V z = load(rows.tile + c * Rows::W);
+      x_t = target == typename Rows::Int(c) ? z : x_t;
+      store(rows.tile + c * Rows::W, exp_nonpositive(z - shift));
+    }
+    const RowFactors<A> f = row_factors<A>(few_stats<A>(max, rest, x_t, shift, V{}), terms, g);
+    rows.store_gradients(f, target, live, g != V{} ? broadcast(kNaN<A>) : V{});
+  }
+}
