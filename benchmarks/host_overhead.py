@@ -18,11 +18,12 @@ Medians of interleaved rounds in one process, in CPU time, which other programs 
 import argparse
 import cProfile
 import pstats
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -114,37 +115,46 @@ def step(loss: Callable[..., Tensor], logits: Tensor, target: Tensor) -> None:
     loss(logits, target).backward()
 
 
-def arms(logits: Tensor, target: Tensor) -> dict[str, Callable[[], None]]:
-    """What is timed, each without setting up anything inside the timed call."""
+class Arm(NamedTuple):
+    """What is timed, and what must be done before."""
+
+    enter: Callable[[], None]
+    call: Callable[[], None]
+
+
+def arms(logits: Tensor, target: Tensor) -> dict[str, Arm]:
     real = launcher._launch
 
-    def ours(launch: Callable[..., None], keeps_compiled: bool = True) -> Callable[[], None]:
-        def call() -> None:
+    def arm(loss: Callable[..., Tensor], launch: Callable[..., None] = real, keeps_compiled: bool = True) -> Arm:
+        def enter() -> None:
             launcher._launch, launcher._keeps_compiled = launch, lambda _: keeps_compiled
-            step(fusedloss.cross_entropy, logits, target)
 
-        return call
+        return Arm(enter, lambda: step(loss, logits, target))
 
     return {
-        "eager": lambda: step(F.cross_entropy, logits, target),
-        "launcher off": ours(nothing),
-        "launcher on": ours(real),
-        "Triton's own": ours(real, keeps_compiled=False),
-        "empty": lambda: step(lambda logits, _: _Nothing.apply(logits), logits, target),
+        "eager": arm(F.cross_entropy),
+        "launcher off": arm(fusedloss.cross_entropy, nothing),
+        "launcher on": arm(fusedloss.cross_entropy),
+        "Triton's own": arm(fusedloss.cross_entropy, keeps_compiled=False),
+        "empty": arm(lambda logits, _: _Nothing.apply(logits)),
     }
 
 
-def medians(calls: dict[str, Callable[[], None]], rounds: int, repeats: int = 50) -> dict[str, float]:
-    """Median seconds per call, the calls taking turns."""
+def medians(calls: dict[str, Arm], rounds: int, repeats: int = 50) -> dict[str, float]:
+    """Median seconds per call, the calls taking turns, in random order: who follows whom decides which caches are cold."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():  # compile, fill the caches
+    for arm in calls.values():  # compile, fill the caches
+        arm.enter()
         for _ in range(20):
-            call()
+            arm.call()
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, call in calls.items():
+        for name in order.sample(list(calls), len(calls)):
+            arm = calls[name]
+            arm.enter()
             start = time.process_time()
             for _ in range(repeats):
-                call()
+                arm.call()
             times[name].append((time.process_time() - start) / repeats)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -162,12 +172,14 @@ def profile(calls: int = 5000) -> str:
 
     logits, target = torch.randn(SHAPE, requires_grad=True), torch.randint(SHAPE[1], SHAPE[:1])
     with stubbed_launcher():
-        call = arms(logits, target)["launcher off"]
-        call()
+        arm = arms(logits, target)["launcher off"]
+        arm.enter()
+        for _ in range(3):
+            arm.call()
         profiler = cProfile.Profile()
         profiler.enable()
         for _ in range(calls):
-            call()
+            arm.call()
         profiler.disable()
     text = io.StringIO()
     pstats.Stats(profiler, stream=text).strip_dirs().sort_stats("tottime").print_stats(25)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fusedloss
+from fusedloss import functional
 from fusedloss.backends import triton as launcher
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -24,9 +25,10 @@ def test_only_the_launcher_arm_reaches_the_driver(monkeypatch: pytest.MonkeyPatc
     logits, target = torch.randn(host_overhead.SHAPE, requires_grad=True), torch.randint(10, (128,))
     reached = {}
     with host_overhead.stubbed_launcher():
-        for name, call in host_overhead.arms(logits, target).items():
+        for name, arm in host_overhead.arms(logits, target).items():
             launched.clear()
-            call()
+            arm.enter()
+            arm.call()
             reached[name] = list(launched)
             assert logits.grad.shape == logits.shape
     assert reached["launcher on"] == reached["Triton's own"] == ["fused_tile_kernel", "scale_gradient_kernel"]
@@ -47,6 +49,7 @@ def test_a_compiled_kernel_is_kept_for_what_it_was_compiled_for(monkeypatch: pyt
     run = triton.JITFunction.run
     monkeypatch.setattr(triton.JITFunction, "run", lambda self, *args, **kwargs: asked.append(self) or run(self, *args, **kwargs))
     monkeypatch.setattr(host_overhead.StubDriver, "launcher_cls", staticmethod(lambda src, _: lambda *_: launched.append(src)))
+    monkeypatch.setattr(functional, "KNOWN", {})
     memory, target = torch.randn(2570), torch.randint(10, (257,))
     aligned, shifted = memory[:1280].view(128, 10), memory[1:1281].view(128, 10)
     with host_overhead.stubbed_launcher():
@@ -68,6 +71,24 @@ def test_a_compiled_kernel_is_kept_for_what_it_was_compiled_for(monkeypatch: pyt
     assert launched[0] is launched[1] is launched[2] is launched[6]
     assert launched[3] is launched[7]
     assert len(set(map(id, launched))) == 5
+
+
+def test_a_known_call_looks_for_its_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    asked: list[object] = []  # of Triton's own launcher
+    launched: list[object] = []
+    run = triton.JITFunction.run
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, *args, **kwargs: asked.append(self) or run(self, *args, **kwargs))
+    monkeypatch.setattr(host_overhead.StubDriver, "launcher_cls", staticmethod(lambda src, _: lambda *_: launched.append(src)))
+    logits, target = torch.randn(129, 11, requires_grad=True), torch.randint(11, (129,))
+    with host_overhead.stubbed_launcher():
+        launcher._keeps_compiled = lambda _: True
+        for n_asked in (2, 2, 3, 3, 3):  # the gradient's scaling, too; then the known call's own launch
+            fusedloss.cross_entropy(logits, target).backward()
+            assert len(asked) == n_asked
+    assert len(launched) == 10
+    assert len(set(map(id, launched))) == 2  # Triton had both already
 
 
 def test_no_kernel_is_specialised_for_the_numbers_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -272,7 +272,7 @@ def _scale_launch(n: int, facts: DeviceFacts) -> Launch:
     return Launch(tile, {"n": n, "BLOCK": tile.block_cols, "num_warps": tile.num_warps})
 
 
-_ABSENT = dict.fromkeys(  # from all calls that are prepared
+_ABSENT = dict.fromkeys(  # from all calls that are prepared: not looked at in each
     (
         "probabilities_ptr",
         "target_b_ptr",
@@ -306,8 +306,7 @@ class Prepared:
         saved = None if new.saved is None else new.saved()
         dlogits = None if new.dlogits is None else new.dlogits()
         state = self.new_state() if saved is None else saved
-        arguments = {
-            **_ABSENT,
+        arguments: dict[str, Any] = {
             "loss_ptr": loss,
             "saved_ptr": state,
             "logits_ptr": logits,
@@ -331,8 +330,11 @@ def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
     new, device = forward_allocators(inputs, options, out_dtype, needs_grad), inputs.logits.device
     strides = inputs.logits.stride() if new.dlogits is not None else None
     new_state = allocator((STATE,), accumulation_dtype(inputs.logits.dtype), device)
-    scaling = _scale_launch(inputs.logits.numel(), device_facts(device))
-    return Prepared(new, new_state, _forward_launches(inputs, strides, options, needs_grad), scaling, device)
+    launches = _forward_launches(inputs, strides, options, needs_grad)
+    main = replace(launches.main, constants={**launches.main.constants, **_ABSENT}, compiled={})
+    return Prepared(
+        new, new_state, launches._replace(main=main), _scale_launch(inputs.logits.numel(), device_facts(device)), device
+    )
 
 
 def _state(logits: Tensor) -> Tensor:
