@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fusedloss import ops, reference
 from fusedloss.known import KnownCall
@@ -99,7 +100,7 @@ class CrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, *dlosses: Tensor) -> tuple[Tensor | None, ...]:
         dloss = dlosses[0]  # the others are of statistics
         if ctx.dlogits is not None and not _is_differentiable(dloss):
-            return _scaled_fused_gradient(ctx, dloss), *_NO_GRADIENTS
+            return _scaled_fused_gradient(ctx, dloss, ctx.call[2]), *_NO_GRADIENTS
         *tensors, saved = ctx.saved_tensors
         return _gradient(dloss, Inputs(*tensors), saved, *ctx.call), *_NO_GRADIENTS
 
@@ -114,19 +115,23 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
             ctx.save_for_backward(logits, target)
         else:
             ctx.save_for_backward(logits, target, weight, saved)
-        ctx.kept = known, scale, dlogits
+        ctx.known, ctx.scale, ctx.dlogits = known, scale, dlogits
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        known, scale, dlogits = ctx.kept
-        if dlogits is not None and not torch.is_grad_enabled() and known.takes_dloss(dloss):
-            ctx.kept = known, scale, None
-            known.prepared.scale_gradient(dlogits, dloss)
-            return dlogits, None, None, None, None
+        known = ctx.known
+        if ctx.dlogits is not None:
+            watched = torch.is_grad_enabled() or is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() != 0
+            if not watched and known.takes_dloss(dloss):
+                dlogits, ctx.dlogits = ctx.dlogits, None
+                known.prepared.scale_gradient(dlogits, dloss)
+                return dlogits, None, None, None, None
+            if not _is_differentiable(dloss):
+                return _scaled_fused_gradient(ctx, dloss, known.backend), None, None, None, None
         logits, target, *others = ctx.saved_tensors
         weight, saved = others or (None, None)  # saved: where no gradient was made
-        inputs, options = Inputs(logits, target, weight=weight), known.options._replace(scale=scale)
+        inputs, options = Inputs(logits, target, weight=weight), known.options._replace(scale=ctx.scale)
         return _gradient(dloss, inputs, saved, options, known.out_dtype, known.backend), None, None, None, None
 
 
@@ -158,9 +163,9 @@ def _is_batched(dloss: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (functorch.is_batchedtensor(dloss) or functorch.is_legacy_batchedtensor(dloss))
 
 
-def _scaled_fused_gradient(ctx: Any, dloss: Tensor) -> Tensor:
+def _scaled_fused_gradient(ctx: Any, dloss: Tensor, backend: str) -> Tensor:
     if torch.compiler.is_compiling():
         return ctx.dlogits * dloss  # the compiler owns the buffers of its graphs, and may have to run the backward again
     dlogits, ctx.dlogits = ctx.dlogits, None
-    ops.scale_gradient(dlogits, dloss, ctx.call[2])
+    ops.scale_gradient(dlogits, dloss, backend)
     return dlogits

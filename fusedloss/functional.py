@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -22,7 +23,6 @@ from fusedloss.plan_cpu import cpu_plan
 from fusedloss.plan_triton import DeviceFacts, triton_plan
 from fusedloss.stats import LossStats
 
-_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _CHECK_TARGETS = os.environ.get("FUSEDLOSS_CHECK_TARGETS", "0") not in ("", "0")
 
 
@@ -106,7 +106,7 @@ def cross_entropy(
         and size_average is reduce is top_k is sample_weight is None
         and not return_stats
         and type(target) is not tuple
-        and not _is_dynamo_compiling()
+        and not is_dynamo_compiling()
     ):
         key = (
             ignore_index,
@@ -120,6 +120,7 @@ def cross_entropy(
             torch.is_grad_enabled(),
             forward_ad._current_level,
             torch._C._len_torch_function_stack(),
+            torch._C._len_torch_dispatch_stack(),
         )
         for call in KNOWN.get(key, ()):
             if call.takes(input, target) if weight is None else call.takes(input, target, weight):

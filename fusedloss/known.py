@@ -2,8 +2,8 @@
 
 The checks, the choice of path and the plan depend on all but the values of the tensors. Asking for all of that, tensor by tensor,
 takes Python longer than the loss of a 128 x 10 batch takes; the test by which torch.compile knows a call again asks the same in a
-quarter of a microsecond: type, dtype, device, sizes, strides, requires_grad and the dispatch keys, thus whether autocast, a
-dispatch mode or a transform is active, or a tensor is a negative view.
+quarter of a microsecond: type, dtype, device, sizes, strides, requires_grad and the dispatch keys, thus whether autocast or a
+transform is active, or a tensor is a negative view. Modes, and what else a call depends on, are part of the key.
 """
 
 from collections.abc import Callable

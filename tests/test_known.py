@@ -10,7 +10,9 @@ import torch
 from conftest import CPU, GPU, INTERPRETER, Path, entered
 from problems import make_logits, make_target, make_weight
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -145,6 +147,11 @@ def _forward_ad(logits: Tensor, target: Tensor) -> Any:
         return forward_ad.unpack_dual(fusedloss.cross_entropy(dual, target)).tangent
 
 
+def _traced_backward(logits: Tensor, target: Tensor) -> Any:
+    loss = fusedloss.cross_entropy(logits, target)
+    return make_fx(lambda dloss: torch.autograd.grad(loss, logits, dloss))(torch.tensor(2.0))
+
+
 OTHERS = {
     "shape": lambda logits, target: served(logits[:4].detach().requires_grad_(), target[:4]),
     "dtype": lambda logits, target: served(logits.detach().double().requires_grad_(), target),
@@ -187,6 +194,9 @@ OTHERS = {
     "autocast": _in(lambda: torch.autocast("cpu", torch.bfloat16)),
     "a function mode": _in(_Functions),
     "a dispatch mode": _in(_Operators),
+    "a fake mode": lambda logits, target: _in(lambda: FakeTensorMode(allow_non_fake_inputs=True))(logits, target)[1].__class__,
+    "make_fx": lambda logits, target: make_fx(fusedloss.cross_entropy)(logits, target).code,
+    "make_fx of the backward": lambda logits, target: _traced_backward(logits, target).code,
     "the reference": _in(lambda: fusedloss.backend("reference")),
     "torch.func.grad": lambda logits, target: torch.func.grad(fusedloss.cross_entropy)(logits.detach(), target),
     "vmap": lambda logits, target: torch.func.vmap(fusedloss.cross_entropy, (None, 0))(logits, target.expand(2, N)),
