@@ -106,7 +106,7 @@ class CrossEntropyFunction(torch.autograd.Function):
 
 
 class KnownCrossEntropyFunction(torch.autograd.Function):
-    """The same for a call that was served before: logits (N, C), class indices, weights or not."""
+    """The same for a call like one that was served before: contiguous logits, class indices, weights or not."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float, known: KnownCall) -> Tensor:

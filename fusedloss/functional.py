@@ -12,11 +12,12 @@ from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusedloss import backends, ops, reference
-from fusedloss.autograd import CrossEntropyFunction, KnownCrossEntropyFunction, forward_only
+from fusedloss.autograd import CrossEntropyFunction, KnownCrossEntropyFunction, forward_only, kernel_inputs
 from fusedloss.backends import cpu
+from fusedloss.backends.outputs import contiguous_strides
 from fusedloss.backends.triton import device_facts
 from fusedloss.checks import Facts, InputFacts, autocast_dtype, check_class_indices, check_options, check_tensors
-from fusedloss.known import KNOWN, KnownCall, remember, same_kind, seen_before
+from fusedloss.known import KNOWN, KnownCall, is_worth_remembering, remember, same_kind
 from fusedloss.ops import nobody_watches
 from fusedloss.plan import Inputs, Options, Plan
 from fusedloss.plan_cpu import cpu_plan
@@ -24,6 +25,14 @@ from fusedloss.plan_triton import DeviceFacts, triton_plan
 from fusedloss.stats import LossStats
 
 _CHECK_TARGETS = os.environ.get("FUSEDLOSS_CHECK_TARGETS", "0") not in ("", "0")
+
+
+class Route(NamedTuple):
+    """Which backend serves a call, why, and the dtype of the loss."""
+
+    backend: str
+    reason: str
+    out_dtype: torch.dtype
 
 
 def cross_entropy(
@@ -99,7 +108,7 @@ def cross_entropy(
         Zhang et al. 2018, arXiv:1710.09412 (MixUp); Yun et al. 2019, arXiv:1905.04899 (CutMix); Chowdhery et al. 2022,
         arXiv:2204.02311 (z-loss); Gemma Team 2024, arXiv:2408.00118 (softcap).
     """
-    key = None
+    key = None  # with the tensors' kind, all that decides the way of a call (fusedloss/known.py)
     if (
         type(scale) is float
         and type(ignore_index) is int
@@ -177,29 +186,23 @@ def _serve(inputs: Inputs, options: Options, key: tuple[Any, ...] | None) -> Any
     return (loss, stats) if options.return_stats else loss
 
 
-def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: "Route", loss: Tensor) -> None:
-    """Has the next call like this one go straight to its backend: logits (N, C) with class indices, where Python's time shows."""
+def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Route, loss: Tensor) -> None:
+    """Has the next call like this one go straight to its backend: contiguous logits, class indices, weights or not."""
     logits, target, weight = inputs.logits, inputs.target, inputs.weight
     if route.backend == "reference" or (_CHECK_TARGETS and route.backend != "cpu"):
         return
-    if logits.dim() != 2 or target.dim() != 1 or inputs.target_b is not None or logits.stride() != (logits.shape[1], 1):
+    if logits.dim() < 2 or inputs.has_probabilities() or inputs.target_b is not None:
         return
-    if not nobody_watches(*inputs) or not seen_before(key, logits):
+    if logits.stride() != contiguous_strides(logits.shape) or not target.is_contiguous():
+        return
+    if not nobody_watches(*inputs) or not is_worth_remembering(key, logits):
         return
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
-    prepared = ops.prepare(inputs, options, route.out_dtype, needs_grad, route.backend)
+    prepared = ops.prepare(kernel_inputs(inputs), options, route.out_dtype, needs_grad, route.backend, logits.shape)
     takes = same_kind(logits, target) if weight is None else same_kind(logits, target, weight)
     takes_dloss = same_kind(loss.detach())
     if prepared is not None and takes is not None and takes_dloss is not None:
         remember(key, KnownCall(takes, takes_dloss, needs_grad, options, route.out_dtype, route.backend, prepared))
-
-
-class Route(NamedTuple):
-    """Which backend serves a call, why, and the dtype of the loss."""
-
-    backend: str
-    reason: str
-    out_dtype: torch.dtype
 
 
 def _labels(target: Any) -> tuple[Tensor, Tensor | None, float | Tensor]:

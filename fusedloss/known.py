@@ -16,7 +16,7 @@ from torch import Tensor
 from fusedloss.plan import Options
 
 MAX_KEYS = 256
-MAX_CALLS = 8  # of one key: where another is looked for, each costs a tenth of a microsecond
+MAX_CALLS = 8  # of one key: each that is another costs a tenth of a microsecond
 MAX_SEEN = 1024
 
 _TensorGuards = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # private: without it no call is known again
@@ -35,27 +35,27 @@ class KnownCall:
     prepared: Any  # the backend's: forward(logits, target, weight, scale), scale_gradient(dlogits, dloss)
 
 
-KNOWN: dict[tuple[Any, ...], tuple[KnownCall, ...]] = {}  # by options and settings
-_seen: set[tuple[Any, ...]] = set()
+KNOWN: dict[tuple[Any, ...], tuple[KnownCall, ...]] = {}  # by options and settings; only a cache: it may be emptied at any time
+_seen: dict[tuple[Any, ...], int] = {}  # how often, by key, shape and dtype
 
 
-def seen_before(key: tuple[Any, ...], logits: Tensor) -> bool:
-    """Whether such a call may come again. Remembering one takes as long as serving it: not for a shape that comes once."""
-    if len(KNOWN.get(key, ())) == MAX_CALLS:
-        return False
+def is_worth_remembering(key: tuple[Any, ...], logits: Tensor) -> bool:
+    """Whether such a call comes again. Remembering one takes as long as serving it, so not for a shape that comes once; and where
+    others are forgotten for it, at the powers of two only: many shapes in turn would do nothing but replace each other."""
     call = (key, logits.shape, logits.dtype)
-    if call in _seen:
-        return True
     if len(_seen) >= MAX_SEEN:
         _seen.clear()
-    _seen.add(call)
-    return False
+    times = _seen[call] = _seen.get(call, 0) + 1
+    if len(KNOWN.get(key, ())) < MAX_CALLS:
+        return times > 1
+    return times >= 16 and times & (times - 1) == 0
 
 
 def remember(key: tuple[Any, ...], call: KnownCall) -> None:
     if len(KNOWN) >= MAX_KEYS:
         KNOWN.clear()
-    KNOWN[key] = (*KNOWN.get(key, ()), call)  # replaced as a whole: another thread may be looking through them
+    # Replaced as a whole: another thread may be looking through them.
+    KNOWN[key] = (call, *KNOWN.get(key, ())[: MAX_CALLS - 1])
 
 
 def same_kind(*tensors: Tensor) -> Callable[..., bool] | None:

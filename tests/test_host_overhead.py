@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fusedloss
-from fusedloss import functional
+from fusedloss import functional, known
 from fusedloss.backends import triton as launcher
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -76,6 +76,7 @@ def test_a_compiled_kernel_is_kept_for_what_it_was_compiled_for(monkeypatch: pyt
 def test_a_known_call_looks_for_its_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
+    known.KNOWN.clear()
     asked: list[object] = []  # of Triton's own launcher
     launched: list[object] = []
     run = triton.JITFunction.run

@@ -34,7 +34,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     table: dict[Any, Any] = {}
     monkeypatch.setattr(known, "KNOWN", table)
     monkeypatch.setattr(functional, "KNOWN", table)
-    monkeypatch.setattr(known, "_seen", set())
+    monkeypatch.setattr(known, "_seen", {})
     seen: list[Any] = []
     dispatch = functional._call
     monkeypatch.setattr(functional, "_call", lambda *arguments: seen.append(arguments) or dispatch(*arguments))
@@ -99,6 +99,41 @@ def test_the_third_call_is_known_and_returns_the_same_bits(
     # The C++ kernel reads weights in float32 or float64: others are converted on the long way.
     converts = weighted and path.backend == "cpu" and dtype in (torch.bfloat16, torch.float16)
     assert len(calls) == (3 if converts else 2)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none", "max"])
+@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 5, 3, 4), (1, 5, 1, 2, 3), (3, 1), (1, 5)], ids=str)
+def test_known_pixels(path: Path, calls: list[Any], shape: tuple[int, ...], reduction: str) -> None:
+    logits = make_logits(*shape).requires_grad_()
+    target = make_target(shape[0], *shape[2:], n_classes=shape[1], ignored=-100)
+    first = served(logits, target, reduction=reduction, dloss=0.5)
+    served(logits, target, reduction=reduction, dloss=0.5)
+    assert equal(served(logits, target, reduction=reduction, dloss=0.5), first)
+    assert len(calls) == 2
+    if path.backend == "cpu":
+        target.view(-1)[-1] = shape[1]
+        with pytest.raises(IndexError, match=f"Target {shape[1]} is out of bounds"):
+            fusedloss.cross_entropy(logits, target, reduction=reduction)
+
+
+def test_pixels_in_another_order_take_the_long_way(path: Path, calls: list[Any]) -> None:
+    logits, target = make_logits(2, 5, 3, 4), make_target(2, 3, 4, n_classes=5)
+    first = fusedloss.cross_entropy(logits, target, reduction="none")
+    columns = target.transpose(1, 2).contiguous().transpose(1, 2)
+    channels_last = logits.to(memory_format=torch.channels_last)
+    for _ in range(3):
+        assert torch.equal(fusedloss.cross_entropy(logits, columns, reduction="none"), first)
+        torch.testing.assert_close(fusedloss.cross_entropy(channels_last, target, reduction="none"), first)
+    assert len(calls) == 7
+
+
+def test_nothing_is_known_of_no_rows(calls: list[Any]) -> None:
+    for shape in ((0, 5), (2, 5, 0)):
+        logits = torch.empty(shape, requires_grad=True)
+        for _ in range(3):
+            loss, gradient = served(logits, torch.empty((shape[0], *shape[2:]), dtype=torch.int64))
+            assert loss.isnan()
+            assert gradient.shape == shape
 
 
 def test_known_without_a_gradient(path: Path, calls: list[Any]) -> None:
@@ -299,6 +334,17 @@ def test_what_is_remembered_is_bounded(calls: list[Any]) -> None:
     for ignored in range(known.MAX_SEEN):
         fusedloss.cross_entropy(logits, target, ignore_index=-1000 - ignored)
     assert len(known._seen) <= known.MAX_SEEN
+
+
+def test_a_shape_that_comes_often_takes_the_place_of_another(calls: list[Any]) -> None:
+    target = make_target(20, n_classes=C)
+    for n_rows in range(1, known.MAX_CALLS + 1):
+        for _ in range(2):
+            fusedloss.cross_entropy(make_logits(n_rows, C), target[:n_rows].contiguous())
+    calls.clear()
+    for _ in range(20):
+        fusedloss.cross_entropy(make_logits(20, C), target)
+    assert len(calls) == 16
 
 
 def test_the_number_of_threads_is_no_part_of_it(calls: list[Any]) -> None:

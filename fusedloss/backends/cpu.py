@@ -163,7 +163,7 @@ def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """The forward of calls alike, on contiguous logits (N, C) with class indices, and weights or not."""
+    """The forward of calls alike, on contiguous logits with class indices, and weights or not, as the caller has them."""
 
     new: Allocators
     kind: Kind
@@ -201,11 +201,11 @@ class Prepared:
     scale_gradient = staticmethod(scale_gradient)
 
 
-def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool) -> Prepared | None:
-    """What `forward` decides for these arguments, or None where it has to convert a tensor first."""
+def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, shape: torch.Size) -> Prepared | None:
+    """What `forward` decides for these arguments, or None where it has to convert a tensor first. shape: the caller's logits'."""
     if any(read is not given for read, given in zip(_as_read(inputs), inputs, strict=True)):
         return None
-    new = forward_allocators(inputs, options, out_dtype, needs_grad)
+    new = forward_allocators(inputs, options, out_dtype, needs_grad, shape)
     fused = new.dlogits is not None
     kind = _kind_of(inputs, None, inputs.logits.stride() if fused else None, out_dtype, options, needs_grad and not fused)
     return Prepared(new, kind)

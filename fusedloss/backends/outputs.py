@@ -70,21 +70,27 @@ class Allocators:
     dlogits: Callable[[], Tensor] | None
 
 
-def forward_allocators(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool) -> Allocators:
-    """What `allocate_forward` allocates for these arguments."""
-    logits = inputs.logits
+def forward_allocators(
+    inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, shape: torch.Size
+) -> Allocators:
+    """What `allocate_forward` allocates for these arguments, loss and gradient as the caller's logits of this shape have them."""
+    device, dtype = inputs.logits.device, inputs.logits.dtype
     loss, saved, has_gradient, _ = output_sizes(inputs, options, needs_grad)
     return Allocators(
-        allocator(loss, out_dtype, logits.device),
-        None if saved is None else allocator((saved,), accumulation_dtype(logits.dtype), logits.device),
-        allocator(logits.shape, logits.dtype, logits.device) if has_gradient else None,
+        allocator((shape[0], *shape[2:]) if loss else (), out_dtype, device),
+        None if saved is None else allocator((saved,), accumulation_dtype(dtype), device),
+        allocator(shape, dtype, device) if has_gradient else None,
     )
 
 
 def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
     """Makes contiguous tensors of this shape."""
-    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    return partial(torch.empty_strided, tuple(shape), strides, dtype=dtype, device=device)
+    return partial(torch.empty_strided, tuple(shape), contiguous_strides(shape), dtype=dtype, device=device)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of torch.empty(shape), which takes a size of 0 for 1."""
+    return tuple(math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def allocate_gradient(logits: Tensor) -> Tensor:

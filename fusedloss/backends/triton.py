@@ -289,7 +289,7 @@ _ABSENT = dict.fromkeys(  # from all calls that are prepared: not looked at in e
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """The forward of calls alike, on contiguous logits (N, C) with class indices, and weights or not."""
+    """The forward of calls alike, on contiguous logits with class indices, and weights or not, as the caller has them."""
 
     new: Allocators
     new_state: Callable[[], Tensor]
@@ -323,11 +323,12 @@ class Prepared:
         _launch(self.scaling, self.device, {"dlogits_ptr": dlogits, "dloss_ptr": dloss})
 
 
-def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool) -> Prepared | None:
-    """What `forward` decides for these arguments, or None where it has to copy a tensor first, or nothing is to be done."""
+def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, shape: torch.Size) -> Prepared | None:
+    """What `forward` decides for these arguments, or None where it has to copy a tensor first, or there is nothing to do. shape:
+    the caller's logits'."""
     if inputs.logits.numel() == 0 or not all(tensor is None or tensor.is_contiguous() for tensor in inputs):
         return None
-    new, device = forward_allocators(inputs, options, out_dtype, needs_grad), inputs.logits.device
+    new, device = forward_allocators(inputs, options, out_dtype, needs_grad, shape), inputs.logits.device
     strides = inputs.logits.stride() if new.dlogits is not None else None
     new_state = allocator((STATE,), accumulation_dtype(inputs.logits.dtype), device)
     launches = _forward_launches(inputs, strides, options, needs_grad)
