@@ -126,7 +126,8 @@ def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype
 
 def _forward(outputs: Outputs, dlogits: Tensor | None, inputs: Inputs, options: Options, save: bool) -> None:
     inputs = _as_read(inputs)
-    kind = _kind_of(inputs, dlogits, None if dlogits is None else dlogits.stride(), outputs.loss.dtype, options, save)
+    strides = None if dlogits is None else dlogits.stride()
+    kind = _kind_of(inputs, strides, outputs.loss.dtype, options, save, fresh=dlogits is not inputs.logits)
     loss, saved, _, row_stats, counts = outputs
     bad_row = _run(kind.functions.forward, kind, loss, saved, dlogits, row_stats, counts, None, inputs, options)
     if bad_row:
@@ -150,7 +151,7 @@ def backward(
         if dloss.dtype != saved.dtype:  # a call of to() costs what the kernel takes for 1000 logits
             dloss = dloss.to(saved.dtype)
         inputs = _as_read(inputs)
-        kind = _kind_of(inputs, dlogits, dlogits.stride(), None, options, True)
+        kind = _kind_of(inputs, dlogits.stride(), None, options, True)
         _run(kind.functions.backward, kind, None, saved, dlogits, None, None, dloss.contiguous(), inputs, options)
     return dlogits
 
@@ -207,7 +208,7 @@ def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
         return None
     new = forward_allocators(inputs, options, out_dtype, needs_grad, shape)
     fused = new.dlogits is not None
-    kind = _kind_of(inputs, None, inputs.logits.stride() if fused else None, out_dtype, options, needs_grad and not fused)
+    kind = _kind_of(inputs, inputs.logits.stride() if fused else None, out_dtype, options, needs_grad and not fused)
     return Prepared(new, kind)
 
 
@@ -271,11 +272,11 @@ def _run(
 
 def _kind_of(
     inputs: Inputs,
-    dlogits: Tensor | None,
     gradient_strides: tuple[int, ...] | None,
     loss_dtype: torch.dtype | None,
     options: Options,
     save: bool,
+    fresh: bool = True,  # the gradient's memory, which nobody has touched
 ) -> Kind:
     logits, target = inputs.logits, inputs.target
     return _kind(
@@ -288,7 +289,7 @@ def _kind_of(
         target.dtype,
         options.kind(),
         save,
-        dlogits is not logits,
+        fresh,
         _library(),
     )
 

@@ -8,9 +8,9 @@
 constexpr int64_t MAX_FEW_COLS = 63;
 
 INLINE bool takes_few(const Problem& problem) {
-  return problem.n_cols <= MAX_FEW_COLS && problem.n_outer == 1 && problem.logits_strides.col == 1 &&
-         (!problem.dlogits || problem.dlogits_strides.col == 1) && !problem.has_probabilities() && !problem.target_b &&
-         !problem.weight && !problem.row_stats && !problem.selects_rows() && problem.logit_scale == 1 && problem.softcap == 0;
+  return problem.n_cols <= MAX_FEW_COLS && problem.n_outer == 1 && problem.has_contiguous_classes() &&
+         !problem.has_probabilities() && !problem.target_b && !problem.weight && !problem.row_stats &&
+         !problem.selects_rows() && problem.logit_scale == 1 && problem.softcap == 0;
 }
 
 #if FUSEDLOSS_VECTOR_BYTES == 32
@@ -33,39 +33,44 @@ INLINE void transpose(F::V (&v)[8]) {
   }
 }
 
-// Whole vectors of rows, 8 classes at a time; the last 8 again where 8 does not divide their number.
-template <class T>
-INLINE bool load_few(float* to, const T* from, int64_t row, int n_rows, int64_t n_cols) {
+// Where the 8 lines of a block of 8 classes begin, line i for classes from c on at c * class_step + i * line_step: in the caller's
+// memory the lines are rows, in a tile they are classes.
+struct Steps {
+  int64_t class_step, line_step;
+};
+// From one to the other and back, a whole vector of rows; the last 8 classes again where 8 does not divide their number.
+template <class To, class From>
+INLINE bool copy_transposed(To* to, Steps to_steps, const From* from, Steps from_steps, int n_rows, int64_t n_cols) {
   if (n_rows < F::W || n_cols < F::W) return false;
   for (int64_t c = 0; c < n_cols; c += F::W) {
     if (c > n_cols - F::W) c = n_cols - F::W;
     F::V v[8];
-    UNROLL for (int i = 0; i < 8; ++i) v[i] = load(from + i * row + c);
+    UNROLL for (int i = 0; i < 8; ++i) v[i] = load(from + c * from_steps.class_step + i * from_steps.line_step);
     transpose(v);
-    UNROLL for (int i = 0; i < 8; ++i) store(to + (c + i) * F::W, v[i]);
-  }
-  return true;
-}
-template <class T>
-INLINE bool store_few(T* to, const float* from, int64_t row, int n_rows, int64_t n_cols) {
-  if (n_rows < F::W || n_cols < F::W) return false;
-  for (int64_t c = 0; c < n_cols; c += F::W) {
-    if (c > n_cols - F::W) c = n_cols - F::W;
-    F::V v[8];
-    UNROLL for (int i = 0; i < 8; ++i) v[i] = load(from + (c + i) * F::W);
-    transpose(v);
-    UNROLL for (int i = 0; i < 8; ++i) store(to + i * row + c, v[i]);
+    UNROLL for (int i = 0; i < 8; ++i) store(to + c * to_steps.class_step + i * to_steps.line_step, v[i]);
   }
   return true;
 }
 #endif
+
+// The logits of up to a vector of rows, into a tile of W lanes; and a tile of gradients, out of it. row: the rows' stride.
 template <class T, class A>
-INLINE bool load_few(A*, const T*, int64_t, int, int64_t) {
-  return false;
+INLINE void load_few(A* tile, const T* from, int64_t row, int n_rows, int64_t n_cols) {
+  constexpr int W = Simd<A>::W;
+#if FUSEDLOSS_VECTOR_BYTES == 32
+  if constexpr (sizeof(A) == sizeof(float))
+    if (copy_transposed(tile, {W, W}, from, {1, row}, n_rows, n_cols)) return;
+#endif
+  load_tile<T, A>(tile, W, from, row, 1, n_rows, n_cols);
 }
 template <class T, class A>
-INLINE bool store_few(T*, const A*, int64_t, int, int64_t) {
-  return false;
+INLINE void store_few(T* to, const A* tile, int64_t row, int n_rows, int64_t n_cols) {
+  constexpr int W = Simd<A>::W;
+#if FUSEDLOSS_VECTOR_BYTES == 32
+  if constexpr (sizeof(A) == sizeof(float))
+    if (copy_transposed(to, {1, row}, tile, {W, W}, n_rows, n_cols)) return;
+#endif
+  store_tile<T, A>(to, tile, W, row, 1, n_rows, n_cols);
 }
 
 // Rows [row, row + n), one per lane. Lanes without a row compute something harmless.
@@ -85,7 +90,7 @@ struct FewRows {
       : problem(problem), row(row), n(end - row < W ? int(end - row) : W) {
     const int64_t stride = problem.logits_strides.row;
     const T* x = static_cast<const T*>(problem.logits) + row * stride;
-    if (!load_few(tile, x, stride, n, problem.n_cols)) load_tile<T, A>(tile, W, x, stride, 1, n, problem.n_cols);
+    load_few<T, A>(tile, x, stride, n, problem.n_cols);
   }
 
   // The class indices, -1 where a row is ignored.
@@ -111,8 +116,7 @@ struct FewRows {
     return target;
   }
 
-  // Values of the rows; values: that of the first.
-  INLINE V of_rows(const A* values) const { return n == W ? V(load(values)) : load_partial<A, A>(values, n); }
+  INLINE V of_rows(const A* values) const { return load_rows<A>(values, 0, n); }  // values: that of the first
   INLINE void keep(A* values, V v) const { n == W ? store(values, v) : store_partial<A, A>(values, n, v); }
 
   // Overwrites the exponentials with the gradients, `dead` in rows that are not live, and copies them out.
@@ -124,7 +128,7 @@ struct FewRows {
     }
     const int64_t stride = problem.dlogits_strides.row;
     T* dx = static_cast<T*>(problem.dlogits) + row * stride;
-    if (!store_few(dx, tile, stride, n, n_cols)) store_tile<T, A>(dx, tile, W, stride, 1, n, n_cols);
+    store_few<T, A>(dx, tile, stride, n, n_cols);
   }
 };
 

@@ -149,6 +149,12 @@ INLINE uint64_t sortable_bits(double loss) {
   return loss != loss ? ~uint64_t(0) : bits >> 63 ? ~bits : bits | 0x8000000000000000u;
 }
 
+// Values of rows from lane on, 0 from row n on; values: that of row 0.
+template <class A>
+INLINE Vector<A> load_rows(const A* values, int lane, int n) {
+  return lane + Simd<A>::W <= n ? Vector<A>(load(values + lane)) : load_partial<A, A>(values + lane, n - lane);
+}
+
 // Losses of n rows, for reduction "none".
 template <class T, class A>
 INLINE void store_losses_as(const Problem& problem, int64_t row, const A* losses, int n) {
@@ -202,7 +208,7 @@ struct GroupState {
     read_targets(problem, terms, row, n, lanes);
     for (int lane = 0; lane < lanes; lane += W) {
       V factor = broadcast(coefficient);
-      if (terms.sample_weight) factor *= rows(terms.sample_weight + row, lane, n);
+      if (terms.sample_weight) factor *= load_rows<A>(terms.sample_weight + row, lane, n);
       store(g + lane, factor), store(max + lane, broadcast(-kInfinity<A>)), store(rest + lane, V{});
     }
     weigh_targets(terms, row, lanes);
@@ -217,8 +223,8 @@ struct GroupState {
     for (int lane = 0; lane < lanes; lane += W) {
       V factor = broadcast(head[0]);
       if (problem.selects_rows()) factor = selected(saved + 2 * n_rows, lane, n, head);
-      factor *= problem.reduction == kNone ? rows(dloss + row, lane, n) : broadcast(dloss[0]);
-      if (terms.sample_weight) factor *= rows(terms.sample_weight + row, lane, n);
+      factor *= problem.reduction == kNone ? load_rows<A>(dloss + row, lane, n) : broadcast(dloss[0]);
+      if (terms.sample_weight) factor *= load_rows<A>(terms.sample_weight + row, lane, n);
       const V counted = load(live + lane);
       factor = counted != V{} ? factor : V{};  // not times 0: the upstream gradient may be infinite
       store(g + lane, factor), store(live + lane, factor != V{} ? counted : V{});
@@ -229,9 +235,9 @@ struct GroupState {
     }
     for (int lane = 0; lane < lanes; lane += W) {
       const auto is_live = V(load(live + lane)) != V{};
-      store(max + lane, is_live ? rows(saved, lane, n) : V{});
-      store(rest + lane, is_live ? rows(saved + n_rows, lane, n) : broadcast(A(1)));
-      if (terms.soft) store(q_total + lane, is_live ? rows(saved + 3 * n_rows, lane, n) : V{});
+      store(max + lane, is_live ? load_rows<A>(saved, lane, n) : V{});
+      store(rest + lane, is_live ? load_rows<A>(saved + n_rows, lane, n) : broadcast(A(1)));
+      if (terms.soft) store(q_total + lane, is_live ? load_rows<A>(saved + 3 * n_rows, lane, n) : V{});
     }
     weigh_targets(terms, row, lanes);
     for (int lane = 0; lane < n; ++lane, x += problem.logits_strides.row) {
@@ -251,7 +257,7 @@ struct GroupState {
       const RowStats<A> s = stats(terms, lane);
       const V log_d = log_sum(s, terms), counted = load(live + lane);
       V losses = row_loss<A>(s, terms, log_d);
-      if (terms.sample_weight) losses *= rows(terms.sample_weight + row, lane, n);
+      if (terms.sample_weight) losses *= load_rows<A>(terms.sample_weight + row, lane, n);
       store(loss + lane, counted != V{} ? losses : V{}), store(lse + lane, counted != V{} ? s.max + log_d : V{});
     }
     store_rows(problem, row, n);
@@ -280,10 +286,6 @@ struct GroupState {
   }
 
  private:
-  // Values of the rows from lane on, 0 from row n on; values: that of row 0.
-  static INLINE V rows(const A* values, int lane, int n) {
-    return lane + W <= n ? V(load(values + lane)) : load_partial<A, A>(values + lane, n - lane);
-  }
   static INLINE void copy(A* to, const A* from, int n) { __builtin_memcpy(to, from, size_t(n) * sizeof(A)); }
 
   // The coefficients of rows that max and topk selected by their losses; head: of saved.
