@@ -109,9 +109,10 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
     """The same for a call like one that was served before: contiguous logits, class indices, weights or not."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float, known: KnownCall) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, rest: tuple[Tensor, Tensor | None, float, KnownCall]) -> Tensor:
+        target, weight, scale, known = rest  # one by one they would cost a percent of a small step
         loss, saved, dlogits = known.prepared.forward(logits, target, weight, scale)
-        if weight is None and saved is None:  # each costs a percent of a step
+        if weight is None and saved is None:  # each another percent
             ctx.save_for_backward(logits, target)
         else:
             ctx.save_for_backward(logits, target, weight, saved)
@@ -126,13 +127,13 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
             if not watched and known.takes_dloss(dloss):
                 dlogits, ctx.dlogits = ctx.dlogits, None
                 known.prepared.scale_gradient(dlogits, dloss)
-                return dlogits, None, None, None, None
+                return dlogits, None
             if not _is_differentiable(dloss):
-                return _scaled_fused_gradient(ctx, dloss, known.backend), None, None, None, None
+                return _scaled_fused_gradient(ctx, dloss, known.backend), None
         logits, target, *others = ctx.saved_tensors
         weight, saved = others or (None, None)  # saved: where no gradient was made
         inputs, options = Inputs(logits, target, weight=weight), known.options._replace(scale=ctx.scale)
-        return _gradient(dloss, inputs, saved, options, known.out_dtype, known.backend), None, None, None, None
+        return _gradient(dloss, inputs, saved, options, known.out_dtype, known.backend), None
 
 
 def _gradient(dloss: Tensor, inputs: Inputs, saved: Any, options: Options, out_dtype: torch.dtype, backend: str) -> Tensor:

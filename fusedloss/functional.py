@@ -134,7 +134,7 @@ def cross_entropy(
         for call in KNOWN.get(key, ()):
             if call.takes(input, target) if weight is None else call.takes(input, target, weight):
                 if call.needs_grad:
-                    return KnownCrossEntropyFunction.apply(input, target, weight, scale, call)
+                    return KnownCrossEntropyFunction.apply(input, (target, weight, scale, call))
                 return call.prepared.forward(input, target, weight, scale)[0]
     target, target_b, lam = _labels(target)
     lam_tensor = lam if isinstance(lam, Tensor) else None
@@ -270,13 +270,15 @@ def _not_covered(name: str, facts: InputFacts, options: Options, out_dtype: torc
 
 
 def _transform() -> str | None:
-    """What differentiates or batches the call in a way that no kernel knows."""
+    """What differentiates, batches or records the call in a way that no kernel knows."""
     if torch.compiler.is_compiling():
         return None  # torch.compile traces neither of them
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace is recording, which sees no kernel"
     return None
 
 

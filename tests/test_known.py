@@ -258,7 +258,7 @@ def test_another_call_is_served_as_if_none_were_known(calls: list[Any], other: C
             assert found == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_every_backward_of_a_known_call(path: Path, dtype: torch.dtype) -> None:
     logits, target = problem(dtype)
 

@@ -200,3 +200,22 @@ def test_40_fx_traces_the_function(any_path: Path) -> None:
     assert any(node.target is fusedloss.cross_entropy for node in traced.graph.nodes)
     problem = make_logits(4, 5), make_target(4, n_classes=5)
     assert traced(*problem).equal(model(*problem))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_40_jit_trace(requires_grad: bool) -> None:
+    """What is recorded serves other values; a kernel's memory would be recorded as memory that nobody wrote."""
+    problem = make_logits(8, 5).requires_grad_(requires_grad), make_target(8, n_classes=5, ignored=-100)
+    for _ in range(3):  # known
+        fusedloss.cross_entropy(*problem)
+    traced = torch.jit.trace(lambda *arguments: fusedloss.cross_entropy(*arguments), problem)
+    logits, target = make_logits(6, 5, seed=1).requires_grad_(requires_grad), make_target(6, n_classes=5, seed=2)
+    torch.testing.assert_close(traced(logits, target), torch.nn.functional.cross_entropy(logits, target))
+    if requires_grad:
+        for ours, expected in zip(
+            _loss_and_gradient(traced, logits, target),
+            _loss_and_gradient(torch.nn.functional.cross_entropy, logits, target),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, expected)
