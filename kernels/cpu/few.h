@@ -1,4 +1,5 @@
-// Rows of few classes with one class index each, as CIFAR-10 has: a vector of rows at a time, in registers and a tile.
+// Rows of few classes with one class index each, as CIFAR-10 has, or pixels of even fewer: a vector of rows at a time, in registers
+// and a tile.
 //
 // lanes.h can do the same with twice the instructions; and its state of 20 values for each of up to 256 rows drives a training
 // step out of the caches, which a batch of 128 x 10 feels more than the instructions.
@@ -6,11 +7,15 @@
 // Included once per instruction set, like simd.h.
 
 constexpr int64_t MAX_FEW_COLS = 63;
+// With more, pages apart each, lanes.h is as fast or faster: it takes whole cache lines of every class.
+constexpr int64_t MAX_FEW_COLS_OF_PIXELS = 8;
 
 INLINE bool takes_few(const Problem& problem) {
-  return problem.n_cols <= MAX_FEW_COLS && problem.n_outer == 1 && problem.has_contiguous_classes() &&
-         !problem.has_probabilities() && !problem.target_b && !problem.weight && !problem.row_stats &&
-         !problem.selects_rows() && problem.logit_scale == 1 && problem.softcap == 0;
+  const bool are_few = problem.n_cols <= MAX_FEW_COLS && problem.has_contiguous_classes();
+  const bool are_pixels = problem.n_cols <= MAX_FEW_COLS_OF_PIXELS && problem.has_contiguous_rows();
+  return (are_few || are_pixels) && !problem.has_probabilities() && !problem.target_b && !problem.row_stats &&
+         !(problem.weight && problem.smoothing > 0) && !problem.selects_rows() && problem.logit_scale == 1 &&
+         problem.softcap == 0;
 }
 
 #if FUSEDLOSS_VECTOR_BYTES == 32
@@ -53,24 +58,34 @@ INLINE bool copy_transposed(To* to, Steps to_steps, const From* from, Steps from
 }
 #endif
 
-// The logits of up to a vector of rows, into a tile of W lanes; and a tile of gradients, out of it. row: the rows' stride.
+// The logits of up to a vector of rows, into a tile of W lanes; and a tile of gradients, out of it.
 template <class T, class A>
-INLINE void load_few(A* tile, const T* from, int64_t row, int n_rows, int64_t n_cols) {
+INLINE void load_few(A* tile, const T* from, const Strides& strides, int n_rows, int64_t n_cols) {
   constexpr int W = Simd<A>::W;
+  const int64_t col = strides.col;
+  if (strides.row == 1 && n_rows == W) {
+    for (int64_t c = 0; c < n_cols; ++c, from += col) store(tile + c * W, Vector<A>(load(from)));
+    return;
+  }
 #if FUSEDLOSS_VECTOR_BYTES == 32
   if constexpr (sizeof(A) == sizeof(float))
-    if (copy_transposed(tile, {W, W}, from, {1, row}, n_rows, n_cols)) return;
+    if (col == 1 && copy_transposed(tile, {W, W}, from, {1, strides.row}, n_rows, n_cols)) return;
 #endif
-  load_tile<T, A>(tile, W, from, row, 1, n_rows, n_cols);
+  load_tile<T, A>(tile, W, from, strides.row, col, n_rows, n_cols);
 }
 template <class T, class A>
-INLINE void store_few(T* to, const A* tile, int64_t row, int n_rows, int64_t n_cols) {
+INLINE void store_few(T* to, const A* tile, const Strides& strides, int n_rows, int64_t n_cols) {
   constexpr int W = Simd<A>::W;
+  const int64_t col = strides.col;
+  if (strides.row == 1 && n_rows == W) {
+    for (int64_t c = 0; c < n_cols; ++c, to += col) store(to, Vector<A>(load(tile + c * W)));
+    return;
+  }
 #if FUSEDLOSS_VECTOR_BYTES == 32
   if constexpr (sizeof(A) == sizeof(float))
-    if (copy_transposed(to, {1, row}, tile, {W, W}, n_rows, n_cols)) return;
+    if (col == 1 && copy_transposed(to, {1, strides.row}, tile, {W, W}, n_rows, n_cols)) return;
 #endif
-  store_tile<T, A>(to, tile, W, row, 1, n_rows, n_cols);
+  store_tile<T, A>(to, tile, W, strides.row, col, n_rows, n_cols);
 }
 
 // Rows [row, row + n), one per lane. Lanes without a row compute something harmless.
@@ -86,56 +101,70 @@ struct FewRows {
   const int n;
   alignas(64) A tile[MAX_FEW_COLS * W];  // class by class: logits, then exponentials, then gradients
 
-  INLINE FewRows(const Problem& problem, int64_t row, int64_t end)
-      : problem(problem), row(row), n(end - row < W ? int(end - row) : W) {
-    const int64_t stride = problem.logits_strides.row;
-    const T* x = static_cast<const T*>(problem.logits) + row * stride;
-    load_few<T, A>(tile, x, stride, n, problem.n_cols);
+  INLINE FewRows(const Problem& problem, int64_t row, int n, const T* x) : problem(problem), row(row), n(n) {
+    load_few<T, A>(tile, x, problem.logits_strides, n, problem.n_cols);
   }
 
-  // The class indices, -1 where a row is ignored.
+  // The class indices: -1 where a row is ignored; n_cols, the index of no class, for what somebody put there since the forward.
   INLINE I targets() const {
-    typedef int64_t Wide __attribute__((vector_size(W * 8)));
-    Wide t;
+    using Part = Simd<double>::I;
+    typename Simd<A>::Longs all;
+    Part parts[sizeof all / sizeof(Part)];  // of vectors wider than the machine's, GCC makes scalars
     if (problem.target_kind == kInt64 && n == W) {
-      __builtin_memcpy(&t, static_cast<const int64_t*>(problem.target) + row, sizeof t);
+      __builtin_memcpy(parts, static_cast<const int64_t*>(problem.target) + row, sizeof parts);
     } else {
       int64_t labels[W];
       for (int i = 0; i < W; ++i) labels[i] = i < n ? problem.label(problem.target, row + i) : problem.ignore_index;
-      __builtin_memcpy(&t, labels, sizeof t);
+      __builtin_memcpy(parts, labels, sizeof parts);
     }
-    return __builtin_convertvector(t == problem.ignore_index ? Wide{} - 1 : t, I);
-  }
-  // The same in the backward: n_cols for an index that somebody changed since the forward, to that of no class.
-  INLINE I targets_now() const {
-    I target = I{} - 1;
-    for (int i = 0; i < n; ++i) {
-      const int64_t t = problem.label(problem.target, row + i);
-      if (t != problem.ignore_index) target[i] = Int(uint64_t(t) < uint64_t(problem.n_cols) ? t : problem.n_cols);
+    for (Part& t : parts) {
+      const Part in_range = (t >= 0) & (t < problem.n_cols), ignored = t == problem.ignore_index;
+      t = ignored ? Part{} - 1 : in_range ? t : Part{} + problem.n_cols;
     }
-    return target;
+    __builtin_memcpy(&all, parts, sizeof all);
+    return __builtin_convertvector(all, I);
   }
-
+  // The targets' class weights; 1 without weights, and where there is no class.
+  INLINE V weights(const Terms<A>& terms, I target) const {
+    V w = broadcast(A(1));
+    if (!terms.weight) return w;
+    for (int64_t c = 0; c < problem.n_cols; ++c) w = target == Int(c) ? broadcast(terms.weight[c]) : w;
+    return w;
+  }
   INLINE V of_rows(const A* values) const { return load_rows<A>(values, 0, n); }  // values: that of the first
   INLINE void keep(A* values, V v) const { n == W ? store(values, v) : store_partial<A, A>(values, n, v); }
 
   // Overwrites the exponentials with the gradients, `dead` in rows that are not live, and copies them out.
-  INLINE void store_gradients(RowFactors<A> f, I target, I live, V dead) {
+  INLINE void store_gradients(T* dx, RowFactors<A> f, I target, I live, V dead) {
     const int64_t n_cols = problem.n_cols;  // here and below: a store might change what is read through a reference
     for (int64_t c = 0; c < n_cols; ++c) {
       const V d = target == Int(c) ? f.at_t : V(load(tile + c * W)) * f.p - f.constant;
       store(tile + c * W, live ? d : dead);  // not times 0: a statistic may be infinite
     }
-    const int64_t stride = problem.dlogits_strides.row;
-    T* dx = static_cast<T*>(problem.dlogits) + row * stride;
-    store_few<T, A>(dx, tile, stride, n, n_cols);
+    store_few<T, A>(dx, tile, problem.dlogits_strides, n, n_cols);
   }
 };
 
 template <class A>
-INLINE RowStats<A> few_stats(Vector<A> max, Vector<A> rest, Vector<A> x_t, Vector<A> shift, Vector<A> q_sum) {
-  const Vector<A> one = broadcast(A(1)), zero{};
-  return {max, rest, x_t, zero, one, zero, one, zero, shift, q_sum, zero};
+INLINE RowStats<A> few_stats(Vector<A> max, Vector<A> rest, Vector<A> x_t, Vector<A> e_t, Vector<A> w_t, Vector<A> shift,
+                             Vector<A> q_sum) {
+  const Vector<A> zero{};
+  return {max, rest, x_t, zero, e_t, w_t, zero, w_t, zero, shift, q_sum, zero};
+}
+
+// Calls body for rows [begin, end), a vector at a time, with where its gradients go.
+template <class T, class Body>
+INLINE void for_few(const Problem& problem, int64_t begin, int64_t end, const Body& body) {
+  using A = typename Accumulate<T>::type;
+  using Rows = FewRows<T, A>;
+  for_groups(problem, begin, end, problem.n_inner, [&](int64_t first, int n_rows) {
+    GroupPointers<T, A> at(problem, first);
+    for (int i = 0; i < n_rows; i += Rows::W) {
+      Rows rows(problem, first + i, n_rows - i < Rows::W ? n_rows - i : Rows::W, at.x);
+      body(rows, at.dx);
+      at = at.row(Rows::W);
+    }
+  });
 }
 
 template <class T>
@@ -147,12 +176,11 @@ RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double c
   const Terms<A> terms(problem, weight_total);
   A* saved = problem.save ? static_cast<A*>(problem.saved) + kState : nullptr;
   RowSums sums = {};
-  for (int64_t row = begin; row < end; row += Rows::W) {
-    Rows rows(problem, row, end);
+  for_few<T>(problem, begin, end, [&](Rows& rows, T* dx) {
     const I target = rows.targets(), counted = I(target >= 0);
     const int64_t n_cols = problem.n_cols;
     const bool uniform = terms.uniform;
-    V max = broadcast(-kInfinity<A>), x_t{}, rest{}, q_sum{};
+    V max = broadcast(-kInfinity<A>), x_t{}, e_t{}, rest{}, q_sum{};
     for (int64_t c = 0; c < n_cols; ++c) max = max_(V(load(rows.tile + c * Rows::W)), max);
     const V shift = finite_max_vector<A>(max);
     for (int64_t flush = 0; flush < n_cols; flush += FLUSH) {
@@ -160,8 +188,8 @@ RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double c
       for (int64_t c = flush; c < n_cols && c < flush + FLUSH; ++c) {
         const V z = load(rows.tile + c * Rows::W);
         const I is_target = I(target == typename Rows::Int(c));
-        const V e = is_target ? V{} : exp_nonpositive(z - shift);
-        x_t = is_target ? z : x_t;
+        const V exp_z = exp_nonpositive(z - shift), e = is_target ? V{} : exp_z;
+        x_t = is_target ? z : x_t, e_t = is_target ? exp_z : e_t;
         part += e;
         if (uniform) q_part += shift - z;
         store(rows.tile + c * Rows::W, e);
@@ -169,7 +197,8 @@ RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double c
       rest += part, q_sum += q_part;
     }
 
-    const RowStats<A> s = few_stats<A>(max, rest, x_t, shift, q_sum);
+    const int64_t row = rows.row;
+    const RowStats<A> s = few_stats<A>(max, rest, x_t, e_t, rows.weights(terms, target), shift, q_sum);
     V g = broadcast(A(coefficient)), losses = row_loss<A>(s, terms, log_sum(s, terms));
     if (terms.sample_weight) {
       const V factor = rows.of_rows(terms.sample_weight + row);
@@ -179,8 +208,8 @@ RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double c
     store(loss, V(counted ? losses : V{}));
     problem.reduction == kNone ? store_losses(problem, row, loss, rows.n) : add_losses(sums.loss, loss, rows.n);
     if (saved) rows.keep(saved + row, max), rows.keep(saved + problem.n_rows() + row, rest);
-    if (problem.dlogits) rows.store_gradients(row_factors<A>(s, terms, g), target, counted, V{});
-  }
+    if (dx) rows.store_gradients(dx, row_factors<A>(s, terms, g), target, counted, V{});
+  });
   return sums;
 }
 
@@ -193,9 +222,9 @@ void backward_few(const Problem& problem, int64_t begin, int64_t end) {
   const A *head = static_cast<const A*>(problem.saved), *saved = head + kState;
   const A* dloss = static_cast<const A*>(problem.dloss);
   const Terms<A> terms(problem, head[3]);
-  for (int64_t row = begin; row < end; row += Rows::W) {
-    Rows rows(problem, row, end);
-    const I target = rows.targets_now(), counted = I(target >= 0);
+  for_few<T>(problem, begin, end, [&](Rows& rows, T* dx) {
+    const int64_t row = rows.row;
+    const I target = rows.targets(), counted = I(target >= 0);
     V g = head[0] * (problem.reduction == kNone ? rows.of_rows(dloss + row) : broadcast(dloss[0]));
     if (terms.sample_weight) g *= rows.of_rows(terms.sample_weight + row);
     g = counted ? g : V{};  // not times 0: the upstream gradient may be infinite
@@ -203,13 +232,15 @@ void backward_few(const Problem& problem, int64_t begin, int64_t end) {
     const V max = live ? rows.of_rows(saved + row) : V{}, shift = finite_max_vector<A>(max);
     const V rest = live ? rows.of_rows(saved + problem.n_rows() + row) : broadcast(A(1));
     const int64_t n_cols = problem.n_cols;
-    V x_t{};
+    V x_t{}, e_t{};
     for (int64_t c = 0; c < n_cols; ++c) {
-      const V z = load(rows.tile + c * Rows::W);
-      x_t = target == typename Rows::Int(c) ? z : x_t;
-      store(rows.tile + c * Rows::W, exp_nonpositive(z - shift));
+      const I is_target = I(target == typename Rows::Int(c));
+      const V z = load(rows.tile + c * Rows::W), e = exp_nonpositive(z - shift);
+      x_t = is_target ? z : x_t, e_t = is_target ? e : e_t;
+      store(rows.tile + c * Rows::W, e);
     }
-    const RowFactors<A> f = row_factors<A>(few_stats<A>(max, rest, x_t, shift, V{}), terms, g);
-    rows.store_gradients(f, target, live, g != V{} ? broadcast(kNaN<A>) : V{});
-  }
+    const RowStats<A> s = few_stats<A>(max, rest, x_t, e_t, rows.weights(terms, target), shift, V{});
+    const RowFactors<A> f = row_factors<A>(s, terms, g);
+    rows.store_gradients(dx, f, target, live, g != V{} ? broadcast(kNaN<A>) : V{});
+  });
 }

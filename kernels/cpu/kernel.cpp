@@ -40,45 +40,12 @@ Chunks row_chunks(const Problem& problem) {
   return Chunks(problem.n_rows(), rows > 0 ? rows : 1, rows >= CHUNK_ROWS_MULTIPLE ? CHUNK_ROWS_MULTIPLE : 1);
 }
 
-struct TargetSummary {
-  int64_t first_bad;  // row, or -1
-  int64_t n_counted;
-  double weight;      // of the counted rows
-};
-
 // What chunks leave to the thread that called. Not on its stack, where a small problem's frames would come to lie 48 KB from
 // memory that is in the caches.
 thread_local TargetSummary target_parts[MAX_CHUNKS];
 thread_local RowSums row_sums[MAX_CHUNKS];
 
-template <class Target, class A>
-TargetSummary summarise(const Problem& problem, int64_t begin, int64_t end) {
-  const Target *a = static_cast<const Target*>(problem.target), *b = static_cast<const Target*>(problem.target_b);
-  // Of two labels the class weights are not in the denominator, as of probabilities.
-  const A* weight = problem.reduction == kMean && !b ? static_cast<const A*>(problem.weight) : nullptr;
-  auto is_bad = [&](int64_t t) { return uint64_t(t) >= uint64_t(problem.n_cols); };
-  TargetSummary summary = {-1, 0, 0};
-  bool bad = false;
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t t = int64_t(a[row]), u = b ? int64_t(b[row]) : t;
-    const bool counted = (t != problem.ignore_index) & (u != problem.ignore_index);
-    bad |= counted & (is_bad(t) | is_bad(u));
-    summary.n_counted += counted;
-  }
-  summary.weight = double(summary.n_counted);
-  if (bad) {
-    for (int64_t row = begin; summary.first_bad < 0; ++row)
-      if (problem.is_counted(row) && (is_bad(int64_t(a[row])) || (b && is_bad(int64_t(b[row]))))) summary.first_bad = row;
-  } else if (weight) {
-    summary.weight = 0;
-    for (int64_t row = begin; row < end; ++row)
-      if (int64_t(a[row]) != problem.ignore_index) summary.weight += double(weight[int64_t(a[row])]);
-  }
-  return summary;
-}
-
-template <class A>
-TargetSummary summarise_targets(const Problem& problem) {
+TargetSummary summarise_targets(const Problem& problem, SummariseRows summarise) {
   TargetSummary total = {-1, 0, 0};
   if (problem.has_probabilities()) {
     total.n_counted = problem.n_rows();
@@ -88,9 +55,7 @@ TargetSummary summarise_targets(const Problem& problem) {
   const Chunks chunks(problem.n_rows(), CHUNK_TARGETS, 1);
   TargetSummary* parts = target_parts;  // the caller's: the chunks' threads have others of that name
   parallel_for(problem, chunks.n, [&](int64_t chunk) {
-    const int64_t begin = chunks.begin(chunk), end = chunks.end(chunk);
-    parts[chunk] =
-        problem.target_kind == kUint8 ? summarise<uint8_t, A>(problem, begin, end) : summarise<int64_t, A>(problem, begin, end);
+    parts[chunk] = summarise(problem, chunks.begin(chunk), chunks.end(chunk));
   });
   for (int64_t chunk = 0; chunk < chunks.n; ++chunk) {
     if (total.first_bad < 0) total.first_bad = parts[chunk].first_bad;
@@ -134,7 +99,7 @@ Isa best_isa() {
   return kBaseline;
 }
 
-const Kernels& kernels(const Problem& problem) {
+const Kernels& kernels_for(const Problem& problem) {
   static const Isa best = best_isa();
   const int64_t isa = problem.isa == kBest || problem.isa > best ? best : problem.isa;
 #if defined(__x86_64__)
@@ -174,7 +139,8 @@ void store_loss(const Problem& problem, double loss) {
 
 template <class A>
 int64_t forward(const Problem& problem) {
-  const TargetSummary targets = summarise_targets<A>(problem);
+  const Kernels& kernels = kernels_for(problem);
+  const TargetSummary targets = summarise_targets(problem, kernels.summarise);
   if (targets.first_bad >= 0) return targets.first_bad + 1;
 
   double weight_total = double(problem.n_cols);
@@ -190,10 +156,9 @@ int64_t forward(const Problem& problem) {
   if (A* saved = static_cast<A*>(problem.saved)) saved[0] = A(coefficient), saved[3] = A(weight_total);
 
   const Chunks chunks = row_chunks(problem);
-  const ForwardRows rows = kernels(problem).forward;
   RowSums* sums = row_sums;
   parallel_for(problem, chunks.n, [&](int64_t chunk) {
-    sums[chunk] = rows(problem, chunks.begin(chunk), chunks.end(chunk), coefficient, weight_total);
+    sums[chunk] = kernels.forward(problem, chunks.begin(chunk), chunks.end(chunk), coefficient, weight_total);
   });
   RowSums total = {};
   for (int64_t chunk = 0; chunk < chunks.n; ++chunk)
@@ -231,7 +196,7 @@ extern "C" __attribute__((visibility("default"))) void fusedloss_backward(const 
   const Problem problem{*call, *kind};
   fusedloss::advise_fresh_gradient(problem);
   const fusedloss::Chunks chunks = fusedloss::row_chunks(problem);
-  const fusedloss::BackwardRows rows = fusedloss::kernels(problem).backward;
+  const fusedloss::BackwardRows rows = fusedloss::kernels_for(problem).backward;
   fusedloss::parallel_for(problem, chunks.n, [&](int64_t chunk) { rows(problem, chunks.begin(chunk), chunks.end(chunk)); });
 }
 

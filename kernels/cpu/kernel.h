@@ -8,6 +8,7 @@ namespace fusedloss {
 namespace {
 
 #include "simd.h"
+#include "targets.h"
 #include "row_math.h"
 #include "rows.h"
 #include "lanes.h"
@@ -63,6 +64,6 @@ void backward(const Problem& problem, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const Kernels FUSEDLOSS_KERNELS = {forward, backward};
+extern const Kernels FUSEDLOSS_KERNELS = {summarise, forward, backward};
 
 }  // namespace fusedloss

@@ -63,6 +63,7 @@ struct Problem : Call, Kind {
   int64_t n_rows() const { return n_outer * n_inner; }
   bool has_probabilities() const { return target_kind == kProbabilities || target_kind == kProbabilitiesAsLogits; }
   bool has_contiguous_classes() const { return logits_strides.col == 1 && (!dlogits || dlogits_strides.col == 1); }
+  bool has_contiguous_rows() const { return logits_strides.row == 1 && (!dlogits || dlogits_strides.row == 1); }
   bool selects_rows() const { return reduction == kMax || reduction == kTopK; }
   int64_t offset(const Strides& s, int64_t row) const {
     return n_outer == 1 ? row * s.row : row / n_inner * s.outer + row % n_inner * s.row;
@@ -99,12 +100,21 @@ struct RowSums {
   int64_t n_correct;    // 0 without row_stats
 };
 
+// What the class indices of some rows tell.
+struct TargetSummary {
+  int64_t first_bad;  // row, or -1
+  int64_t n_counted;
+  double weight;      // of the counted rows
+};
+
 // Rows [begin, end), once per instruction set. coefficient is d(loss)/d(row loss) but for the row's sample weight, used where
 // dlogits is written; weight_total is the sum of the class weights, used with smoothing.
+using SummariseRows = TargetSummary (*)(const Problem&, int64_t begin, int64_t end);
 using ForwardRows = RowSums (*)(const Problem&, int64_t begin, int64_t end, double coefficient, double weight_total);
 using BackwardRows = void (*)(const Problem&, int64_t begin, int64_t end);
 
 struct Kernels {
+  SummariseRows summarise;
   ForwardRows forward;
   BackwardRows backward;
 };

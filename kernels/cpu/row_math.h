@@ -77,6 +77,7 @@ template <class A>
 struct RowStats {
   Vector<A> max, rest;
   Vector<A> x_t, x_b;  // the targets' logits; soft: undefined
+  Vector<A> e_t;       // exp(x_t - m)
   Vector<A> w_t, w_b;  // the targets' class weights, 1 without weights
   Vector<A> k_t, k_b;  // the same times the label's share
   Vector<A> shift;     // a fixed finite logit of the row, for q_sum
@@ -97,7 +98,7 @@ template <class A>
 INLINE Vector<A> log_sum(const RowStats<A>& s, const Terms<A>& terms) {
   if (terms.soft) return log_(s.rest);
   // Where the target is not the largest, that one has put 1 into rest: one logarithm serves both.
-  return log1p_(s.x_t == s.max ? s.rest : (s.rest - A(1)) + exp_nonpositive(s.x_t - s.max));
+  return log1p_(s.x_t == s.max ? s.rest : (s.rest - A(1)) + s.e_t);
 }
 
 template <class A>
@@ -111,8 +112,8 @@ INLINE Vector<A> row_loss(const RowStats<A>& s, const Terms<A>& terms, Vector<A>
     loss = s.k_t * nll;
     if (terms.two_labels) {  // a label without a share does not enter, though its logit be -inf
       const Vector<A> nll_b = (s.max - s.x_b) + log_d;
-      loss = (s.k_t == A(0)) & (nll == kInfinity<A>) ? Vector<A>{} : loss;
-      loss += (s.k_b == A(0)) & (nll_b == kInfinity<A>) ? Vector<A>{} : s.k_b * nll_b;
+      loss = ((s.k_t == A(0)) & (nll == kInfinity<A>)) ? Vector<A>{} : loss;
+      loss += ((s.k_b == A(0)) & (nll_b == kInfinity<A>)) ? Vector<A>{} : s.k_b * nll_b;
     }
     if (terms.smoothing > 0) {
       Vector<A> all = terms.weight_total * ((s.max - s.shift) + log_d) + s.q_sum;
@@ -128,13 +129,13 @@ INLINE RowFactors<A> row_factors(const RowStats<A>& s, const Terms<A>& terms, Ve
   Vector<A> z_factor{};
   if (terms.z_loss != 0) z_factor = g * (A(2) * terms.z_loss) * (s.max + log_sum(s, terms));
   if (terms.soft) return {(g * s.q_total + z_factor) / s.rest, Vector<A>{}, g, Vector<A>{}, Vector<A>{}};
-  Vector<A> e_t = exp_nonpositive(s.x_t - s.max), d = s.rest + e_t;
+  const Vector<A> d = s.rest + s.e_t;
   Vector<A> keep = g * (A(1) - terms.smoothing), smooth = g * terms.smoothing_per_class;
   Vector<A> k_t = keep * s.k_t, others = smooth * terms.weight_total + z_factor, k_b{};
   if (terms.two_labels) k_b = keep * s.k_b, others += k_b;
   // The target's probability less 1 is -rest / d, without cancellation.
   RowFactors<A> f = {(k_t + others) / d, terms.uniform ? smooth : Vector<A>{}, smooth,
-                     others / d * e_t - k_t * (s.rest / d) - smooth * s.w_t, Vector<A>{}};
+                     others / d * s.e_t - k_t * (s.rest / d) - smooth * s.w_t, Vector<A>{}};
   if (terms.two_labels) f.at_b = f.p * exp_nonpositive(s.x_b - s.max) - k_b - smooth * s.w_b;
   return f;
 }
@@ -161,7 +162,10 @@ INLINE void store_losses_as(const Problem& problem, int64_t row, const A* losses
   using Wide = typename Accumulate<T>::type;
   T* to = static_cast<T*>(problem.loss) + row;
   const A scale = A(problem.scale);
-  for (int lane = 0; lane < n; ++lane) store1(to + lane, Wide(scale * losses[lane]));
+  int lane = 0;
+  if constexpr (sizeof(Wide) == sizeof(A))
+    for (; lane + Simd<A>::W <= n; lane += Simd<A>::W) store(to + lane, Vector<A>(scale * load(losses + lane)));
+  for (; lane < n; ++lane) store1(to + lane, Wide(scale * losses[lane]));
 }
 template <class A>
 void store_losses(const Problem& problem, int64_t row, const A* losses, int n) {
@@ -173,19 +177,22 @@ void store_losses(const Problem& problem, int64_t row, const A* losses, int n) {
   }
 }
 
-// Of float32 losses a double has 29 bits to spare; four sums, for they wait for each other.
+// Of float32 losses a double has 29 bits to spare. Those of lanes without a row are 0.
 template <class A>
 INLINE void add_losses(CompensatedSum& sum, const A* losses, int n) {
   if constexpr (sizeof(A) == sizeof(double)) {
     for (int lane = 0; lane < n; ++lane) sum.add(losses[lane]);
   } else {
-    double parts[4] = {};
-    int lane = 0;
-    for (; lane + 4 <= n; lane += 4) {
-      UNROLL for (int i = 0; i < 4; ++i) parts[i] += double(losses[lane + i]);
+    using D = Simd<double>;
+    D::V parts{};
+    for (int lane = 0; lane < n; lane += D::W) {
+      D::Floats floats;
+      __builtin_memcpy(&floats, losses + lane, sizeof floats);
+      parts += __builtin_convertvector(floats, D::V);
     }
-    for (; lane < n; ++lane) parts[0] += double(losses[lane]);
-    sum.sum += (parts[0] + parts[1]) + (parts[2] + parts[3]);
+    double total = 0;
+    UNROLL for (int i = 0; i < D::W; ++i) total += parts[i];
+    sum.sum += total;
   }
 }
 
@@ -248,8 +255,9 @@ struct GroupState {
 
   INLINE RowStats<A> stats(const Terms<A>& terms, int lane) const {
     auto of_b = [&](const A* values) { return terms.two_labels ? Vector<A>(load(values + lane)) : Vector<A>{}; };
-    return {load(max + lane), load(rest + lane), load(x_t + lane), of_b(x_b),          load(w_t + lane),    of_b(w_b),
-            load(k_t + lane), of_b(k_b),         load(shift + lane), load(q_sum + lane), load(q_total + lane)};
+    const V m = load(max + lane), x = load(x_t + lane), e = terms.soft ? V{} : exp_nonpositive(x - m);
+    return {m,         load(rest + lane), x,         of_b(x_b),          e, load(w_t + lane),
+            of_b(w_b), load(k_t + lane),  of_b(k_b), load(shift + lane), load(q_sum + lane), load(q_total + lane)};
   }
   // Losses of all rows from their statistics, and what else the caller wants to know of them.
   void finish_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n, RowSums& sums) {
