@@ -22,6 +22,7 @@ from torch import Tensor
 from torch_ops import TorchCost
 
 import fusedloss
+from fusedloss.backends.triton import N_COUNTERS
 from fusedloss.plan_triton import DeviceFacts
 
 BENCHMARKS = Path(__file__).parent
@@ -89,7 +90,7 @@ def measure(loss: Any, n_rows: int, n_cols: int, dtype: torch.dtype, *pixels: in
         gpu = stack.enter_context(ptxsim.emulated_gpu("sm_90", poison_empty=False, resident=DeviceFacts().n_sms))
         stack.enter_context(fusedloss.backend("triton"))
         # On a GPU the ticket of a stream is made once; on CPU tensors it would be made in every launch.
-        ticket = torch.zeros((DeviceFacts().n_sms,), dtype=torch.int32)
+        ticket = torch.zeros((N_COUNTERS,), dtype=torch.int32)
         stack.enter_context(mock.patch("fusedloss.backends.triton._ticket", return_value=ticket))
         cost = stack.enter_context(TorchCost(logits.numel()))
         loss(logits, target).backward()

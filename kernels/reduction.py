@@ -2,7 +2,8 @@
 
 Each program stores two partial sums and draws a ticket from an atomic counter; the one that draws the last ticket adds all
 partials in the order of the programs. So the result does not depend on the order in which programs ran, and no float is
-ever added atomically. (The technique of CUDA's threadFenceReduction sample.)
+ever added atomically. (The technique of CUDA's threadFenceReduction sample.) Where programs are many, groups of
+them do so first.
 
 "max" and "topk" keep every row's loss; the last program selects among them. The k-th largest is found by radix selection,
 8 bits at a time from the top (Alabi et al. 2012, "Fast k-selection algorithms for graphics processing units"): 4 passes over
@@ -13,32 +14,59 @@ import triton
 import triton.language as tl
 from fusedloss.kernels.rowwise import STATE, loss_from_sortable_bits, sortable_bits
 
-PARTIALS_BLOCK = tl.constexpr(1024)  # partials or row losses that the last program reads at a time
+PARTIALS_BLOCK = tl.constexpr(1024)  # partials or row losses that a program reads at a time
+MAX_UNGROUPED = tl.constexpr(4096)  # programs that draw tickets from one counter
+N_GROUPS = tl.constexpr(64)  # of more programs, each with a counter of its own
 DIGIT_BITS = tl.constexpr(8)
 N_DIGITS = tl.constexpr(256)
 
 
 @triton.jit
-def finishes_last(ticket_ptr, n_programs):
-    """Whether all other programs have published what they stored before they drew their tickets.
+def _draws_last(ticket_ptr, n):
+    """Whether this is the last of n programs to draw this ticket; what the others stored before they drew theirs is published.
 
     Store scalars: the thread that stores them is the one that draws the ticket, so that acq_rel orders the two. Triton up to
     3.7.1 puts no CTA barrier between a tensor store and an atomic.
     """
-    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == n_programs - 1
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == n - 1
     tl.store(ticket_ptr, 0, mask=last)  # ready for the next launch, or the next replay of a CUDA graph
     return last
 
 
 @triton.jit
+def _finishes_last(partial_ptr, ticket_ptr, program, n_programs, N_SUMS: tl.constexpr):
+    """Whether all other programs have finished. Of many, those of a group, every N_GROUPS-th, have added up their partials in the
+    place of the first: 65536 partials would be 64 journeys to L2, one after the other, for a program that all others have left
+    alone, and as many atomics on one address."""
+    if n_programs > MAX_UNGROUPED:
+        group = program & (N_GROUPS - 1)  # of a power of two
+        n_members = (n_programs - 1 - group) // N_GROUPS + 1
+        last = _draws_last(ticket_ptr + 1 + group, n_members)
+        if last:
+            for i in tl.static_range(N_SUMS):
+                group_ptr = partial_ptr + i * n_programs + group
+                tl.store(group_ptr, _sum_strided(group_ptr, n_members, N_GROUPS).to(partial_ptr.dtype.element_ty))
+            last = _draws_last(ticket_ptr, N_GROUPS)
+    else:
+        last = _draws_last(ticket_ptr, n_programs)
+    return last
+
+
+@triton.jit
 def _sum_partials(partial_ptr, n_programs):
-    total = tl.zeros((PARTIALS_BLOCK,), tl.float64)
-    for start in range(0, n_programs, PARTIALS_BLOCK):
+    """The sum of what _finishes_last has left."""
+    return _sum_strided(partial_ptr, tl.where(n_programs > MAX_UNGROUPED, N_GROUPS, n_programs), 1)
+
+
+@triton.jit
+def _sum_strided(partial_ptr, n, stride):
+    total = tl.zeros((), tl.float64)
+    for start in range(0, n, PARTIALS_BLOCK):
         index = start + tl.arange(0, PARTIALS_BLOCK)
         # The last block is rarely full. .cg: other SMs wrote these, L1 may hold an old line.
-        partials = tl.load(partial_ptr + index, mask=index < n_programs, other=0.0, cache_modifier=".cg")
-        total += partials.to(tl.float64)
-    return tl.sum(total, 0)
+        partials = tl.load(partial_ptr + index * stride, mask=index < n, other=0.0, cache_modifier=".cg")
+        total += tl.sum(partials.to(tl.float64), 0)  # per block: kept per lane they would be 64 registers of a single warp
+    return total
 
 
 @triton.jit
@@ -48,7 +76,7 @@ def sum_over_programs(partial_ptr, ticket_ptr, value, program, n_programs):
     last = True
     if ticket_ptr is not None:
         tl.store(partial_ptr + program, value)
-        last = finishes_last(ticket_ptr, n_programs)
+        last = _finishes_last(partial_ptr, ticket_ptr, program, n_programs, 1)
         if last:
             total = _sum_partials(partial_ptr, n_programs)
     return total, last
@@ -137,7 +165,7 @@ def reduce_batch(
     else:
         tl.store(partial_ptr + program, loss_sum)
         tl.store(partial_ptr + n_programs + program, count)
-        if finishes_last(ticket_ptr, n_programs):
+        if _finishes_last(partial_ptr, ticket_ptr, program, n_programs, 2):
             if counts_ptr is not None:
                 count_rows(counts_ptr, row_stats_ptr, flags_ptr, n_rows)
             _write_loss(

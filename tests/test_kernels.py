@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from compare import check_against_torch
 from conftest import GPU, INTERPRETER, Path, entered
+from fusedloss.kernels import reduction
+from oracle import torch_loss
 from problems import make_logits, make_probabilities, make_target, make_weight
 
 import fusedloss
@@ -49,6 +52,19 @@ SHAPES = {
 def test_shapes(kernels: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     target = make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100)
     check_against_torch(make_logits(*shape, dtype=dtype), target)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"reduction": "topk", "top_k": 0.5}], ids=str)
+def test_programs_in_groups(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    """The number of groups made small: 21 programs in two of 11 and 10, three blocks of partials each."""
+    monkeypatch.setattr(reduction, "PARTIALS_BLOCK", tl.constexpr(4))
+    monkeypatch.setattr(reduction, "MAX_UNGROUPED", tl.constexpr(20))
+    monkeypatch.setattr(reduction, "N_GROUPS", tl.constexpr(2))
+    problem = make_logits(21, 300), make_target(21, n_classes=300, ignored=-100), make_weight(300)
+    with fusedloss.backend("triton"):
+        check_against_torch(*problem, **options)
+        torch.testing.assert_close(fusedloss.cross_entropy(*problem, **options), torch_loss(*problem, **options))
 
 
 @pytest.mark.sweep  # four times as many steps of the interpreter as with three pixels

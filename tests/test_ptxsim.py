@@ -48,7 +48,8 @@ def emulated(**options: Any) -> Iterator[Any]:
 
 # n_cols 10: tiles; 257: one row a program; 1000: rows begin inside a sector; 1001: ragged rows; 30001: several warps; 50257 and
 # more: slices, for few rows as many as fill the GPU.
-# n_rows 37 leaves the last tile ragged, 700 x 10 needs the ticket, every program counts up to 64 rows of its own.
+# n_rows 37 leaves the last tile ragged, 700 x 10 needs the ticket, every program counts up to 64 rows of its own, 4200 programs
+# add up in groups.
 @pytest.mark.parametrize(
     ("n_rows", "n_cols", "dtype"),
     [
@@ -57,6 +58,7 @@ def emulated(**options: Any) -> Iterator[Any]:
         (700, 10, BF16),
         (9, 1000, BF16),
         (66, 257, FP32),
+        (4200, 257, BF16),
         (70, 1001, BF16),
         (5, 1003, FP64),
         (5, 30001, BF16),

@@ -40,6 +40,7 @@ from fusedloss.plan_triton import (
 from fusedloss.reference import FRACTION_BITS
 
 N_STATISTICS = 4  # of a slice; kernels/slices.py
+N_COUNTERS = 1024  # 1 + N_GROUPS of kernels/reduction.py, and more than a GPU has SMs
 
 
 @dataclass(frozen=True, eq=False)
@@ -535,10 +536,10 @@ def _bits(value: float) -> int:
 def _ticket(device: torch.device, keeps_workspace: bool) -> Tensor:
     """Counters by which the last program of a launch knows itself: int32 zeros, and zeros again after every launch.
 
-    The first is the launch's; one more for each row that a forward may cut into slices, which are fewer than the SMs. They
-    belong to one stream, on which launches follow each other. A CUDA graph gets its own, zeroed by a node of the
-    graph: its replays may run beside anything else. So does a compiled graph, which may own the pool of all memory that is
-    allocated while it runs (CUDA graph trees), and would find ours still alive.
+    The first is the launch's; one more for each group of programs (kernels/reduction.py), or for each row that a forward may cut
+    into slices, which are fewer than the SMs. They belong to one stream, on which launches follow each other. A CUDA graph gets
+    its own, zeroed by a node of the graph: its replays may run beside anything else. So does a compiled graph, which may own the
+    pool of all memory that is allocated while it runs (CUDA graph trees), and would find ours still alive.
     """
     if device.type != "cuda":
         return _zero_counters(device)
@@ -551,7 +552,7 @@ def _ticket(device: torch.device, keeps_workspace: bool) -> Tensor:
 
 
 def _zero_counters(device: torch.device) -> Tensor:
-    return torch.zeros((device_facts(device).n_sms,), dtype=torch.int32, device=device)
+    return torch.zeros((N_COUNTERS,), dtype=torch.int32, device=device)
 
 
 @cache
