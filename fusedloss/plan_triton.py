@@ -1,5 +1,6 @@
 """How the Triton path cuts a problem into tiles: pure functions of shapes, dtypes and device facts. They need no GPU."""
 
+from dataclasses import replace
 from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
@@ -40,6 +41,10 @@ MIN_SLICE_COLS = 4096
 LONG_ROW_COLS = 32768
 # Up to so many rows, every program of a fused mean reads all targets, 512 bytes, which saves a launch.
 COUNTED_ROWS = 64
+# Up to so many rows, the last program of a forward selects among their losses alone, for "max" and "topk"; of more, launches of
+# many programs do (kernels/selection.py).
+ROWS_SELECTED_ALONE = 16384
+SELECTION_BLOCK = 1024  # rows that a program looks at at a time
 # 16-byte loads that each thread has under way for a block of a row. More would spill on sm_80; fewer would need more warps, whose
 # reductions meet at barriers.
 ACCESSES_PER_THREAD = 4
@@ -163,9 +168,13 @@ def forward_tile(g: Geometry, probabilities: Geometry | None, itemsize: int, mor
             n_programs,
             rowwise=True,
             n_slices=n_slices,
-            max_registers=_register_limit(min(MAX_REGISTERS, SM_REGISTERS // (per_sm * num_warps * 32)), device),
+            max_registers=_register_limit(_registers(num_warps, per_sm), device),
         )
-    return _shared_tile("forward_tile_kernel", g, None, probabilities, itemsize, more, SINGLE_PROGRAM_ELEMENTS, device)
+    tile = _shared_tile("forward_tile_kernel", g, None, probabilities, itemsize, more, SINGLE_PROGRAM_ELEMENTS, device)
+    if g.n_rows <= ROWS_SELECTED_ALONE:
+        return tile
+    # Without the selection it needs few registers, and ptxas would spill for fewer still.
+    return replace(tile, max_registers=_register_limit(_registers(tile.num_warps, 1), device))
 
 
 @lru_cache(maxsize=1024)
@@ -222,6 +231,20 @@ def denominator_tile(n_rows: int, device: DeviceFacts) -> Tile:
     return Tile("denominator_kernel", block_rows, 1, _warps(128, device), n_programs, rowwise=False)
 
 
+def n_selections(n_rows: int, reduction: str, itemsize: int) -> int:
+    """Launches that select among the rows of a forward: one for each 8 bits of a loss, and one that adds up."""
+    if reduction not in ("max", "topk") or n_rows <= ROWS_SELECTED_ALONE:
+        return 0
+    return (8 if itemsize == 8 else 4) + 1
+
+
+@lru_cache(maxsize=1024)
+def selection_tile(kernel: str, n_rows: int, device: DeviceFacts) -> Tile:
+    """Cuts a pass over the losses of all rows."""
+    n_programs = min(device.n_sms, -(-n_rows // SELECTION_BLOCK))
+    return Tile(kernel, SELECTION_BLOCK, 1, _warps(128, device), n_programs, rowwise=False)
+
+
 @lru_cache(maxsize=1024)
 def scale_tile(n_elements: int, device: DeviceFacts) -> Tile:
     """Cuts the multiplication of a fused gradient: few programs, since most launches return at once."""
@@ -266,6 +289,11 @@ def _slices_that_fill(g: Geometry, device: DeviceFacts) -> int:
 
 def _register_limit(registers: int, device: DeviceFacts) -> int | None:
     return registers if device.is_nvidia else None  # an option that Triton refuses elsewhere
+
+
+def _registers(num_warps: int, per_sm: int) -> int:
+    """Of a thread, where so many programs share an SM."""
+    return min(MAX_REGISTERS, SM_REGISTERS // (per_sm * num_warps * 32))
 
 
 def _warps(threads: int, device: DeviceFacts) -> int:
@@ -372,9 +400,12 @@ def triton_plan(reason: str, inputs: Inputs, options: Options, needs_grad: bool,
     one_read = one_pass + (inputs.target.numel() * inputs.target.element_size() if soft else 0)
     copies = logits.dim() > 3 and not spatial_dims_collapse(logits)
     more = holds_more(options, itemsize)
+    selections = n_selections(g.n_rows, options.reduction, itemsize)
     if not needs_grad:
         tile = forward_tile(g, probabilities, itemsize, more, device)
-        return Plan("triton", reason, "forward only", tile, None, copies, read_bytes=one_read, write_bytes=0, launches=1)
+        return Plan(
+            "triton", reason, "forward only", tile, None, copies, read_bytes=one_read, write_bytes=0, launches=1 + selections
+        )
     if fuses_gradient(options.reduction, logits.dtype):
         tile = fused_tile(g, gradient, probabilities, itemsize, more, device)
         counts = tile.n_slices > 1 if soft else needs_denominator(tile, g.n_rows, options.reduction)
@@ -399,5 +430,5 @@ def triton_plan(reason: str, inputs: Inputs, options: Options, needs_grad: bool,
         copies,
         read_bytes=2 * one_read,
         write_bytes=one_pass,
-        launches=2,
+        launches=2 + selections,
     )

@@ -85,6 +85,7 @@ def forward_tile_kernel(
     flags_ptr,  # (n_rows,) int8 workspace
     partial_ptr,  # (2, n_programs) workspace, None with a single program or "none"
     ticket_ptr,  # () int32, likewise
+    selection_ptr,  # (4,) int64, where launches of their own follow that select among the rows (selection.py), else None
     logits_ptr,  # (n_outer, n_inner, n_cols)
     target_ptr,  # (n_rows,) int64 or uint8; None: class probabilities
     probabilities_ptr,  # (n_outer, n_inner, n_cols) class probabilities as target, or None
@@ -230,7 +231,7 @@ def forward_tile_kernel(
         reduce_batch(
             loss_ptr, saved_ptr, partial_ptr, ticket_ptr, tl.sum(loss, 0), tl.sum(count, 0), scale, top_k,
             tl.program_id(0), tl.num_programs(0), n_rows, REDUCTION, TOP_K_IS_FRACTION, partial_ptr is None,
-            counts_ptr, row_stats_ptr, flags_ptr,
+            counts_ptr, row_stats_ptr, flags_ptr, selection_ptr,
         )  # fmt: skip
 
 
@@ -352,6 +353,7 @@ def forward_row_kernel(
     flags_ptr,  # (n_rows,) int8 workspace
     partial_ptr,  # (2, n_rows) workspace, None for "none" without statistics
     ticket_ptr,  # () int32, likewise; with slices (1 + n_rows,): [1 + row] of which have published
+    selection_ptr,  # as above
     slices_ptr,  # (4, n_rows, N_SLICES) workspace, None with a single slice
     logits_ptr,  # (n_rows, n_cols), classes contiguous
     target_ptr,  # (n_rows,) int64 or uint8; None: class probabilities
@@ -497,5 +499,5 @@ def forward_row_kernel(
                 count = target_weight
             reduce_batch(
                 loss_ptr, saved_ptr, partial_ptr, ticket_ptr, loss, count, scale, top_k, row, n_rows, n_rows,
-                REDUCTION, TOP_K_IS_FRACTION, partial_ptr is None, counts_ptr, row_stats_ptr, flags_ptr,
+                REDUCTION, TOP_K_IS_FRACTION, partial_ptr is None, counts_ptr, row_stats_ptr, flags_ptr, selection_ptr,
             )  # fmt: skip

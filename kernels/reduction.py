@@ -7,7 +7,7 @@ them do so first.
 
 "max" and "topk" keep every row's loss; the last program selects among them. The k-th largest is found by radix selection,
 8 bits at a time from the top (Alabi et al. 2012, "Fast k-selection algorithms for graphics processing units"): 4 passes over
-n_rows values in L2 for float32, whatever k is.
+n_rows values in L2 for float32, whatever k is. Of many rows, the passes are launches of many programs (selection.py).
 """
 
 import triton
@@ -22,7 +22,7 @@ N_DIGITS = tl.constexpr(256)
 
 
 @triton.jit
-def _draws_last(ticket_ptr, n):
+def draws_last(ticket_ptr, n):
     """Whether this is the last of n programs to draw this ticket; what the others stored before they drew theirs is published.
 
     Store scalars: the thread that stores them is the one that draws the ticket, so that acq_rel orders the two. Triton up to
@@ -41,14 +41,14 @@ def _finishes_last(partial_ptr, ticket_ptr, program, n_programs, N_SUMS: tl.cons
     if n_programs > MAX_UNGROUPED:
         group = program & (N_GROUPS - 1)  # of a power of two
         n_members = (n_programs - 1 - group) // N_GROUPS + 1
-        last = _draws_last(ticket_ptr + 1 + group, n_members)
+        last = draws_last(ticket_ptr + 1 + group, n_members)
         if last:
             for i in tl.static_range(N_SUMS):
                 group_ptr = partial_ptr + i * n_programs + group
                 tl.store(group_ptr, _sum_strided(group_ptr, n_members, N_GROUPS).to(partial_ptr.dtype.element_ty))
-            last = _draws_last(ticket_ptr, N_GROUPS)
+            last = draws_last(ticket_ptr, N_GROUPS)
     else:
-        last = _draws_last(ticket_ptr, n_programs)
+        last = draws_last(ticket_ptr, n_programs)
     return last
 
 
@@ -143,6 +143,7 @@ def reduce_batch(
     counts_ptr=None,  # (3,) out, see count_rows
     row_stats_ptr=None,
     flags_ptr=None,
+    selection_ptr=None,  # (4,) int64 out, where launches of their own select among the rows: see begin_selection
 ):
     """Writes the batch loss, if the reduction has one, and the counts, if they are asked for."""
     if REDUCTION == "max" or REDUCTION == "topk":
@@ -159,6 +160,7 @@ def reduce_batch(
             scale,
             top_k,
             n_rows,
+            selection_ptr,
             REDUCTION,
             TOP_K_IS_FRACTION,
         )
@@ -176,6 +178,7 @@ def reduce_batch(
                 scale,
                 top_k,
                 n_rows,
+                selection_ptr,
                 REDUCTION,
                 TOP_K_IS_FRACTION,
             )
@@ -190,6 +193,7 @@ def _write_loss(
     scale,
     top_k,
     n_rows,
+    selection_ptr,
     REDUCTION: tl.constexpr,
     TOP_K_IS_FRACTION: tl.constexpr,
 ):
@@ -197,36 +201,55 @@ def _write_loss(
     dtype: tl.constexpr = saved_ptr.dtype.element_ty  # a loss in bfloat16 is rounded from float32: no target rounds float64
     scale = scale.to(tl.float64)
     if REDUCTION == "none":  # every row has its loss
-        coefficient = scale
+        tl.store(saved_ptr, scale)
     elif REDUCTION == "sum":
         tl.store(loss_ptr, (scale * loss_sum).to(dtype))
-        coefficient = scale
+        tl.store(saved_ptr, scale)
     elif REDUCTION == "mean":
         coefficient = mean_coefficient(scale, count)
         tl.store(loss_ptr, (coefficient * loss_sum).to(dtype))
+        tl.store(saved_ptr, coefficient)
     else:
-        row_loss_ptr = saved_ptr + STATE + 2 * n_rows
         n_counted = count.to(tl.int64)
         k = _rows_to_select(n_counted, top_k, REDUCTION, TOP_K_IS_FRACTION)
-        if REDUCTION == "max":
-            threshold = _largest(row_loss_ptr, n_rows)
+        if selection_ptr is not None:
+            begin_selection(selection_ptr, k, n_counted)
         else:
-            threshold = _kth_largest(row_loss_ptr, k, n_rows)
-        above_sum, n_above, n_tied = _sum_above(row_loss_ptr, threshold, n_rows)
-        threshold_loss = loss_from_sortable_bits(threshold)
-        share = (k - n_above).to(tl.float64)
-        # Rows that do not count hold -inf, too; a row that counts has that loss under a negative weight, and they are no tie.
-        n_tied = tl.minimum(n_tied, n_counted - n_above)
-        # With every row selected the threshold may be infinite or 0; 0 * inf must not enter the sum.
-        tied_sum = tl.where(share > 0, share * threshold_loss.to(tl.float64), 0.0)
-        # Where no row counts, all are "above" a threshold that no row set, and their -inf must not enter the sum either.
-        total = tl.where(n_counted > 0, above_sum + tied_sum, 0.0)
-        k = k.to(tl.float64)
-        tl.store(loss_ptr, (scale * (total / k)).to(dtype))  # 0 / 0 is nan where no row counts
-        coefficient = scale / k
-        tl.store(saved_ptr + 1, scale * (share / (n_tied.to(tl.float64) * k)))
-        tl.store(saved_ptr + 2, threshold_loss)
-    tl.store(saved_ptr, coefficient)
+            row_loss_ptr = saved_ptr + STATE + 2 * n_rows
+            if REDUCTION == "max":
+                threshold = _largest(row_loss_ptr, n_rows)
+            else:
+                threshold = _kth_largest(row_loss_ptr, k, n_rows)
+            above_sum, n_above, n_tied = sum_above(row_loss_ptr, threshold, n_rows, 0, PARTIALS_BLOCK)
+            store_selected(loss_ptr, saved_ptr, threshold, above_sum, n_above, n_tied, k, n_counted, scale)
+
+
+@triton.jit
+def begin_selection(selection_ptr, k, n_counted):
+    """(4,) int64: the key of the k-th largest as far as it is known, the rank in what shares it, k, and the rows that count."""
+    tl.store(selection_ptr, tl.zeros((), tl.int64))
+    tl.store(selection_ptr + 1, k)
+    tl.store(selection_ptr + 2, k)
+    tl.store(selection_ptr + 3, n_counted)
+
+
+@triton.jit
+def store_selected(loss_ptr, saved_ptr, threshold, above_sum, n_above, n_tied, k, n_counted, scale):
+    """The loss of the k rows above a threshold, or tied with it, and the coefficients for the backward."""
+    dtype: tl.constexpr = saved_ptr.dtype.element_ty
+    threshold_loss = loss_from_sortable_bits(threshold)
+    share = (k - n_above).to(tl.float64)
+    # Rows that do not count hold -inf, too; a row that counts has that loss under a negative weight, and they are no tie.
+    n_tied = tl.minimum(n_tied, n_counted - n_above)
+    # With every row selected the threshold may be infinite or 0; 0 * inf must not enter the sum.
+    tied_sum = tl.where(share > 0, share * threshold_loss.to(tl.float64), 0.0)
+    # Where no row counts, all are "above" a threshold that no row set, and their -inf must not enter the sum either.
+    total = tl.where(n_counted > 0, above_sum + tied_sum, 0.0)
+    k = k.to(tl.float64)
+    tl.store(loss_ptr, (scale * (total / k)).to(dtype))  # 0 / 0 is nan where no row counts
+    tl.store(saved_ptr, scale / k)
+    tl.store(saved_ptr + 1, scale * (share / (n_tied.to(tl.float64) * k)))
+    tl.store(saved_ptr + 2, threshold_loss)
 
 
 @triton.jit
@@ -259,38 +282,49 @@ def _largest(row_loss_ptr, n_rows):
 
 
 @triton.jit
+def digit_histogram(row_loss_ptr, prefix, shift, n_rows, first, step):
+    """How often each digit, the 8 bits from `shift` on, occurs in keys that share the bits above it with prefix: in blocks of
+    rows that begin at `first` and every `step` rows from there."""
+    histogram = tl.zeros((N_DIGITS,), tl.int32)
+    for start in range(first, n_rows, step):
+        _, key, mask = _row_keys(row_loss_ptr, start, n_rows)
+        same = (((key ^ prefix) >> shift) >> DIGIT_BITS) == 0  # in two steps: a shift by the full width is undefined
+        digit = ((key >> shift) & (N_DIGITS - 1)).to(tl.int32)
+        histogram += tl.histogram(digit, N_DIGITS, mask=mask & same)
+    return histogram
+
+
+@triton.jit
+def choose_digit(histogram, rank):
+    """The digit that has the rank-th largest key, and how many keys have a larger one."""
+    at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram
+    above = at_least - histogram
+    chosen = (above < rank) & (at_least >= rank)  # exactly one digit
+    return tl.sum(tl.where(chosen, tl.arange(0, N_DIGITS), 0), 0), tl.sum(tl.where(chosen, above, 0), 0)
+
+
+@triton.jit
 def _kth_largest(row_loss_ptr, k, n_rows):
     """Key of the k-th largest loss, k >= 1: its digits are found from the top, each from a histogram of the rows that share the
     digits above it."""
     N_BITS: tl.constexpr = row_loss_ptr.dtype.element_ty.primitive_bitwidth
-    digits = tl.arange(0, N_DIGITS)
     prefix = tl.max(sortable_bits(tl.zeros((1,), row_loss_ptr.dtype.element_ty)), 0) * 0  # an unsigned zero of the key's width
-    remaining = k
-    for step in tl.static_range(N_BITS // DIGIT_BITS):
-        shift = N_BITS - DIGIT_BITS * (step + 1)
-        histogram = tl.zeros((N_DIGITS,), tl.int32)
-        for start in range(0, n_rows, PARTIALS_BLOCK):
-            _, key, mask = _row_keys(row_loss_ptr, start, n_rows)
-            if step > 0:  # a shift by the full width is undefined
-                mask = mask & ((key >> (shift + DIGIT_BITS)) == (prefix >> (shift + DIGIT_BITS)))
-            digit = ((key >> shift) & (N_DIGITS - 1)).to(tl.int32)
-            histogram += tl.histogram(digit, N_DIGITS, mask=mask)
-        at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram
-        above = at_least - histogram
-        chosen = (above < remaining) & (at_least >= remaining)  # exactly one digit
-        chosen_digit = tl.sum(tl.where(chosen, digits, 0), 0)
-        remaining -= tl.sum(tl.where(chosen, above, 0), 0)
-        prefix = prefix | (chosen_digit.to(prefix.dtype) << shift)
+    rank = k
+    for i in tl.static_range(N_BITS // DIGIT_BITS):
+        shift = N_BITS - DIGIT_BITS * (i + 1)
+        digit, n_above = choose_digit(digit_histogram(row_loss_ptr, prefix, shift, n_rows, 0, PARTIALS_BLOCK), rank)
+        rank -= n_above
+        prefix = prefix | (digit.to(prefix.dtype) << shift)
     return prefix
 
 
 @triton.jit
-def _sum_above(row_loss_ptr, threshold, n_rows):
-    """Sum and number of the losses above the threshold, and how many equal it."""
+def sum_above(row_loss_ptr, threshold, n_rows, first, step):
+    """Sum and number of the losses above the threshold, and how many equal it; blocks as in digit_histogram."""
     total = tl.zeros((PARTIALS_BLOCK,), tl.float64)
     n_above = tl.zeros((PARTIALS_BLOCK,), tl.int32)  # of a lane: see count_rows
     n_tied = tl.zeros((PARTIALS_BLOCK,), tl.int32)
-    for start in range(0, n_rows, PARTIALS_BLOCK):
+    for start in range(first, n_rows, step):
         loss, key, mask = _row_keys(row_loss_ptr, start, n_rows)
         above = mask & (key > threshold)
         total += tl.where(above, loss.to(tl.float64), 0.0)

@@ -140,6 +140,8 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "probabilities, recompute, pixels, fp64": ((4, 19, 64, 64), FP64, {"reduction": "none", "probabilities": FP64}),
     "packed rows, fp64, smoothing": ((4096, 64), FP64, {"weight": True, "label_smoothing": 0.1}),
     "single program, fp64, softcap": ((64, 100), FP64, {"weight": True, "label_smoothing": 0.1, "softcap": 30.0}),
+    "selection": ((20000, 10), FP32, {"reduction": "topk", "top_k": 0.2}),
+    "selection, fp64": ((20000, 10), FP64, {"reduction": "max"}),
     "pixels of many classes, smoothing": ((4, 104, 64, 64), FP32, {"weight": True, "label_smoothing": 0.1}),
     "pixels of many classes, recompute": (
         (4, 104, 64, 64),
@@ -149,6 +151,7 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
 }
 # What cannot be read 16 bytes at a time: rows of 101, of which no thread can hold four; 40950 gradients, where they are scaled.
 NARROW = {"ragged shared tile", "ticket, odd batch"}
+READS_NO_LOGITS = {"denominator_kernel", "digit_kernel", "selected_kernel"}
 
 
 def _call(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]) -> torch.Tensor:
@@ -185,11 +188,11 @@ def _cells() -> Iterator[Any]:
 @pytest.mark.parametrize(("case", "target"), list(_cells()))
 def test_compiles_without_spills_and_with_wide_accesses(monkeypatch: pytest.MonkeyPatch, case: str, target: str) -> None:
     recorded = launches(monkeypatch, target, lambda: _call(*CASES[case]))
-    assert len(recorded) in (2, 3)
+    assert len(recorded) in {"selection": (7,), "selection, fp64": (11,)}.get(case, (2, 3))
     for launch in recorded:
         found = report(compile_for(launch, target), target)
         assert found.spills <= ALLOWED_SPILLS, f"{launch.kernel}: {found}"
-        if case not in NARROW and launch.kernel != "denominator_kernel":
+        if case not in NARROW and launch.kernel not in READS_NO_LOGITS:
             assert found.load_bytes == 16, f"{launch.kernel}: {found}"
             if not launch.kernel.startswith("forward"):
                 assert found.store_bytes == 16, f"{launch.kernel}: {found}"

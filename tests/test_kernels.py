@@ -12,6 +12,7 @@ from oracle import torch_loss
 from problems import make_logits, make_probabilities, make_target, make_weight
 
 import fusedloss
+from fusedloss.plan_triton import ROWS_SELECTED_ALONE
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -65,6 +66,51 @@ def test_programs_in_groups(monkeypatch: pytest.MonkeyPatch, options: dict[str, 
     with fusedloss.backend("triton"):
         check_against_torch(*problem, **options)
         torch.testing.assert_close(fusedloss.cross_entropy(*problem, **options), torch_loss(*problem, **options))
+
+
+MANY = ROWS_SELECTED_ALONE + 100
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        ((MANY, 2), FP32, {"reduction": "max"}),
+        ((MANY, 2), FP32, {"top_k": 1000}),
+        ((MANY, 2), BF16, {"top_k": 10**6}),
+        ((MANY, 2), FP64, {"top_k": 0.3}),
+        ((1, 3, 127, 131), BF16, {"top_k": 0.3}),
+    ],
+    ids=str,
+)
+def test_selection_among_many_rows(kernels: Path, shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]) -> None:
+    target = make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100)
+    check_against_torch(make_logits(*shape, dtype=dtype), target, **{"reduction": "topk", **options})
+
+
+@pytest.mark.parametrize("options", [{"reduction": "max"}, {"top_k": 5000}, {"top_k": 20}], ids=str)
+@pytest.mark.parametrize("case", ["ties", "infinite", "nan", "one row counts", "no row counts"])
+def test_selection_among_many_rows_is_that_among_few(kernels: Path, case: str, options: dict[str, Any]) -> None:
+    """What the reference, which has one way for both, makes of losses that tie, or are no numbers."""
+    logits, target = make_logits(MANY, 2).round(), make_target(MANY, n_classes=2, ignored=-100)
+    if case == "infinite":
+        logits[::10] = torch.tensor([0.0, -torch.inf])
+    elif case == "nan":
+        logits[5] = torch.nan
+        target[5] = 0
+    elif case == "one row counts":
+        target[:] = -100
+        target[77] = 1
+    elif case == "no row counts":
+        target[:] = -100
+    options = {"reduction": "topk", **options}
+    logits.requires_grad_()
+    ours = fusedloss.cross_entropy(logits, target, **options)
+    (gradient,) = torch.autograd.grad(ours, logits)
+    with fusedloss.backend("reference"):
+        expected = fusedloss.cross_entropy(logits, target, **options)
+        (expected_gradient,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(ours, expected, equal_nan=True)
+    torch.testing.assert_close(gradient, expected_gradient, equal_nan=True)
 
 
 @pytest.mark.sweep  # four times as many steps of the interpreter as with three pixels

@@ -19,6 +19,7 @@ from problems import make_logits, make_probabilities, make_target, make_weight
 import fusedloss
 from fusedloss import kernels as kernel_sources
 from fusedloss.backends import triton as launcher
+from fusedloss.plan_triton import ROWS_SELECTED_ALONE
 
 SHARED = Path(__file__).parents[2] / "shared"
 if not (SHARED / "ptxsim").is_dir():
@@ -94,6 +95,18 @@ def test_options(shape: tuple[int, ...], options: dict[str, Any]) -> None:
     target = make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100)
     with emulated(order=3):
         check_against_torch(logits, target, make_weight(shape[1]), **options)
+
+
+@pytest.mark.parametrize("options", [{"reduction": "max"}, {"reduction": "topk", "top_k": 3000}], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
+def test_selection_among_many_rows(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """In launches of their own: several programs add their histograms, and the last one looks."""
+    n_rows = ROWS_SELECTED_ALONE + 100
+    logits, target = make_logits(n_rows, 2, dtype=dtype), make_target(n_rows, n_classes=2, ignored=-100)
+    with emulated(order=3) as gpu:
+        check_against_torch(logits, target, scale=0.25, **options)
+        planned = fusedloss.plan(logits.requires_grad_(), target, **options).launches
+    assert len(gpu.launches) == planned == 1 + (8 if dtype == FP64 else 4) + 1 + 1
 
 
 @pytest.mark.parametrize(

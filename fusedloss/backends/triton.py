@@ -31,16 +31,21 @@ from fusedloss.plan_triton import (
     fused_tile,
     geometries,
     holds_more,
+    n_selections,
     needs_denominator,
     next_power_of_2,
     probabilities_strides,
     row_group,
     scale_tile,
+    selection_tile,
 )
 from fusedloss.reference import FRACTION_BITS
 
 N_STATISTICS = 4  # of a slice; kernels/slices.py
-N_COUNTERS = 1024  # 1 + N_GROUPS of kernels/reduction.py, and more than a GPU has SMs
+DIGIT_BITS = 8  # as in kernels/reduction.py
+N_SELECTION, N_SELECTED_SUMS = 4, 3  # see kernels/selection.py
+# 1 + N_GROUPS of kernels/reduction.py, and more than a GPU has SMs; behind them the 256 of kernels/selection.py
+N_COUNTERS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +82,7 @@ class Launches(NamedTuple):
     counting: Launch | None  # before it, where no gradient can be written until the rows are counted
     fused: bool
     n_partials: int  # sums that the last program adds up
+    selection: tuple[Launch, ...] = ()  # after it, where rows are too many for the last program to select among
 
 
 def forward(
@@ -100,7 +106,9 @@ def _forward_launches(inputs: Inputs, gradient_strides: tuple[int, ...] | None, 
     if gradient_strides is None:
         launch = _forward_launch(shape, strides, target_strides, logits.element_size(), options.kind(), needs_grad, facts)
         reduces = options.reduction != "none" or options.return_stats
-        return Launches(launch, None, False, launch.tile.n_programs // launch.tile.n_slices if reduces else 1)
+        n_partials = launch.tile.n_programs // launch.tile.n_slices if reduces else 1
+        selection = _selection_launches(launch.n_rows, options.reduction, logits.element_size(), facts)
+        return Launches(launch, None, False, n_partials, selection)
     layout = (shape, strides, gradient_strides, target_strides, logits.element_size())
     launch = _gradient_launch("fused", *layout, options.kind(), facts)
     counts = not inputs.has_probabilities() and needs_denominator(launch.tile, launch.n_rows, options.reduction)
@@ -129,7 +137,7 @@ def _launch_forward(
     launches: Launches, device: torch.device, arguments: dict[str, Any], saved: Tensor, keeps_workspace: bool
 ) -> None:
     """Adds the workspace to the arguments, and launches."""
-    launch, counting, fused, n_partials = launches
+    launch, counting, fused, n_partials, selection = launches
     tile = launch.tile
     arguments.update(_workspace(1 if fused else 2, n_partials, saved, keeps_workspace))
     if tile.n_slices > 1:
@@ -138,6 +146,8 @@ def _launch_forward(
             arguments["arrived_ptr"] = saved.new_empty((1 + launch.n_rows,), dtype=torch.int32)
         else:
             arguments["ticket_ptr"] = _ticket(device, keeps_workspace)
+    if selection:
+        arguments["selection_ptr"] = saved.new_empty((N_SELECTION,), dtype=torch.int64)
     # Triton's interpreter runs programs one after another: none can wait for a later one. There, the launches are made twice
     # without waiting, and in the second round every slice finds what all others published in the first.
     for _ in range(2 if fused and tile.n_slices > 1 and _interprets() else 1):
@@ -148,6 +158,10 @@ def _launch_forward(
         elif fused and tile.n_slices > 1:  # every row counts, and the denominator is known
             arguments["arrived_ptr"].zero_()
         _launch(launch, device, arguments)
+    if selection:
+        arguments["sums_ptr"] = saved.new_empty((N_SELECTED_SUMS, selection[-1].tile.n_programs), dtype=torch.float64)
+    for step in selection:
+        _launch(step, device, {name: arguments.get(name) for name in step.function.arg_names if name not in step.constants})
 
 
 @lru_cache(maxsize=1024)
@@ -175,11 +189,24 @@ def _forward_launch(
         **_launch_options(tile),
         **_layout(tile, itemsize, g, probabilities=probabilities),
     }
+    if n_selections(g.n_rows, options.reduction, itemsize) == 0:
+        constants["selection_ptr"] = None
     if tile.rowwise:
         constants["N_SLICES"] = tile.n_slices
         if tile.n_slices == 1:
             constants["slices_ptr"] = None
     return Launch(tile, constants)
+
+
+@lru_cache(maxsize=1024)
+def _selection_launches(n_rows: int, reduction: str, itemsize: int, facts: DeviceFacts) -> tuple[Launch, ...]:
+    n_digits = n_selections(n_rows, reduction, itemsize) - 1
+    if n_digits < 0:
+        return ()
+    digit, selected = (selection_tile(kernel, n_rows, facts) for kernel in ("digit_kernel", "selected_kernel"))
+    constants = {"n_rows": n_rows, "num_warps": digit.num_warps}
+    digits = (Launch(digit, {**constants, "shift": DIGIT_BITS * i}) for i in reversed(range(n_digits)))
+    return (*digits, Launch(selected, constants))
 
 
 _DENOMINATOR_ARGUMENTS = (  # which the fused launch has, too
@@ -502,7 +529,7 @@ def _keeps_compiled(device: torch.device) -> bool:
 
 @lru_cache(maxsize=1)
 def _kernels() -> dict[str, Any]:
-    from fusedloss.kernels import backward, forward, fused
+    from fusedloss.kernels import backward, forward, fused, selection
 
     return {
         kernel.__name__: kernel
@@ -513,6 +540,8 @@ def _kernels() -> dict[str, Any]:
             fused.scale_gradient_kernel,
             forward.forward_tile_kernel,
             forward.forward_row_kernel,
+            selection.digit_kernel,
+            selection.selected_kernel,
             backward.backward_tile_kernel,
             backward.backward_row_kernel,
         )
