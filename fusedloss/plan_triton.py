@@ -70,8 +70,9 @@ MAX_RUN_ELEMENTS = 64
 MAX_PIXEL_ELEMENTS = 104
 MAX_PIXEL_ELEMENTS_PROBABILITIES = 64  # besides as many class probabilities
 MAX_PIXEL_ELEMENTS_MORE = 64  # besides what holds_more names; not of 16 bits, where a few spills cost less than more threads
-# Longer packed rows are cut into parts of so many.
+# Longer packed rows are cut into parts of so many; left to itself, ptxas would spill two values to fit into 96 registers.
 PART_ELEMENTS = 32
+PART_REGISTERS = 128
 # Pixels with more classes are shared by threads that lie along the classes; MIN_PIXEL_THREADS lie along the pixels, 256 bytes of
 # them.
 MAX_THREADS_PER_PIXEL = 32
@@ -370,7 +371,10 @@ def _shared_tile(
         n_blocks = 1 if block_cols >= g.n_cols else 0
         threads = block_rows * block_cols // per_thread
     n_programs = max(1, g.n_outer * -(-g.n_inner // block_rows))
-    return Tile(kernel, block_rows, block_cols, _warps(threads, device), n_programs, False, n_blocks, row_group=row_group)
+    tile = Tile(kernel, block_rows, block_cols, _warps(threads, device), n_programs, False, n_blocks, row_group=row_group)
+    if row_group > 0 and block_cols > 1 and probabilities is None and not more:
+        return replace(tile, max_registers=_register_limit(PART_REGISTERS, device))
+    return tile
 
 
 def _is_packed(g: Geometry) -> bool:
