@@ -44,7 +44,7 @@ COUNTED_ROWS = 64
 # Up to so many rows, the last program of a forward selects among their losses alone, for "max" and "topk"; of more, launches of
 # many programs do (kernels/selection.py).
 ROWS_SELECTED_ALONE = 16384
-SELECTION_BLOCK = 1024  # rows that a program looks at at a time
+SELECTION_BLOCK = 1024  # rows that a program looks at at a time: PARTIALS_BLOCK of kernels/reduction.py
 # 16-byte loads that each thread has under way for a block of a row. More would spill on sm_80; fewer would need more warps, whose
 # reductions meet at barriers.
 ACCESSES_PER_THREAD = 4

@@ -45,7 +45,7 @@ def _finishes_last(partial_ptr, ticket_ptr, program, n_programs, N_SUMS: tl.cons
         if last:
             for i in tl.static_range(N_SUMS):
                 group_ptr = partial_ptr + i * n_programs + group
-                tl.store(group_ptr, _sum_strided(group_ptr, n_members, N_GROUPS).to(partial_ptr.dtype.element_ty))
+                tl.store(group_ptr, sum_partials(group_ptr, n_members, N_GROUPS).to(partial_ptr.dtype.element_ty))
             last = draws_last(ticket_ptr, N_GROUPS)
     else:
         last = draws_last(ticket_ptr, n_programs)
@@ -53,13 +53,14 @@ def _finishes_last(partial_ptr, ticket_ptr, program, n_programs, N_SUMS: tl.cons
 
 
 @triton.jit
-def _sum_partials(partial_ptr, n_programs):
+def _sum_left(partial_ptr, n_programs):
     """The sum of what _finishes_last has left."""
-    return _sum_strided(partial_ptr, tl.where(n_programs > MAX_UNGROUPED, N_GROUPS, n_programs), 1)
+    return sum_partials(partial_ptr, tl.where(n_programs > MAX_UNGROUPED, N_GROUPS, n_programs))
 
 
 @triton.jit
-def _sum_strided(partial_ptr, n, stride):
+def sum_partials(partial_ptr, n, stride=1):
+    """The sum of n values, in float64, that other programs left."""
     total = tl.zeros((), tl.float64)
     for start in range(0, n, PARTIALS_BLOCK):
         index = start + tl.arange(0, PARTIALS_BLOCK)
@@ -78,7 +79,7 @@ def sum_over_programs(partial_ptr, ticket_ptr, value, program, n_programs):
         tl.store(partial_ptr + program, value)
         last = _finishes_last(partial_ptr, ticket_ptr, program, n_programs, 1)
         if last:
-            total = _sum_partials(partial_ptr, n_programs)
+            total = _sum_left(partial_ptr, n_programs)
     return total, last
 
 
@@ -173,8 +174,8 @@ def reduce_batch(
             _write_loss(
                 loss_ptr,
                 saved_ptr,
-                _sum_partials(partial_ptr, n_programs),
-                _sum_partials(partial_ptr + n_programs, n_programs),
+                _sum_left(partial_ptr, n_programs),
+                _sum_left(partial_ptr + n_programs, n_programs),
                 scale,
                 top_k,
                 n_rows,

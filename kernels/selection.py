@@ -19,6 +19,7 @@ from fusedloss.kernels.reduction import (
     draws_last,
     store_selected,
     sum_above,
+    sum_partials,
 )
 from fusedloss.kernels.rowwise import STATE, load_scale
 
@@ -79,11 +80,9 @@ def selected_kernel(
     tl.store(sums_ptr + n_programs + program, n_above.to(tl.float64))
     tl.store(sums_ptr + 2 * n_programs + program, n_tied.to(tl.float64))
     if draws_last(ticket_ptr, n_programs):
-        index = tl.arange(0, PARTIALS_BLOCK)  # programs are no more than SMs
-        mask = index < n_programs
-        total = tl.sum(tl.load(sums_ptr + index, mask=mask, other=0.0, cache_modifier=".cg"), 0)
-        above = tl.sum(tl.load(sums_ptr + n_programs + index, mask=mask, other=0.0, cache_modifier=".cg"), 0)
-        tied = tl.sum(tl.load(sums_ptr + 2 * n_programs + index, mask=mask, other=0.0, cache_modifier=".cg"), 0)
+        total = sum_partials(sums_ptr, n_programs)
+        above = sum_partials(sums_ptr + n_programs, n_programs)
+        tied = sum_partials(sums_ptr + 2 * n_programs, n_programs)
         k, n_counted = tl.load(selection_ptr + 2), tl.load(selection_ptr + 3)
         scale = load_scale(scale_ptr, scale_bits, dtype).to(tl.float64)
         store_selected(loss_ptr, saved_ptr, threshold, total, above.to(tl.int64), tied.to(tl.int64), k, n_counted, scale)
