@@ -41,7 +41,7 @@ def _value_and_gradient(logits: torch.Tensor, target: torch.Tensor, **options: A
     return loss.detach(), gradient
 
 
-@pytest.mark.parametrize("shape", [(5000, 10), (700, 100), (60, 4999), (6, 21, 50, 31)], ids=str)
+@pytest.mark.parametrize("shape", [(5000, 10), (700, 100), (60, 4999), (6, 21, 50, 31), (1, 3000, 130)], ids=str)
 @pytest.mark.parametrize(
     "options",
     [{}, {"reduction": "none"}, {"reduction": "topk", "top_k": 0.3}, {"z_loss": 1e-3, "softcap": 9.0}],
@@ -159,7 +159,7 @@ def test_fused_mode_allocates_one_gradient(monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(sizes) < 1.05 * 64 * 1000 * 4
 
 
-@pytest.mark.parametrize("shape", [(6, 12), (2, 5, 3, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 12), (70, 300), (2, 5, 3, 4), (1, 300, 70)], ids=str)
 def test_any_strides(shape: tuple[int, ...]) -> None:
     """Every other row or class, transposed, expanded, channels last: read where they lie."""
     big = make_logits(*(2 * size for size in shape))

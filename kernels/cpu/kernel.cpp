@@ -20,7 +20,8 @@ namespace {
 
 constexpr int64_t MAX_CHUNKS = 1024;
 constexpr int64_t CHUNK_ELEMENTS = 1 << 14;  // about 10 us of work with AVX-512: waking a spinning thread costs 1 or 2
-constexpr int64_t CHUNK_ROWS_MULTIPLE = 64;  // whole vectors of rows for lanes.h
+// Whole vectors of rows, and whole cache lines of every class, for lanes.h.
+constexpr int64_t CHUNK_ROWS_MULTIPLE = 64;
 constexpr int64_t CHUNK_TARGETS = 1 << 15;
 
 struct Chunks {
@@ -37,7 +38,8 @@ struct Chunks {
 
 Chunks row_chunks(const Problem& problem) {
   const int64_t rows = CHUNK_ELEMENTS / (problem.n_cols > 0 ? problem.n_cols : 1);
-  return Chunks(problem.n_rows(), rows > 0 ? rows : 1, rows >= CHUNK_ROWS_MULTIPLE ? CHUNK_ROWS_MULTIPLE : 1);
+  const bool is_multiple = rows >= CHUNK_ROWS_MULTIPLE || !problem.has_contiguous_classes();
+  return Chunks(problem.n_rows(), rows > 0 ? rows : 1, is_multiple ? CHUNK_ROWS_MULTIPLE : 1);
 }
 
 // What chunks leave to the thread that called. Not on its stack, where a small problem's frames would come to lie 48 KB from

@@ -18,8 +18,7 @@ namespace {
 constexpr int64_t MIN_ROW_COLS = MAX_FEW_COLS + 1;
 
 INLINE bool takes_rows(const Problem& problem) {
-  return problem.n_cols >= MIN_ROW_COLS && problem.has_contiguous_classes() &&
-         (!problem.has_probabilities() || problem.target_strides.col == 1);
+  return problem.n_cols >= MIN_ROW_COLS && problem.has_contiguous_classes();
 }
 
 template <class T>

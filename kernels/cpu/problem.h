@@ -62,7 +62,9 @@ struct Kind {
 struct Problem : Call, Kind {
   int64_t n_rows() const { return n_outer * n_inner; }
   bool has_probabilities() const { return target_kind == kProbabilities || target_kind == kProbabilitiesAsLogits; }
-  bool has_contiguous_classes() const { return logits_strides.col == 1 && (!dlogits || dlogits_strides.col == 1); }
+  bool has_contiguous_classes() const {
+    return logits_strides.col == 1 && (!dlogits || dlogits_strides.col == 1) && (!has_probabilities() || target_strides.col == 1);
+  }
   bool has_contiguous_rows() const { return logits_strides.row == 1 && (!dlogits || dlogits_strides.row == 1); }
   bool selects_rows() const { return reduction == kMax || reduction == kTopK; }
   int64_t offset(const Strides& s, int64_t row) const {
