@@ -1,9 +1,11 @@
-"""Compiles the CPU kernel; everything that is data lives in pyproject.toml.
+"""Compiles the CPU kernel, and makes the README a page that stands alone; everything that is data lives in pyproject.toml.
 
 The kernel is plain C++ without Python or torch headers, loaded by ctypes: one build serves every Python and every torch. It is
-optional: without a C++ compiler the installation succeeds, and `python -m fusedloss` says what is missing and why it matters.
+optional: without a C++ compiler the installation succeeds, the wheel is a pure one (py3-none-any), the loss on a CPU is
+PyTorch's, and the first call there and `python -m fusedloss` say so.
 """
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -38,6 +40,14 @@ class BuildKernel(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
+    def run(self) -> None:
+        super().run()
+        missing = [ext.name for ext in self.extensions if not Path(self.get_ext_fullpath(ext.name)).exists()]
+        if missing:
+            self.warn("no CPU kernel was built, for want of a C++ compiler: fusedloss will use PyTorch's loss on CPUs")
+            self.distribution.ext_modules = None
+            self.get_finalized_command("bdist_wheel").root_is_pure = True
+
     def build_extension(self, ext: Extension) -> None:
         with ThreadPoolExecutor() as pool:
             objects = pool.map(
@@ -56,4 +66,15 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=[cpu_kernel], cmdclass={"build_ext": BuildKernel, "bdist_wheel": Wheel})
+def description() -> str:
+    """The README for a package index, which has none of the repository's files: links to them, and plots, become their names."""
+    readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    return re.sub(r"!?\[([^\]]*)\]\((?!https?:)[^)]+\)", r"\1", readme)
+
+
+setup(
+    ext_modules=[cpu_kernel],
+    cmdclass={"build_ext": BuildKernel, "bdist_wheel": Wheel},
+    long_description=description(),
+    long_description_content_type="text/markdown",
+)

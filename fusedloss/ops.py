@@ -25,7 +25,12 @@ _BACKENDS: dict[str, Any] = {"triton": triton_backend, "cpu": cpu_backend}
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
-_library = torch.library.Library("fusedloss", "DEF")
+# The namespace outlives these modules: where they were deleted from sys.modules and are imported again, as some test runners and
+# notebooks do, the operators of the first import make room for those of the second.
+_namespace = vars(torch.ops.fusedloss)
+if "library" in _namespace:
+    _namespace["library"]._destroy()
+_library = _namespace["library"] = torch.library.Library("fusedloss", "DEF")
 _library.define(
     f"forward({_INPUTS}, {_OPTIONS}, ScalarType out_dtype, bool needs_grad, str backend) "
     "-> (Tensor loss, Tensor saved, Tensor dlogits, Tensor row_stats, Tensor counts)"
@@ -107,18 +112,18 @@ for _key in ("CUDA", "CPU"):
     _library.impl("scale_gradient", _scale_gradient_impl, _key)
 
 
-@torch.library.register_fake("fusedloss::forward")
+@torch.library.register_fake("fusedloss::forward", lib=_library)
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, rest = Inputs(*arguments[:_N_INPUTS]), arguments[_N_INPUTS:]
     options, (out_dtype, needs_grad, _) = Options(*rest[:_N_OPTIONS]), rest[_N_OPTIONS:]
     return _all_tensors(allocate_forward(inputs, options, out_dtype, needs_grad))
 
 
-@torch.library.register_fake("fusedloss::backward")
+@torch.library.register_fake("fusedloss::backward", lib=_library)
 def _backward_fake(dloss: Tensor, logits: Tensor, *_: object) -> Tensor:
     return allocate_gradient(logits)
 
 
-@torch.library.register_fake("fusedloss::scale_gradient")
+@torch.library.register_fake("fusedloss::scale_gradient", lib=_library)
 def _scale_gradient_fake(dlogits: Tensor, dloss: Tensor, backend: str) -> None:
     pass

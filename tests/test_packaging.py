@@ -5,6 +5,7 @@ library does not load. So the installed package is seen to work without it, too.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOT_SOURCES = (".*", "*.egg-info", "*.so", "__pycache__", "build", "dist", "data", "runs", "tests", "benchmarks")
+NOT_SOURCES = (".*", "*.egg-info", "*.so", "__pycache__", "build", "dist", "data", "runs")
 
 
 def _run(*command: str, cwd: Path, **environment: str) -> str:
@@ -35,13 +36,13 @@ done
 """
 
 
-def _build(kind: str, source: Path, into: Path) -> Path:
+def _build(kind: str, source: Path, into: Path, compiler: str | None = None) -> Path:
     """The wheel or sdist of `source`, by the build backend that pip calls."""
     into.mkdir()
     stub = into.parent / "c++"
     stub.write_text(STUB_COMPILER)
     stub.chmod(0o755)
-    compilers = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), str(stub))
+    compilers = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), compiler or str(stub))
     _run("-c", f"from setuptools import build_meta; build_meta.build_{kind}({str(into)!r})", cwd=source, **compilers)
     (built,) = into.iterdir()
     return built
@@ -59,14 +60,25 @@ def sdist(source: Path) -> Path:
     return _build("sdist", source, source.parent / "sdist")
 
 
-@pytest.fixture(scope="module")
-def wheel(sdist: Path) -> Path:
-    """sdist -> wheel, which is what a package index makes people do; building in the checkout hides missing files."""
-    unpacked = sdist.parent.parent / "unpacked"
+def _unpacked(sdist: Path, into: Path) -> Path:
     with tarfile.open(sdist) as archive:
-        archive.extractall(unpacked, filter="data")
-    (project,) = unpacked.iterdir()
-    return _build("wheel", project, unpacked.parent / "wheel")
+        archive.extractall(into, filter="data")
+    (project,) = into.iterdir()
+    return project
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sdist -> wheel, which is what a package index makes people do; building in the checkout hides missing files."""
+    folder = tmp_path_factory.mktemp("wheel")
+    return _build("wheel", _unpacked(sdist, folder / "unpacked"), folder / "wheel")
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on a machine without a compiler."""
+    folder = tmp_path_factory.mktemp("pure")
+    return _build("wheel", _unpacked(sdist, folder / "unpacked"), folder / "wheel", str(folder / "no-compiler"))
 
 
 def _names(wheel: Path) -> set[str]:
@@ -82,7 +94,22 @@ def test_the_wheel_holds_the_package_and_its_kernels(wheel: Path) -> None:
     names = _names(wheel)
     assert _sources("fusedloss") <= names
     assert {f"fusedloss/{path}" for path in _sources("kernels")} <= names
-    assert "fusedloss/kernels/cpu/fusedloss_cpu.so" in names
+    assert {"fusedloss/kernels/cpu/fusedloss_cpu.so", "fusedloss/py.typed"} <= names
+
+
+def test_a_wheel_without_the_cpu_kernel_has_another_name(wheel: Path, pure_wheel: Path) -> None:
+    """Nobody takes it for the one with the kernel, and it installs everywhere."""
+    assert re.fullmatch(r"fusedloss-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+    assert re.fullmatch(r"fusedloss-[\d.]+-py3-none-any\.whl", pure_wheel.name)
+    for built, pure in ((wheel, "false"), (pure_wheel, "true")):
+        with zipfile.ZipFile(built) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+            assert f"Root-Is-Purelib: {pure}" in archive.read(name).decode()
+
+    def modules(built: Path) -> set[str]:
+        return {name for name in _names(built) if name.endswith(".py")}
+
+    assert modules(pure_wheel) == modules(wheel)
 
 
 def test_the_wheel_has_one_top_level_package(wheel: Path) -> None:
@@ -98,6 +125,8 @@ def test_the_wheels_metadata(wheel: Path) -> None:
     assert "\nName: fusedloss\n" in metadata
     assert "\nRequires-Dist: torch" in metadata
     assert "# fusedloss" in metadata  # the README is the description
+    # A package index has none of the repository's files.
+    assert not re.findall(r"\]\((?!https?:)[^)]*\)", metadata)
     assert not [line for line in metadata.splitlines() if line.startswith("Requires-Dist: triton")]
 
 
@@ -108,6 +137,16 @@ def test_the_sdist_holds_all_sources(sdist: Path) -> None:
     assert {"README.md", "LICENSE", "pyproject.toml", "setup.py"} <= names
     compiled = {str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*") if path.suffix in (".cpp", ".h")}
     assert compiled <= names
+
+
+def test_the_sdists_tests_have_what_they_need(source: Path, sdist: Path, tmp_path: Path) -> None:
+    """Helpers, benchmarks and Makefile too: a distribution's packager runs the tests from it."""
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert _sources("tests") | _sources("benchmarks") | {"Makefile", "tests/fuzz_cpu_kernel.cpp"} <= names
+    project = _unpacked(sdist, tmp_path / "unpacked")
+    collected = _run("-m", "pytest", "--collect-only", "-q", "tests/test_accuracy.py", cwd=project)
+    assert "tests/test_accuracy.py" in collected
 
 
 WHERE = """
@@ -148,6 +187,31 @@ new = {name.split(".")[0] for name in set(sys.modules) - before} - {"fusedloss"}
 print(sorted(new), "triton" in sys.modules)
 """
     assert _run("-c", probe, cwd=tmp_path, PYTHONPATH=str(ROOT)).split() == ["[]", "False"]
+
+
+AGAIN = """
+import sys
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+logits, target, losses = torch.randn(6, 5, requires_grad=True), torch.randint(5, (6,)), []
+for _ in range(3):
+    for name in [name for name in sys.modules if name.split(".")[0] == "fusedloss"]:
+        del sys.modules[name]
+    import fusedloss
+    losses.append(fusedloss.cross_entropy)
+assert len(set(losses)) == 3
+gradients = []
+for loss in losses:  # the earlier ones, too, which somebody may hold; traced, it asks for the operators that are registered
+    traced = make_fx(lambda *inputs, loss=loss: loss(*inputs), tracing_mode="fake")(logits.detach(), target)
+    torch.testing.assert_close(traced(logits.detach(), target), loss(logits, target).detach())
+    gradients += torch.autograd.grad(loss(logits, target), logits)
+assert gradients[0].equal(gradients[1]) and gradients[0].equal(gradients[2])
+"""
+
+
+def test_importing_again_after_the_modules_were_deleted(tmp_path: Path) -> None:
+    """Test runners and notebooks do that. PyTorch's dispatcher knows one definition of an operator."""
+    _run("-W", "error", "-c", AGAIN, cwd=tmp_path, PYTHONPATH=str(ROOT))
 
 
 def test_version_comes_from_one_place(wheel: Path) -> None:
