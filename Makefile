@@ -11,7 +11,7 @@ READY  := $(VENV)/.ready
 help:
 	@echo "make setup     create $(VENV) and install fusedloss with what the other targets need"
 	@echo "make train     train the CIFAR-10 classifier with the fused loss (options: ARGS='--epochs 3 --loss torch')"
-	@echo "make test      the test suite: the part under Triton's interpreter, and the rest beside it"
+	@echo "make test      the test suite in three processes, of which two run at a time (options: ARGS='-k accuracy -x')"
 	@echo "make test-all  the same with the whole sweep"
 	@echo "make test-oldest  the same as make test with the oldest PyTorch that is supported, in .venv-oldest"
 	@echo "make test-clients  transformers, timm, Lightning and torchvision with the fused loss; installs them into $(VENV)"
@@ -35,22 +35,12 @@ setup: $(READY)
 train: $(READY)
 	$(PY) benchmarks/train_cifar10.py $(ARGS)
 
-# Three processes, two at a time: TRITON_INTERPRET must be set before triton is imported, and an interpreted process cannot
-# compile; the emulator's tests and the GPU benchmarks' take the core that is free first. Each keeps one core busy, and prints
-# when done.
+# In three processes, two at a time: tests/parts.py says why.
 test: $(READY)
-	@$(MAKE) --jobs=2 --output-sync=target --no-print-directory test-interpreted test-native test-emulated ARGS="$(ARGS)"
+	$(PY) tests/parts.py $(ARGS)
 
-EMULATED := $(addprefix tests/test_,ptxsim.py ptxsim_marks.py report.py bench_gpu.py host_overhead.py)
-
-test-interpreted: $(READY)
-	TRITON_INTERPRET=1 $(PY) -m pytest -m interpreter $(ARGS)
-
-test-native: $(READY)
-	$(PY) -m pytest -m "not interpreter" $(addprefix --ignore=,$(EMULATED)) $(ARGS)
-
-test-emulated: $(READY)
-	$(PY) -m pytest $(EMULATED) $(ARGS)
+test-interpreted test-native test-emulated: test-%: $(READY)
+	$(PY) tests/parts.py --part $* $(ARGS)
 
 test-all: ARGS += --sweep
 test-all: test

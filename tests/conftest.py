@@ -4,6 +4,7 @@ TRITON_INTERPRET=1 makes an interpreter process: tests marked `interpreter` run 
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -43,17 +44,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sweep", action="store_true", help="also run the tests marked `sweep` (make test-all)")
 
 
+def _cannot_run(item: pytest.Item, config: pytest.Config) -> str | None:
+    """Why this process, or this machine, does not run a test."""
+    if (item.get_closest_marker("interpreter") is not None) != INTERPRETED:
+        return "run without TRITON_INTERPRET" if INTERPRETED else "need TRITON_INTERPRET=1 before triton is imported"
+    if item.get_closest_marker("gpu") is not None and not HAS_GPU:
+        return "need a GPU, and torch.cuda sees no GPU"
+    if item.get_closest_marker("sweep") is not None and not config.getoption("--sweep"):
+        return "part of the whole sweep: make test-all"
+    return None
+
+
+_left_out: Counter[str] = Counter()  # tests, by the reason
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k: what they leave out needs no reason
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    wrong_process = pytest.mark.skip(
-        reason="runs without TRITON_INTERPRET" if INTERPRETED else "needs TRITON_INTERPRET=1 before triton is imported"
-    )
-    for item in items:
-        if (item.get_closest_marker("interpreter") is not None) != INTERPRETED:
-            item.add_marker(wrong_process)
-        elif item.get_closest_marker("gpu") is not None and not HAS_GPU:
-            item.add_marker(pytest.mark.skip(reason="torch.cuda sees no GPU"))
-        elif item.get_closest_marker("sweep") is not None and not config.getoption("--sweep"):
-            item.add_marker(pytest.mark.skip(reason="part of the whole sweep: make test-all"))
+    """Deselects what cannot run: of thousands of skipped tests nobody would find the one that should not be."""
+    reasons = [_cannot_run(item, config) for item in items]
+    config.hook.pytest_deselected(items=[item for item, reason in zip(items, reasons, strict=True) if reason])
+    _left_out.update(filter(None, reasons))
+    items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for reason, count in _left_out.items():
+        terminalreporter.write_line(f"{count} tests left out: {reason}")
 
 
 class Path(NamedTuple):
