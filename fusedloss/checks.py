@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from fusedloss.plan import ROW_REDUCTIONS, Options
+from fusedloss.plan import ROW_REDUCTIONS, Extras, Options
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TORCH_NAMES = {
@@ -38,18 +38,10 @@ def autocast_dtype(dtype: torch.dtype, autocast: bool) -> torch.dtype:
 
 
 def check_options(
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    top_k: int | float | None = None,
-    scale: float | Tensor = 1.0,
-    z_loss: float = 0.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    lam: float | Tensor = 1.0,
-    return_stats: bool = False,
+    reduction: str, ignore_index: int, label_smoothing: float, extras: Extras, lam: float | Tensor = 1.0
 ) -> Options:
     """Raises on options that no tensor could make right. Tensors for scale and lam stay with the caller, and are 1.0 here."""
+    scale, _, top_k, return_stats, z_loss, logit_scale, softcap = extras
     if reduction == "elementwise_mean":
         _reduction.get_enum(reduction)  # warns
         reduction = "mean"

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from fusedloss import backends
 from fusedloss.plan import Options
 
 MAX_KEYS = 256
@@ -37,6 +39,47 @@ class KnownCall:
 
 KNOWN: dict[tuple[Any, ...], tuple[KnownCall, ...]] = {}  # by options and settings; only a cache: it may be emptied at any time
 _seen: dict[tuple[Any, ...], int] = {}  # how often, by key, shape and dtype
+
+
+def key_of(
+    target: Any,
+    weight: Tensor | None,
+    size_average: bool | None,
+    ignore_index: int,
+    reduce: bool | None,
+    reduction: str,
+    label_smoothing: float,
+    extras: tuple[Any, ...],  # in the order of `plan.Extras`
+) -> tuple[Any, ...] | None:
+    """With the tensors' kind, all that decides the way of a call; None where such calls are not remembered."""
+    scale, sample_weight, top_k, return_stats, *_ = extras
+    if (
+        type(scale) is not float
+        or type(ignore_index) is not int
+        or not size_average is reduce is top_k is sample_weight is None
+        or return_stats
+        or type(target) is tuple
+    ):
+        return None
+    return (
+        ignore_index,
+        reduction,
+        label_smoothing,
+        extras[1:],
+        weight is None,
+        backends.requested,
+        torch.is_grad_enabled(),
+        forward_ad._current_level,
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+    )
+
+
+def find(key: tuple[Any, ...], input: Tensor, target: Tensor, weight: Tensor | None) -> KnownCall | None:
+    for call in KNOWN.get(key, ()):
+        if call.takes(input, target) if weight is None else call.takes(input, target, weight):
+            return call
+    return None
 
 
 def is_worth_remembering(key: tuple[Any, ...], logits: Tensor) -> bool:

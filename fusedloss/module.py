@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusedloss.functional import cross_entropy
+from fusedloss.plan import EXTRAS
 
-_EXTRAS = {"top_k": None, "scale": 1.0, "z_loss": 0.0, "logit_scale": 1.0, "softcap": None, "return_stats": False}
+_OWN_EXTRAS = {name: default for name, default in EXTRAS._asdict().items() if name != "sample_weight"}  # which comes with a call
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -36,12 +37,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         *,
-        top_k: int | float | None = None,
-        scale: float | Tensor = 1.0,
-        z_loss: float = 0.0,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        return_stats: bool = False,
+        top_k: int | float | None = EXTRAS.top_k,
+        scale: float | Tensor = EXTRAS.scale,
+        z_loss: float = EXTRAS.z_loss,
+        logit_scale: float = EXTRAS.logit_scale,
+        softcap: float | None = EXTRAS.softcap,
+        return_stats: bool = EXTRAS.return_stats,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.top_k = top_k
@@ -79,5 +80,5 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A module pickled or copied from nn.CrossEntropyLoss lacks the extras."""
         super().__setstate__(state)
-        for name, default in _EXTRAS.items():
+        for name, default in _OWN_EXTRAS.items():
             self.__dict__.setdefault(name, default)

@@ -13,7 +13,8 @@ from fusedloss import functional
 from fusedloss.autograd import kernel_inputs
 from fusedloss.backends import cpu
 from fusedloss.checks import check_options
-from fusedloss.plan import Inputs, Options, fuses_gradient, spatial_dims_collapse
+from fusedloss.plan import EXTRAS, Inputs, Options, fuses_gradient, spatial_dims_collapse
+from fusedloss.route import route_of
 
 
 def cross_entropy_overwriting_logits(
@@ -47,10 +48,10 @@ def cross_entropy_overwriting_logits(
     arguments = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing, "scale": scale}
     if not (isinstance(input, Tensor) and input.requires_grad and torch.is_grad_enabled()):
         return functional.cross_entropy(input, target, weight, **arguments)  # type: ignore[arg-type]
-    options = check_options(reduction, ignore_index, label_smoothing, None, scale)
+    options = check_options(reduction, ignore_index, label_smoothing, EXTRAS._replace(scale=scale))
     scale_tensor = scale.detach().to("cpu") if isinstance(scale, Tensor) else None
     inputs = Inputs(input, target, weight=weight, scale=scale_tensor)
-    route = functional._route(inputs, options)
+    route = route_of(inputs, options)
     if route.backend != "cpu":
         raise RuntimeError(f"only the CPU kernel can overwrite the logits, and here: {route.reason}")
     if not fuses_gradient(options.reduction, input.dtype):

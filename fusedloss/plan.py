@@ -10,6 +10,24 @@ from torch import Tensor
 ROW_REDUCTIONS = ("max", "topk")  # reductions that select rows by their loss
 
 
+class Extras(NamedTuple):
+    """The arguments beyond PyTorch's, as the caller gives them, and their defaults: their one definition.
+
+    The scale comes first: all others are part of the key of a known call.
+    """
+
+    scale: float | Tensor = 1.0
+    sample_weight: Tensor | None = None
+    top_k: int | float | None = None
+    return_stats: bool = False
+    z_loss: float = 0.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+EXTRAS = Extras()
+
+
 class Options(NamedTuple):
     """What the caller asked for, checked and normalised; the same for every backend.
 
@@ -75,13 +93,13 @@ class Plan:
     """Which path a call takes, why, and what it will cost.
 
     Attributes:
-        backend: "triton", "cpu" or "reference".
+        backend: "triton", "cpu", "torch" (torch.nn.functional.cross_entropy itself) or "reference" (a composition of its operators).
         reason: why this backend, in words.
-        strategy: "forward only", "fused", "recompute", or "autograd" for the reference.
-        forward, backward: the launches; None on the CPU and on the reference path.
+        strategy: "forward only", "fused", "recompute", or "autograd" where PyTorch's operators serve the call.
+        forward, backward: the launches; None where no GPU kernel is launched.
         copies_logits: the logits are copied once because no pair of strides describes their rows.
         read_bytes, write_bytes: predicted traffic of the logits and their gradient, forward and backward together.
-        launches: predicted kernel launches, forward and backward together; None on the reference path.
+        launches: predicted kernel launches, forward and backward together; None where no kernel serves the call.
         threads: of the CPU kernel.
     """
 

@@ -57,6 +57,20 @@ def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> t
     return loss, _stats(logits.detach(), rows.detach(), counted, inputs, options) if options.return_stats else None
 
 
+def torchs(inputs: Inputs, options: Options) -> Tensor:
+    """PyTorch's own loss, times the scale: of calls that ask for no other extra. Its sums and its NaN are PyTorch's, too."""
+    logits, target, _, _, weight, _, _ = inputs
+    loss = TORCHS(
+        logits,
+        target,
+        weight,
+        ignore_index=options.ignore_index,
+        reduction=options.reduction,
+        label_smoothing=options.label_smoothing,
+    )
+    return loss if options.scale == 1 else options.scale * loss
+
+
 def _transformed(logits: Tensor, options: Options) -> Tensor:
     """The logits scaled, then capped (Gemma 2, arXiv:2408.00118)."""
     if options.logit_scale != 1:

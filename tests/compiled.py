@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
 import fusedloss
-from fusedloss import functional
+from fusedloss import known
 from fusedloss.backends import triton as launcher
 from fusedloss.plan_triton import DeviceFacts
 
@@ -106,7 +106,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, target: str, call: Callable[[], to
     with monkeypatch.context() as patch, fusedloss.backend("triton"):
         patch.setattr(launcher, "device_facts", lambda _: FACTS[target])
         patch.setattr(launcher, "_launch", record)
-        patch.setattr(functional, "KNOWN", {})  # of another GPU
+        patch.setattr(known, "KNOWN", {})  # of another GPU
         call().sum().backward()
     return recorded
 

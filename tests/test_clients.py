@@ -13,7 +13,7 @@ from problems import make_logits, make_target
 from torch import Tensor, nn
 
 import fusedloss
-from fusedloss import functional
+from fusedloss import serving
 
 Train = Callable[[], list[float]]  # seeds everything itself; returns the loss of every step
 
@@ -22,18 +22,18 @@ Train = Callable[[], list[float]]  # seeds everything itself; returns the loss o
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The logits' shapes of what reached fusedloss."""
     seen: list[tuple[int, ...]] = []
-    call, known = functional._call, functional.KnownCrossEntropyFunction
+    compute, function = serving.compute, serving.KnownCrossEntropyFunction
 
     def recording(inputs: Any, options: Any, route: Any) -> Any:
         seen.append(tuple(inputs.logits.shape))
-        return call(inputs, options, route)
+        return compute(inputs, options, route)
 
     def recording_known(logits: Tensor, *arguments: Any) -> Any:
         seen.append(tuple(logits.shape))
-        return known.apply(logits, *arguments)
+        return function.apply(logits, *arguments)
 
-    monkeypatch.setattr(functional, "_call", recording)
-    monkeypatch.setattr(functional, "KnownCrossEntropyFunction", SimpleNamespace(apply=recording_known))
+    monkeypatch.setattr(serving, "compute", recording)
+    monkeypatch.setattr(serving, "KnownCrossEntropyFunction", SimpleNamespace(apply=recording_known))
     return seen
 
 

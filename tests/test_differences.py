@@ -90,7 +90,7 @@ def test_class_out_of_range_in_the_reference_on_a_gpu(monkeypatch: pytest.Monkey
 
 
 def test_class_out_of_range_can_be_an_error_everywhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusedloss.functional._CHECK_TARGETS", True)
+    monkeypatch.setattr("fusedloss.serving._CHECK_TARGETS", True)
     with pytest.raises(IndexError, match=r"Target 7 is out of bounds\."):
         fusedloss.cross_entropy(make_logits(4, 5), torch.tensor([0, 7, -100, 3]))
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
-from fusedloss import functional, known
+from fusedloss import known, serving
 
 N, C = 6, 10
 
@@ -33,11 +33,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The calls that took the long way, since none was known."""
     table: dict[Any, Any] = {}
     monkeypatch.setattr(known, "KNOWN", table)
-    monkeypatch.setattr(functional, "KNOWN", table)
     monkeypatch.setattr(known, "_seen", {})
     seen: list[Any] = []
-    dispatch = functional._call
-    monkeypatch.setattr(functional, "_call", lambda *arguments: seen.append(arguments) or dispatch(*arguments))
+    dispatch = serving.compute
+    monkeypatch.setattr(serving, "compute", lambda *arguments: seen.append(arguments) or dispatch(*arguments))
     return seen
 
 
@@ -62,8 +61,7 @@ def equal(ours: tuple[Tensor, Tensor | None], theirs: tuple[Tensor, Tensor | Non
 def without_known(call: Callable[[], Any]) -> Any:
     """What the long way returns, or the exception that it raises."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "KNOWN", {})  # where nothing is found
-        patch.setattr(known, "KNOWN", {})  # nor left for later
+        patch.setattr(known, "KNOWN", {})  # where nothing is found, nor left for later
         return outcome(call)
 
 

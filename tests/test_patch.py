@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy as bound_before
 
 import fusedloss
-from fusedloss import functional
+from fusedloss import known, serving
 
 TORCHS = F.cross_entropy
 
@@ -24,14 +24,14 @@ TORCHS = F.cross_entropy
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What reached fusedloss: the reduction of every call."""
     seen: list[str] = []
-    dispatch = functional._call
+    dispatch = serving.compute
 
     def recording(inputs: Any, options: Any, route: Any) -> Any:
         seen.append(options.reduction)
         return dispatch(inputs, options, route)
 
-    monkeypatch.setattr(functional, "_call", recording)
-    monkeypatch.setattr(functional, "KNOWN", {})  # where no call is found, every one passes here
+    monkeypatch.setattr(serving, "compute", recording)
+    monkeypatch.setattr(known, "find", lambda *_: None)  # every one passes here
     return seen
 
 

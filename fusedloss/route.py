@@ -1,0 +1,109 @@
+"""Which path serves a call, and why: decided from all but the tensors' values."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedloss import backends
+from fusedloss.backends import cpu
+from fusedloss.checks import Facts, InputFacts, autocast_dtype, check_tensors
+from fusedloss.plan import Inputs, Options
+from fusedloss.world import PLAIN, Kind, World, world_of
+
+
+class Route(NamedTuple):
+    """The decision. backend: "triton", "cpu", "reference" or "torch", which is torch.nn.functional.cross_entropy itself."""
+
+    backend: str
+    reason: str
+    out_dtype: torch.dtype  # the loss's
+    world: World
+
+
+def route_of(inputs: Inputs, options: Options) -> Route:
+    """Checks the tensors and chooses the path."""
+    logits, target, target_b, lam, weight, sample_weight, scale = inputs
+    facts = InputFacts(
+        Facts.of("input", logits),
+        Facts.of("target", target),
+        None if target_b is None else Facts.of("target_b", target_b),
+        None if lam is None else Facts.of("lam", lam),
+        None if weight is None else Facts.of("weight", weight),
+        None if sample_weight is None else Facts.of("sample_weight", sample_weight),
+    )
+    world = world_of(*inputs)
+    # Once per kind of call, unless somebody traces it, with sizes that are symbols.
+    choose = _choose if world is PLAIN else _choose.__wrapped__
+    return choose(facts, options.kind(), scale is not None, backends.requested, world, _autocast(logits))
+
+
+@lru_cache(maxsize=1024)
+def _choose(facts: InputFacts, options: Options, has_scale: bool, requested: str, world: World, autocast: bool) -> Route:
+    check_tensors(facts, options, autocast)
+    out_dtype = _out_dtype(facts, autocast)
+    if requested == "reference":
+        return Route("reference", "asked for by backend('reference') or FUSEDLOSS_BACKEND", out_dtype, world)
+    device = facts.logits.device.type
+    name = {"cuda": "triton", "cpu": "cpu"}.get(device) if requested == "auto" else requested
+    uncovered: str | None
+    if name is None:
+        uncovered = f"no kernel serves device {device!r}"
+    else:
+        uncovered = _not_covered(name, facts, options, out_dtype)
+        if world.kind is Kind.COMPOSED:
+            uncovered = uncovered or world.reason
+    if requested != "auto":
+        if uncovered:
+            raise RuntimeError(f"backend {requested!r} was asked for, but {uncovered}")
+        return Route(requested, f"asked for by backend({requested!r}) or FUSEDLOSS_BACKEND", out_dtype, world)
+    if uncovered:
+        return Route("torch" if _torch_serves(facts, options, has_scale) else "reference", uncovered, out_dtype, world)
+    reason = "the logits are on a GPU" if name == "triton" else f"the logits are on the CPU ({cpu.ISA})"
+    return Route(str(name), reason, out_dtype, world)
+
+
+def _torch_serves(facts: InputFacts, options: Options, has_scale: bool) -> bool:
+    """Whether no extra is asked for, but a scale, which is a factor of the loss."""
+    if options.has_extras() or has_scale or facts.target_b is not None or facts.sample_weight is not None:
+        return False
+    return options.reduction in ("none", "sum", "mean")
+
+
+def _not_covered(name: str, facts: InputFacts, options: Options, out_dtype: torch.dtype) -> str | None:
+    logits, target, _, lam, weight, sample_weight = facts
+    if name == "cpu":
+        if cpu.MISSING is not None:
+            return cpu.MISSING
+        if logits.device.type not in ("cpu", "meta"):
+            return f"the CPU kernel does not serve device {logits.device.type!r}"
+    if facts.has_probabilities():
+        if target.needs_grad or (weight is not None and weight.needs_grad):
+            return "the gradient to class probabilities, or to their weight, has no kernel"
+        if out_dtype == torch.float64 and logits.dtype != torch.float64:
+            return "class probabilities or weights in float64 have no kernel for other logits"
+        if options.return_stats:
+            return "statistics of class probabilities have no kernel"
+    if any(value is not None and value.needs_grad for value in (lam, sample_weight)):
+        return "the gradient to sample_weight, or to the share of two labels, has no kernel"
+    if facts.n_classes() == 0:
+        return "there are no classes"
+    return None
+
+
+def _autocast(logits: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():  # the cheap question
+        return False
+    device_type = logits.device.type
+    # The second would raise for a device without autocast, such as "meta".
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _out_dtype(facts: InputFacts, autocast: bool) -> torch.dtype:
+    dtype = autocast_dtype(facts.logits.dtype, autocast)
+    if facts.has_probabilities():
+        dtype = torch.promote_types(dtype, autocast_dtype(facts.target.dtype, autocast))
+        if facts.weight is not None:
+            dtype = torch.promote_types(dtype, autocast_dtype(facts.weight.dtype, autocast))
+    return dtype

@@ -1,0 +1,186 @@
+"""A call, from the arguments to the loss: known already; or checked, routed, and served by a kernel or by PyTorch's operators."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.nn import _reduction
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from fusedloss import known, ops, reference
+from fusedloss.autograd import CrossEntropyFunction, KnownCrossEntropyFunction, forward_only, kernel_inputs
+from fusedloss.backends.outputs import contiguous_strides
+from fusedloss.backends.triton import device_facts
+from fusedloss.checks import check_class_indices, check_options
+from fusedloss.plan import Extras, Inputs, Options, Plan
+from fusedloss.plan_cpu import cpu_plan
+from fusedloss.plan_triton import DeviceFacts, triton_plan
+from fusedloss.route import Route, route_of
+from fusedloss.stats import LossStats
+from fusedloss.world import PLAIN
+
+_CHECK_TARGETS = os.environ.get("FUSEDLOSS_CHECK_TARGETS", "0") not in ("", "0")
+
+
+def serve(
+    public: Callable[..., Any],  # the function that was called
+    input: Tensor,
+    target: Any,
+    weight: Tensor | None,
+    size_average: bool | None,
+    ignore_index: int,
+    reduce: bool | None,
+    reduction: str,
+    label_smoothing: float,
+    *extras: Any,
+) -> Any:
+    """What `cross_entropy` returns for these arguments, the extras in the order of `Extras`."""
+    key = None
+    if not is_dynamo_compiling():
+        key = known.key_of(target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, extras)
+        if key is not None:
+            call = known.find(key, input, target, weight)
+            if call is not None:
+                if call.needs_grad:
+                    return KnownCrossEntropyFunction.apply(input, (target, weight, extras[0], call))
+                return call.prepared.forward(input, target, weight, extras[0])[0]
+    scale, sample_weight, *_ = extras
+    labels, labels_b, lam = _labels(target)
+    tensors = (input, labels, labels_b, lam if isinstance(lam, Tensor) else None, weight, sample_weight)
+    if has_torch_function_variadic(*tensors):
+        positional = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        return handle_torch_function(public, tensors, *positional, **Extras(*extras)._asdict())
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    options = check_options(reduction, ignore_index, label_smoothing, Extras(*extras), lam)
+    scale = scale if isinstance(scale, Tensor) else None
+    inputs = Inputs(*tensors, scale)
+    route = route_of(inputs, options)
+    factor = None  # of the loss, outside the kernel
+    if scale is not None:
+        if scale.requires_grad and torch.is_grad_enabled():
+            factor, inputs = scale, inputs._replace(scale=None)
+        elif scale.device != input.device:
+            inputs = inputs._replace(scale=scale.to(input.device, non_blocking=True))
+    loss, stats = compute(inputs, options, route)
+    if key is not None and not isinstance(label_smoothing, Tensor):
+        _remember(key, inputs, options, route, loss)
+    if factor is not None:
+        loss = loss * factor.to(loss)
+    return (loss, stats) if options.return_stats else loss
+
+
+def _labels(target: Any) -> tuple[Tensor, Tensor | None, float | Tensor]:
+    """The target, or the two labels and the share of the first."""
+    if isinstance(target, tuple) and len(target) == 3:
+        return target
+    return target, None, 1.0
+
+
+def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Route, loss: Tensor) -> None:
+    """Has the next call like this one go straight to its backend: contiguous logits, class indices, weights or not."""
+    logits, target, weight = inputs.logits, inputs.target, inputs.weight
+    if route.world is not PLAIN or route.backend not in ("cpu", "triton") or (_CHECK_TARGETS and route.backend != "cpu"):
+        return
+    if logits.dim() < 2 or inputs.has_probabilities() or inputs.target_b is not None:
+        return
+    if logits.stride() != contiguous_strides(logits.shape) or not target.is_contiguous():
+        return
+    if not known.is_worth_remembering(key, logits):
+        return
+    needs_grad = logits.requires_grad and torch.is_grad_enabled()
+    prepared = ops.prepare(kernel_inputs(inputs), options, route.out_dtype, needs_grad, route.backend, logits.shape)
+    takes = known.same_kind(logits, target) if weight is None else known.same_kind(logits, target, weight)
+    takes_dloss = known.same_kind(loss.detach())
+    if prepared is not None and takes is not None and takes_dloss is not None:
+        known.remember(key, known.KnownCall(takes, takes_dloss, needs_grad, options, route.out_dtype, route.backend, prepared))
+
+
+def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, LossStats | None]:
+    """The loss, and statistics where they are asked for, by the route chosen."""
+    if route.backend == "torch":
+        return reference.torchs(inputs, options), None
+    if inputs.logits.dim() == 1:
+        loss, stats = compute(_as_one_row(inputs), options, route)
+        if stats is not None:
+            stats = stats._replace(lse=stats.lse.reshape(()), row_loss=stats.row_loss.reshape(()))
+        return loss.reshape(()), stats
+    if inputs.lam is not None or inputs.sample_weight is not None:
+        inputs = inputs._replace(
+            lam=_per_row(inputs.lam, inputs.logits), sample_weight=_per_row(inputs.sample_weight, inputs.logits)
+        )
+    if route.backend == "reference":
+        return reference.cross_entropy(inputs, options, route.out_dtype)
+    if _CHECK_TARGETS and route.backend != "cpu" and not inputs.has_probabilities():  # the CPU always checks
+        for target in (inputs.target, inputs.target_b):
+            if target is not None:
+                check_class_indices(target, inputs.logits.shape[1], options.ignore_index)
+    if inputs.logits.requires_grad and torch.is_grad_enabled():
+        result = CrossEntropyFunction.apply(*inputs, options, route.out_dtype, route.backend)
+    else:
+        result = forward_only(inputs, options, route.out_dtype, route.backend)
+    if not options.return_stats:
+        return result, None
+    loss, row_stats, counts = result
+    lse, row_loss = row_stats.view(2, inputs.logits.shape[0], *inputs.logits.shape[2:])
+    return loss, LossStats(lse, row_loss, *counts.unbind())
+
+
+def _as_one_row(inputs: Inputs) -> Inputs:
+    """(C,) as (1, C)."""
+    logits, target, target_b, lam, weight, sample_weight, scale = inputs
+    has_probabilities = target_b is None and target.shape == logits.shape
+    return Inputs(
+        logits.unsqueeze(0),
+        target.reshape(1, -1) if has_probabilities else target.reshape(1),
+        None if target_b is None else target_b.reshape(1),
+        None if lam is None else lam.reshape(1),
+        weight,
+        None if sample_weight is None else sample_weight.reshape(1),
+        scale,
+    )
+
+
+def _per_row(values: Tensor | None, logits: Tensor) -> Tensor | None:
+    """One value per example as one per row, (N, d1, ...)."""
+    if values is None:
+        return None
+    rows = logits.shape[:1] + logits.shape[2:]
+    if 0 < values.dim() < len(rows):
+        values = values.reshape(-1, *[1] * (len(rows) - 1))
+    return values.expand(rows)
+
+
+def planned(
+    device: DeviceFacts | None,
+    input: Tensor,
+    target: Any,
+    weight: Tensor | None,
+    size_average: bool | None,
+    ignore_index: int,
+    reduce: bool | None,
+    reduction: str,
+    label_smoothing: float,
+    **extras: Any,
+) -> Plan:
+    """What `plan` returns for these arguments of `cross_entropy`."""
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    labels, labels_b, lam = _labels(target)
+    asked = Extras(**extras)
+    options = check_options(reduction, ignore_index, label_smoothing, asked, lam)
+    scale = asked.scale if isinstance(asked.scale, Tensor) else None
+    lam_tensor = lam if isinstance(lam, Tensor) else None
+    inputs = Inputs(input, labels, labels_b, lam_tensor, weight, asked.sample_weight, scale)
+    route = route_of(inputs, options)
+    if route.backend in ("torch", "reference"):
+        return Plan(route.backend, route.reason)
+    if input.dim() == 1:
+        inputs = _as_one_row(inputs)
+    needs_grad = input.requires_grad and torch.is_grad_enabled()
+    if route.backend == "cpu":
+        return cpu_plan(route.reason, inputs.logits, options, needs_grad)
+    return triton_plan(route.reason, inputs, options, needs_grad, device or device_facts(input.device))
