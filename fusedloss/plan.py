@@ -93,7 +93,7 @@ class Plan:
     """Which path a call takes, why, and what it will cost.
 
     Attributes:
-        backend: "triton", "cpu", "torch" (torch.nn.functional.cross_entropy itself) or "reference" (a composition of its operators).
+        backend: "triton", "cpu", "torch" (PyTorch's own function) or "reference" (PyTorch's operators).
         reason: why this backend, in words.
         strategy: "forward only", "fused", "recompute", or "autograd" where PyTorch's operators serve the call.
         forward, backward: the launches; None where no GPU kernel is launched.
