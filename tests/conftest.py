@@ -4,6 +4,7 @@ TRITON_INTERPRET=1 makes an interpreter process: tests marked `interpreter` run 
 """
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -125,3 +126,24 @@ def any_cross_entropy(request: pytest.FixtureRequest) -> Iterator[Callable[..., 
     """The same for calls that the kernels may hand to the reference."""
     with entered(request.param):
         yield F.cross_entropy if request.param.backend == "torch" else fusedloss.cross_entropy
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """Makes PyTorch raise where the host waits for the GPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype, once: as an error it would leave the mode on
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(autouse=True)
+def _waiting_is_allowed() -> Iterator[None]:
+    """No test leaves the mode of `no_waits` to all that follow: most of them would fail."""
+    yield
+    if HAS_GPU and torch.cuda.get_sync_debug_mode():
+        torch.cuda.set_sync_debug_mode("default")
+        pytest.fail("the test left torch.cuda.set_sync_debug_mode() on")

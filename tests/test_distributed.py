@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from conftest import Path as Backend
+from conftest import no_waits
 from problems import make_logits, make_target, make_weight
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -143,9 +144,6 @@ def test_counts_beyond_float32s_integers() -> None:
 def test_the_host_does_not_wait() -> None:
     target = make_target(ROWS, n_classes=CLASSES).cuda()
     weight = make_weight(CLASSES).cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         scale = global_scale([target, target], weight=weight)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert scale.is_cuda

@@ -13,14 +13,18 @@ from budget import assert_within_budget
 from compare import check_against_torch
 from conftest import Path
 from torch import Tensor, nn
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
-from torch.testing._internal.common_utils import noncontiguous_like
 
 import fusedloss
 
-MODULE = next(info for info in module_db if info.module_cls is nn.CrossEntropyLoss)
-OPERATOR = next(info for info in op_db if info.name == "nn.functional.cross_entropy")
+
+def _material(module: str) -> Any:
+    return pytest.importorskip(f"torch.testing._internal.{module}", reason="PyTorch's test material needs expecttest and numpy")
+
+
+modules = _material("common_modules")
+noncontiguous_like = _material("common_utils").noncontiguous_like
+MODULE = next(info for info in modules.module_db if info.module_cls is nn.CrossEntropyLoss)
+OPERATOR = next(info for info in _material("common_methods_invocations").op_db if info.name == "nn.functional.cross_entropy")
 # make_dual() itself makes PyTorch script its decompositions.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 
@@ -80,7 +84,7 @@ def test_module_error_inputs(path: Path) -> None:
     errors = MODULE.module_error_inputs_func(MODULE, device=path.device, dtype=torch.float32, requires_grad=False, training=True)
     assert errors
     for error in errors:
-        assert error.error_on == ModuleErrorEnum.FORWARD_ERROR
+        assert error.error_on == modules.ModuleErrorEnum.FORWARD_ERROR
         module = fusedloss.CrossEntropyLoss(**error.module_error_input.constructor_input.kwargs)
         with pytest.raises(error.error_type, match=error.error_regex):
             module(*error.module_error_input.forward_input.args)
