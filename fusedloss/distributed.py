@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusedloss.vocab_parallel import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
+
 
 def global_scale(
     target: Tensor | Sequence[Tensor],

@@ -53,7 +53,7 @@ def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> t
     if inputs.sample_weight is not None:
         rows = inputs.sample_weight.to(compute_dtype).masked_fill(~counted, 0.0) * rows
     factor = options.scale if inputs.scale is None else options.scale * inputs.scale.to(compute_dtype)
-    loss = (factor * _reduce(rows, counted, row_weights, options)).to(out_dtype)
+    loss = (factor * reduce_rows(rows, counted, row_weights, options)).to(out_dtype)
     return loss, _stats(logits.detach(), rows.detach(), counted, inputs, options) if options.return_stats else None
 
 
@@ -118,7 +118,7 @@ def _row_weights(logits: Tensor, target: Tensor, weight: Tensor | None, counted:
     return torch.where(inside, weight.detach()[target.masked_fill(~inside, 0)], 0)
 
 
-def _reduce(rows: Tensor, counted: Tensor, row_weights: Tensor, options: Options) -> Tensor:
+def reduce_rows(rows: Tensor, counted: Tensor, row_weights: Tensor, options: Options) -> Tensor:
     if options.reduction == "none":
         return rows
     if options.reduction == "sum":
@@ -179,7 +179,7 @@ def _stats(logits: Tensor, rows: Tensor, counted: Tensor, inputs: Inputs, option
         row_loss=rows,
         n_counted=counted.sum(),
         n_correct=(counted & correct).sum(),
-        worst=_worst(rows.flatten(), counted.flatten()),
+        worst=worst_row(rows.flatten(), counted.flatten()),
     )
 
 
@@ -190,7 +190,7 @@ def _has_largest(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     return inside & (x_t == logits.amax(1, keepdim=True)).squeeze(1)
 
 
-def _worst(rows: Tensor, counted: Tensor) -> Tensor:
+def worst_row(rows: Tensor, counted: Tensor) -> Tensor:
     if rows.numel() == 0:
         return torch.full((), -1, device=rows.device)
     order = rows.masked_fill(~counted, -torch.inf)

@@ -1,0 +1,260 @@
+"""The loss of rows whose classes are spread over several places, from statistics of each slice.
+
+A row's classes lie in slices; each slice s publishes of its transformed logits z
+
+    max_s                       the largest
+    rest_s = sum exp(z - max_s) over its classes, but for the target where it lies here
+    x_t                         the target's logit where it lies here, else 0 (x_b: the second of two labels')
+    Q_s = sum q_c,  S_s = sum q_c (max_s - z_c)      with label smoothing or class probabilities; q_c as below
+
+and with m = max of max_s the whole row has
+
+    rest = sum_s rest_s exp(max_s - m),   x_t = sum_s x_t,   Q = sum_s Q_s,   S = sum_s S_s + Q_s (m - max_s)
+
+from which follow, exactly as from one slice, with d = rest + exp(x_t - m) (d = rest for probabilities),
+
+    index:          loss = w_t (m - x_t + log d)                                  dloss/dz_c = w_t (exp(z_c - m) / d - [c = t])
+    smoothing eps:  loss = (1 - eps) of that + eps/C (Q log d + S),  q_c = w_c
+    probabilities:  loss = Q log d + S,  q_c = w_c ((1 - eps) p_c + eps/C)        dloss/dz_c = Q exp(z_c - m) / d - q_c
+
+The kernels make the statistics of a slice and its gradient; this file has both in PyTorch's operators too, for devices without a
+kernel, and what is done with a row's statistics, which is a negligible part of the work.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedloss.plan import Inputs, Options, accumulation_dtype
+
+
+class Slice(NamedTuple):
+    """The classes that one place holds: those of its logits, from first_class on."""
+
+    first_class: int
+    n_classes: int  # of the whole row
+
+
+class SliceStats(NamedTuple):
+    """Statistics of rows, each (n_rows,) in the dtype of accumulation: of one slice, or merged of the whole row."""
+
+    max: Tensor
+    rest: Tensor
+    x_t: Tensor
+    q_total: Tensor | None = None  # with label smoothing or class probabilities
+    q_sum: Tensor | None = None
+    x_b: Tensor | None = None  # of two labels
+
+
+def n_statistics(inputs: Inputs, options: Options) -> int:
+    """How many numbers a slice publishes for a row."""
+    if inputs.target_b is not None:
+        return 6
+    return 5 if options.label_smoothing > 0 or inputs.has_probabilities() else 3
+
+
+class Rows(NamedTuple):
+    """What the call says of every row, (n_rows,); not of its logits."""
+
+    counted: Tensor  # bool
+    outside: Tensor  # bool: a counted row with a class index out of range
+    k_t: Tensor | None  # the targets' class weights times their shares; None for probabilities
+    k_b: Tensor | None
+    weight_total: Tensor | float  # sum of all class weights
+
+
+def describe_rows(inputs: Inputs, options: Options, part: Slice, dtype: torch.dtype) -> Rows:
+    """For labels (n_rows,), or class probabilities; all numbers in dtype."""
+    labels = [label.long() for label in (inputs.target, inputs.target_b) if label is not None]
+    weight = None if inputs.weight is None else inputs.weight.to(dtype)
+    if inputs.has_probabilities():
+        shape = (inputs.target.shape[0], *inputs.target.shape[2:])
+        counted = torch.ones(math.prod(shape), dtype=torch.bool, device=inputs.target.device)
+        return Rows(counted, ~counted, None, None, part.n_classes)
+    counted = torch.stack([label != options.ignore_index for label in labels]).all(0)
+    outside = torch.stack([((label < 0) | (label >= part.n_classes)) & counted for label in labels]).any(0)
+    factors = []
+    for label in labels:
+        readable = label.masked_fill(~counted | outside, 0)
+        factors.append(torch.ones_like(label, dtype=dtype) if weight is None else weight[readable])
+    if len(labels) == 2:
+        share = torch.full_like(factors[0], options.lam) if inputs.lam is None else inputs.lam.to(dtype)
+        # One label twice: its whole share counts for the first, whose gradient does not cancel.
+        share = share.masked_fill(labels[0] == labels[1], 1)
+        factors = [share * factors[0], (1 - share) * factors[1]]
+    weight_total = float(part.n_classes) if weight is None else weight.sum()
+    return Rows(counted, outside, factors[0], factors[1] if len(factors) == 2 else None, weight_total)
+
+
+def merge(slices: Tensor) -> SliceStats:
+    """Merges (n_slices, n_statistics, n_rows) into statistics of whole rows; the order of the sums is that of the slices."""
+    stats = SliceStats(*slices.unbind(1))
+    largest = stats.max.amax(0)
+    shift = _finite(largest)
+    rest = (stats.rest * torch.exp(stats.max - shift)).sum(0)
+    merged = SliceStats(largest, rest, stats.x_t.sum(0))
+    if stats.q_total is not None and stats.q_sum is not None:
+        moved = torch.where(stats.q_total == 0, 0, stats.q_total * (shift - _finite(stats.max)))
+        merged = merged._replace(q_total=stats.q_total.sum(0), q_sum=(stats.q_sum + moved).sum(0))
+    return merged if stats.x_b is None else merged._replace(x_b=stats.x_b.sum(0))
+
+
+def _finite(largest: Tensor) -> Tensor:
+    """All classes of a row may be -inf, and -inf - -inf would be NaN."""
+    return largest.masked_fill(largest == -torch.inf, 0.0)
+
+
+def log_sum(stats: SliceStats, is_soft: bool) -> Tensor:
+    """log(sum_c exp(z_c - max)) of whole rows."""
+    if is_soft:
+        return stats.rest.log()
+    e_t = torch.exp(stats.x_t - _finite(stats.max))
+    # Where the target is not the largest, that one has put 1 into rest.
+    return torch.log1p(torch.where(stats.x_t == stats.max, stats.rest, (stats.rest - 1) + e_t))
+
+
+def row_losses(stats: SliceStats, rows: Rows, options: Options, part: Slice) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp of whole rows; 0 where a row is not counted, NaN where its class index is out of range."""
+    log_d = log_sum(stats, rows.k_t is None)
+    lse = stats.max + log_d
+    every = None
+    if stats.q_sum is not None and stats.q_total is not None:
+        every = stats.q_total * ((stats.max - _finite(stats.max)) + log_d) + stats.q_sum
+    if rows.k_t is None:
+        losses = every
+    else:
+        losses = _weighted(rows.k_t, (stats.max - stats.x_t) + log_d, rows.k_b is not None)
+        if rows.k_b is not None:
+            losses = losses + _weighted(rows.k_b, (stats.max - stats.x_b) + log_d, True)
+        if options.label_smoothing > 0:
+            losses = (1 - options.label_smoothing) * losses + options.label_smoothing / part.n_classes * every
+    assert losses is not None
+    if options.z_loss != 0:
+        losses = losses + options.z_loss * lse.square()
+    losses = losses.masked_fill(rows.outside, torch.nan)
+    return torch.where(rows.counted, losses, 0), torch.where(rows.counted, lse, 0)
+
+
+def _weighted(factor: Tensor, loss: Tensor, skips_zero: bool) -> Tensor:
+    """Of two labels, one without a share does not enter, though its logit be -inf."""
+    return torch.where((factor == 0) & (loss == torch.inf), 0, factor * loss) if skips_zero else factor * loss
+
+
+def is_correct(stats: SliceStats, rows: Rows, inputs: Inputs, options: Options) -> Tensor:
+    """Whether a counted row's target, the label with the larger share of two, has the largest logit."""
+    if rows.k_t is None:
+        return torch.zeros_like(rows.counted)
+    found = stats.x_t == stats.max
+    if stats.x_b is not None:
+        share = torch.full_like(stats.max, options.lam) if inputs.lam is None else inputs.lam
+        share = share.masked_fill(inputs.target == inputs.target_b, 1)
+        found = (found & (share >= 0.5)) | ((stats.x_b == stats.max) & (share <= 0.5))
+    return rows.counted & ~rows.outside & ~stats.rest.isnan() & found
+
+
+def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
+    """What a slice publishes, (n_statistics, n_rows), in PyTorch's operators; inputs as the kernels take them."""
+    z = _transformed(inputs.logits, options)[0]
+    shape = (z.shape[0], *z.shape[2:])
+    if z.shape[1] == 0:  # nothing but padding
+        empty = z.new_zeros(n_statistics(inputs, options), math.prod(shape))
+        empty[0] = -torch.inf
+        return empty
+    largest = z.amax(1)
+    shift = _finite(largest).unsqueeze(1)
+    e, q = torch.exp(z - shift), _per_class(inputs, options, part, z.dtype)
+    found = [largest, e.sum(1), z.new_zeros(shape)]
+    positions = _positions(inputs, options, part)
+    logits_of = [torch.where(here, z.gather(1, at).squeeze(1), 0) for here, at in positions]
+    if positions:
+        here, at = positions[0]
+        found[1] = e.scatter(1, at, e.gather(1, at).masked_fill(here.unsqueeze(1), 0)).sum(1)
+        found[2] = logits_of[0]
+    if q is not None:
+        found += [q.expand_as(z).sum(1), (q * (shift - z)).sum(1)]
+    elif n_statistics(inputs, options) > 3:
+        found += [z.new_zeros(shape)] * 2
+    return torch.stack([*found, *logits_of[1:]]).flatten(1)
+
+
+def slice_gradient(g: Tensor, inputs: Inputs, stats: SliceStats, options: Options, part: Slice) -> Tensor:
+    """The gradient of a slice's logits in PyTorch's operators; g: that of the row losses, stats: of whole rows, (n_rows,)."""
+    z, derivative = _transformed(inputs.logits, options)
+    rows = describe_rows(inputs, options, part, z.dtype)
+    shape = (z.shape[0], 1, *z.shape[2:])
+
+    def per_row(values: Tensor) -> Tensor:
+        return values.reshape(shape)
+
+    is_soft = rows.k_t is None
+    d = stats.rest if is_soft else stats.rest + torch.exp(stats.x_t - _finite(stats.max))
+    keep = 1 - options.label_smoothing if not is_soft else 1.0
+    others = torch.zeros_like(g) if stats.q_total is None else stats.q_total
+    if not is_soft:
+        others = others * (options.label_smoothing / part.n_classes)
+        if rows.k_b is not None:
+            others = others + keep * rows.k_b
+    if options.z_loss != 0:
+        others = others + 2 * options.z_loss * (stats.max + log_sum(stats, is_soft))
+    live = rows.counted & (g != 0)
+    k_t = torch.zeros_like(g) if rows.k_t is None else keep * rows.k_t
+    p = torch.exp(z - per_row(_finite(stats.max))) / per_row(d)
+    without_target = per_row(g * others) * p
+    q = _per_class(inputs, options, part, z.dtype)
+    if q is not None:
+        without_target = without_target - per_row(g) * (q if is_soft else q * (options.label_smoothing / part.n_classes))
+    dz = without_target + per_row(g * k_t) * p
+    for label, (here, at) in enumerate(_positions(inputs, options, part)):
+        if label == 0:  # the target's probability less 1 is -rest / d, without cancellation
+            own = without_target.gather(1, at) - per_row(g * k_t * (stats.rest / d))
+        else:
+            own = dz.gather(1, at) - per_row(g * keep * rows.k_b)
+        dz = dz.scatter(1, at, torch.where(here.unsqueeze(1), own, dz.gather(1, at)))
+    dz = torch.where(per_row(live), dz * derivative, 0)
+    dz = torch.where(per_row(rows.outside & live), torch.nan, dz)
+    return dz.to(inputs.logits.dtype)
+
+
+def _transformed(logits: Tensor, options: Options) -> tuple[Tensor, Tensor | float]:
+    """The logits scaled, then capped, in the dtype of accumulation; and the derivative."""
+    z = logits.to(accumulation_dtype(logits.dtype)) * options.logit_scale
+    if options.softcap == 0:
+        return z, options.logit_scale
+    t = torch.tanh(z / options.softcap)
+    return options.softcap * t, options.logit_scale * (1 - t * t)
+
+
+def _per_class(inputs: Inputs, options: Options, part: Slice, dtype: torch.dtype) -> Tensor | None:
+    """q of this slice's classes, broadcasting with its logits; None where no class but the target's counts."""
+    logits = inputs.logits
+    weight = None
+    if inputs.weight is not None:
+        weight = inputs.weight[part.first_class : part.first_class + logits.shape[1]].to(dtype)
+        weight = weight.view(1, -1, *[1] * (logits.dim() - 2))
+    if inputs.has_probabilities():
+        q = inputs.target.to(dtype) * (1 - options.label_smoothing) + options.label_smoothing / part.n_classes
+        return q if weight is None else q * weight
+    if options.label_smoothing == 0:
+        return None
+    return (
+        weight
+        if weight is not None
+        else torch.ones((1, logits.shape[1], *[1] * (logits.dim() - 2)), dtype=dtype, device=logits.device)
+    )
+
+
+def _positions(inputs: Inputs, options: Options, part: Slice) -> list[tuple[Tensor, Tensor]]:
+    """Whether a label lies in this slice, (N, ...), and its place there, (N, 1, ...); of each label."""
+    logits = inputs.logits
+    if inputs.has_probabilities() or logits.shape[1] == 0:
+        return []
+    shape, labels = logits[:, 0].shape, [label for label in (inputs.target, inputs.target_b) if label is not None]
+    counted = torch.stack([label != options.ignore_index for label in labels]).all(0)
+    places = []
+    for label in labels:
+        at = (label.long() - part.first_class).reshape(shape)
+        here = counted.reshape(shape) & (at >= 0) & (at < logits.shape[1])
+        places.append((here, at.masked_fill(~here, 0).unsqueeze(1)))
+    return places

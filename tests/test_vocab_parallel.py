@@ -1,0 +1,257 @@
+"""vocab_parallel_cross_entropy on 2, 3 and 4 ranks of gloo: the loss and gradient of the rows put together, in one collective."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+from oracle import exact_loss
+from problems import make_logits, make_target, make_weight
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import loss_parallel
+
+import fusedloss
+from fusedloss.distributed import vocab_parallel_cross_entropy
+
+N_RANKS = 4
+ROWS = 13
+LIMITS = {torch.float64: (1e-15, 1e-15), torch.float32: (2e-7, 5e-7), torch.bfloat16: (2**-8, 2**-8)}
+SHARDS = {  # of the first so many ranks; what lies beyond the classes is padding
+    "even": ((7, 7), 14),
+    "uneven": ((70, 1, 12), 83),
+    "padded": ((6, 6, 6, 6), 17),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "max": {"reduction": "max"},
+    "topk": {"reduction": "topk", "top_k": 0.4},
+    "smoothing": {"label_smoothing": 0.1},
+    "weight": {"weight": True},
+    "smoothing and weight": {"weight": True, "label_smoothing": 0.1},
+    "z_loss": {"z_loss": 0.01},
+    "softcap": {"softcap": 5.0, "logit_scale": 0.7},
+    "sample_weight": {"sample_weight": True, "scale": 0.3},
+    "ignore_index in range": {"ignore_index": 2},
+    "two labels": {"target": "two labels"},
+    "two labels, smoothing and weight": {"target": "two labels", "weight": True, "label_smoothing": 0.1},
+    "probabilities": {"target": "probabilities"},
+    "probabilities, smoothing and weight": {"target": "probabilities", "weight": True, "label_smoothing": 0.1},
+    "pixels": {"pixels": True, "label_smoothing": 0.1},
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+class Case(NamedTuple):
+    shards: str
+    options: str
+    dtype: torch.dtype
+
+
+CASES = [Case(shards, options, torch.float64) for shards in SHARDS for options in OPTIONS]
+CASES += [Case("uneven", options, torch.float32) for options in OPTIONS]
+CASES += [Case("padded", options, torch.bfloat16) for options in ("mean", "smoothing and weight", "probabilities")]
+SWEEP = [Case(shards, options, dtype) for shards in SHARDS for options in OPTIONS for dtype in DTYPES]
+SWEEP = [case for case in SWEEP if case not in CASES]
+
+
+def problem(case: Case) -> tuple[Tensor, Any, dict[str, Any]]:
+    """Whole rows, their targets, and the other arguments."""
+    n_classes, options = SHARDS[case.shards][1], dict(OPTIONS[case.options])
+    shape = (3, n_classes, 2, 2) if options.pop("pixels", False) else (ROWS, n_classes)
+    logits = make_logits(*shape, dtype=case.dtype)
+    n_rows = logits.numel() // n_classes
+    rows = (shape[0], *shape[2:])
+    target: Any = make_target(n_rows, n_classes=n_classes).reshape(rows)
+    target.view(-1)[5] = options.get("ignore_index", -100)
+    kind = options.pop("target", "indices")
+    if kind == "two labels":
+        other = target.roll(1)
+        other[3] = target[3]
+        target = (target, other, torch.linspace(0, 1, n_rows, dtype=torch.float64).reshape(rows).to(case.dtype))
+    if kind == "probabilities":
+        target = make_logits(*shape, seed=5, dtype=case.dtype).softmax(1)
+    if options.pop("weight", False):
+        options["weight"] = make_weight(n_classes, case.dtype)
+    if options.pop("sample_weight", False):
+        options["sample_weight"] = torch.linspace(0.1, 2, n_rows, dtype=case.dtype).reshape(rows)
+    return logits, target, options
+
+
+def shard_of(logits: Tensor, case: Case, rank: int) -> tuple[Tensor, int]:
+    """The columns of a rank, padded with NaN, which must reach nothing; and its first class."""
+    sizes, n_classes = SHARDS[case.shards]
+    first, size = sum(sizes[:rank]), sizes[rank]
+    shard = logits.new_full((logits.shape[0], size, *logits.shape[2:]), torch.nan)
+    present = logits[:, first : min(first + size, n_classes)]
+    shard[:, : present.shape[1]] = present
+    return shard, first
+
+
+def run(case: Case, rank: int, group: Any) -> tuple[Tensor, Tensor]:
+    logits, target, options = problem(case)
+    shard, first_class = shard_of(logits, case, rank)
+    shard.requires_grad_()
+    if case.shards == "even":
+        place = {}
+    else:
+        place = {"first_class": first_class, "n_classes": SHARDS[case.shards][1]}
+    loss = vocab_parallel_cross_entropy(shard, target, group=group, **place, **options)
+    (gradient,) = torch.autograd.grad((loss * upstream(loss)).sum(), shard)
+    return loss.detach(), gradient
+
+
+def upstream(loss: Tensor) -> Tensor:
+    return torch.linspace(0.5, 1, loss.numel(), dtype=torch.float64).reshape(loss.shape)
+
+
+def compared_with_torch(mesh: Any) -> dict[str, Any]:
+    """torch's loss_parallel beside ours, and the collectives of both directions."""
+    found: dict[str, Any] = {}
+    logits, target = make_logits(ROWS, 20, dtype=torch.float64), make_target(ROWS, n_classes=20)
+    for reduction in ("mean", "sum", "none"):
+        shard = logits.tensor_split(N_RANKS, 1)[dist.get_rank()].clone().requires_grad_()
+        with CommDebugMode() as forward:
+            loss = vocab_parallel_cross_entropy(shard, target, reduction=reduction)
+        with CommDebugMode() as backward:
+            (gradient,) = torch.autograd.grad(loss.sum(), shard)
+        theirs = DTensor.from_local(shard.detach(), mesh, [Shard(1)]).requires_grad_()
+        with loss_parallel():
+            expected = F.cross_entropy(theirs, target, reduction=reduction)
+            expected.sum().backward()
+        assert theirs.grad is not None
+        found[reduction] = {
+            "collectives": (forward.get_total_counts(), backward.get_total_counts()),
+            "loss": (loss.detach(), expected.to_local().detach()),
+            "gradient": (gradient, theirs.grad.to_local()),
+        }
+    return found
+
+
+def errors() -> dict[str, str]:
+    """What raises on this rank; every rank must get as far, for none may wait for another."""
+    shard, target = make_logits(ROWS, 5), make_target(ROWS, n_classes=20)
+    outside = target.clone()
+    outside[2] = 20
+    calls: dict[str, Any] = {
+        "out of range": lambda: vocab_parallel_cross_entropy(shard, outside),
+        "gathered": lambda: vocab_parallel_cross_entropy(make_logits(ROWS, 20), target, n_classes=20),
+        "unknown": lambda: vocab_parallel_cross_entropy(shard, target, first_class=5 * dist.get_rank()),
+        "weight": lambda: vocab_parallel_cross_entropy(shard, target, make_weight(5), n_classes=20),
+        "reduction": lambda: vocab_parallel_cross_entropy(shard, target, reduction="average"),
+    }
+    found = {}
+    for name, call in calls.items():
+        with pytest.raises(Exception) as raised:
+            call()
+        found[name] = f"{type(raised.value).__name__}: {raised.value}"
+    leaf = shard.clone().requires_grad_()
+    loss = vocab_parallel_cross_entropy(leaf, target)
+    with pytest.raises(RuntimeError) as raised:
+        torch.autograd.grad(loss, leaf, create_graph=True)
+    found["second derivative"] = str(raised.value)
+    return found
+
+
+def data_and_tensor_parallel() -> Tensor:
+    """This rank's gradient of the mean over 2 x 2 ranks: rows over the first dimension, classes over the second."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    logits, target = make_logits(ROWS, 20, dtype=torch.float64), make_target(ROWS, n_classes=20)
+    target[:4] = -100
+    row, col = mesh.get_coordinate()
+    rows = logits.tensor_split(2)[row].tensor_split(2, 1)[col].clone().requires_grad_()
+    labels = target.tensor_split(2)[row]
+    scale = fusedloss.distributed.global_scale(labels, group=mesh.get_group("data"))
+    loss = vocab_parallel_cross_entropy(rows, labels, group=mesh.get_group("tensor"), reduction="sum", scale=scale)
+    loss.backward()
+    assert rows.grad is not None
+    return rows.grad / 2  # as DistributedDataParallel averages
+
+
+def rank_main(rank: int, folder: Path, cases: list[Case]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=N_RANKS)
+    groups = {n: dist.new_group(list(range(n))) for n in (2, 3, 4)}
+    results: dict[Any, Any] = {}
+    for case in cases:
+        n_ranks = len(SHARDS[case.shards][0])
+        if rank < n_ranks:
+            results[case] = run(case, rank, groups[n_ranks])
+    results["torch"] = compared_with_torch(init_device_mesh("cpu", (N_RANKS,)))
+    results["errors"] = errors()
+    results["mesh"] = data_and_tensor_parallel()
+    torch.save(results, folder / f"{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # gloo's threads, torn down with the interpreter, now and then abort a process that has done its work
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[dict[Any, Any]]:
+    """What each rank found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    cases = CASES + (SWEEP if request.config.getoption("--sweep") else [])
+    torch.multiprocessing.start_processes(rank_main, (folder, cases), nprocs=N_RANKS, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(N_RANKS)]
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.sweep) for case in SWEEP)], ids=str)
+def test_shards_have_the_loss_and_gradient_of_whole_rows(case: Case, results: list[dict[Any, Any]]) -> None:
+    logits, target, options = problem(case)
+    exact = logits.double().detach().clone().requires_grad_()
+    wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()}
+    loss = exact_loss(exact, target if not isinstance(target, tuple) else (*target[:2], target[2].double()), **wide)
+    (gradient,) = torch.autograd.grad((loss * upstream(loss)).sum(), exact)
+    losses, gradients = zip(*(found[case] for found in results if case in found), strict=True)
+    of_loss, of_gradient = LIMITS[case.dtype]
+    for found in losses:
+        assert torch.equal(found, losses[0]), "ranks differ"
+        assert found.dtype == case.dtype
+        torch.testing.assert_close(found.double(), loss, rtol=4 * of_loss, atol=4 * of_loss)
+    for rank, found in enumerate(gradients):
+        expected = torch.nan_to_num(shard_of(gradient, case, rank)[0], nan=0.0)  # that of padding is 0
+        torch.testing.assert_close(found.double(), expected, rtol=2 * of_gradient, atol=2 * of_gradient)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_it_is_torchs_loss_parallel_in_one_collective(reduction: str, results: list[dict[Any, Any]]) -> None:
+    for found in results:
+        for ours, theirs in (found["torch"][reduction]["loss"], found["torch"][reduction]["gradient"]):
+            torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-15)
+        assert found["torch"][reduction]["collectives"] == (1, 0)
+
+
+def test_every_rank_raises_the_same(results: list[dict[Any, Any]]) -> None:
+    for found in results:
+        messages = found["errors"]
+        assert messages["out of range"].startswith("IndexError: Target 20 is out of bounds")
+        assert messages["gathered"].startswith("ValueError: input holds all 20 classes")
+        assert messages["weight"].startswith("RuntimeError: weight tensor should be defined either for all 20 classes")
+        assert messages["reduction"] == "ValueError: average is not a valid value for reduction"
+        assert "has no second derivative" in messages["second derivative"]
+    assert results[1]["errors"]["unknown"].startswith("ValueError: n_classes must be given with first_class=5")
+
+
+def test_data_parallel_times_tensor_parallel_is_one_process(results: list[dict[Any, Any]]) -> None:
+    logits, target = make_logits(ROWS, 20, dtype=torch.float64).requires_grad_(), make_target(ROWS, n_classes=20)
+    target[:4] = -100
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, target), logits)
+    for rank, found in enumerate(results):
+        mine = expected.tensor_split(2)[rank // 2].tensor_split(2, 1)[rank % 2]
+        torch.testing.assert_close(found["mesh"], mine, rtol=1e-14, atol=1e-16)
+
+
+def test_a_group_of_one_is_the_plain_loss() -> None:
+    logits, target = make_logits(ROWS, 10).requires_grad_(), make_target(ROWS, n_classes=7)
+    loss, stats = vocab_parallel_cross_entropy(logits, target, n_classes=7, return_stats=True)
+    expected, expected_stats = fusedloss.cross_entropy(logits[:, :7], target, return_stats=True)
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(found, value) for found, value in zip(stats, expected_stats, strict=True))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(gradient[:, 7:], torch.zeros(ROWS, 3))
