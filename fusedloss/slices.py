@@ -22,7 +22,7 @@ kernel, and what is done with a row's statistics, which is a negligible part of 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,9 +43,9 @@ class SliceStats(NamedTuple):
     max: Tensor
     rest: Tensor
     x_t: Tensor
-    q_total: Tensor | None = None  # with label smoothing or class probabilities
-    q_sum: Tensor | None = None
-    x_b: Tensor | None = None  # of two labels
+    q_total: Any = None  # Tensor | None: with label smoothing or class probabilities
+    q_sum: Any = None
+    x_b: Any = None  # Tensor | None: of two labels
 
 
 def n_statistics(inputs: Inputs, options: Options) -> int:
@@ -60,8 +60,8 @@ class Rows(NamedTuple):
 
     counted: Tensor  # bool
     outside: Tensor  # bool: a counted row with a class index out of range
-    k_t: Tensor | None  # the targets' class weights times their shares; None for probabilities
-    k_b: Tensor | None
+    k_t: Any  # Tensor | None: the targets' class weights times their shares; None for probabilities
+    k_b: Any
     weight_total: Tensor | float  # sum of all class weights
 
 
@@ -149,7 +149,7 @@ def is_correct(stats: SliceStats, rows: Rows, inputs: Inputs, options: Options) 
     found = stats.x_t == stats.max
     if stats.x_b is not None:
         share = torch.full_like(stats.max, options.lam) if inputs.lam is None else inputs.lam
-        share = share.masked_fill(inputs.target == inputs.target_b, 1)
+        share = torch.where(inputs.target == inputs.target_b, 1, share)
         found = (found & (share >= 0.5)) | ((stats.x_b == stats.max) & (share <= 0.5))
     return rows.counted & ~rows.outside & ~stats.rest.isnan() & found
 

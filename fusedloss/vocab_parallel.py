@@ -15,7 +15,7 @@ from fusedloss.slices import Slice
 from fusedloss.stats import LossStats
 
 # PyTorch 2.14 renamed it and warns of the old name.
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 def vocab_parallel_cross_entropy(
@@ -191,8 +191,9 @@ def _call(
         if inputs.target_b is None and described.k_t is not None:
             row_weights = torch.where(counted, described.k_t, 0)
     if inputs.sample_weight is not None:
-        factor = _per_row(inputs.sample_weight, logits).reshape(-1).to(rows.dtype)
-        rows = factor.masked_fill(~counted, 0) * rows
+        factor = _per_row(inputs.sample_weight, logits)
+        assert factor is not None
+        rows = factor.reshape(-1).to(rows.dtype).masked_fill(~counted, 0) * rows
     scale = options.scale if inputs.scale is None else options.scale * inputs.scale.to(rows.device, rows.dtype)
     loss = (scale * reference.reduce_rows(rows, counted, row_weights, options)).to(out_dtype)
     if options.reduction == "none":
@@ -238,7 +239,7 @@ class _SlicedRowLosses(torch.autograd.Function):
             raise RuntimeError("vocab_parallel_cross_entropy has no second derivative (create_graph=True)")
         logits, *saved = ctx.saved_tensors
         rest = iter(saved)
-        tensors = [next(rest) if present else None for present in ctx.present[1:]]
+        tensors: list[Any] = [next(rest) if present else None for present in ctx.present[1:]]
         inputs = Inputs(kernel_inputs(Inputs(logits, logits)).logits, *tensors[: ctx.n_inputs - 1])
         stats = slices.SliceStats(*tensors[ctx.n_inputs - 1 :])
         dlogits = slices.slice_gradient(dlosses, inputs, stats, *ctx.call)
