@@ -119,7 +119,7 @@ def row_losses(stats: SliceStats, rows: Rows, options: Options, part: Slice) -> 
     """Loss and log-sum-exp of whole rows; 0 where a row is not counted, NaN where its class index is out of range."""
     log_d = log_sum(stats, rows.k_t is None)
     lse = stats.max + log_d
-    every = None
+    every: Any = None
     if stats.q_sum is not None and stats.q_total is not None:
         every = stats.q_total * ((stats.max - _finite(stats.max)) + log_d) + stats.q_sum
     if rows.k_t is None:
@@ -149,7 +149,8 @@ def is_correct(stats: SliceStats, rows: Rows, inputs: Inputs, options: Options) 
     found = stats.x_t == stats.max
     if stats.x_b is not None:
         share = torch.full_like(stats.max, options.lam) if inputs.lam is None else inputs.lam
-        share = torch.where(inputs.target == inputs.target_b, 1, share)
+        same: Any = inputs.target == inputs.target_b
+        share = share.masked_fill(same, 1)
         found = (found & (share >= 0.5)) | ((stats.x_b == stats.max) & (share <= 0.5))
     return rows.counted & ~rows.outside & ~stats.rest.isnan() & found
 
