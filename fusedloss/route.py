@@ -36,13 +36,13 @@ def route_of(inputs: Inputs, options: Options) -> Route:
     world = world_of(*inputs)
     # Once per kind of call, unless somebody traces it, with sizes that are symbols.
     choose = _choose if world is PLAIN else _choose.__wrapped__
-    return choose(facts, options.kind(), scale is not None, backends.requested, world, _autocast(logits))
+    return choose(facts, options.kind(), scale is not None, backends.requested, world, autocast_is_on(logits))
 
 
 @lru_cache(maxsize=1024)
 def _choose(facts: InputFacts, options: Options, has_scale: bool, requested: str, world: World, autocast: bool) -> Route:
     check_tensors(facts, options, autocast)
-    out_dtype = _out_dtype(facts, autocast)
+    out_dtype = dtype_of_loss(facts, autocast)
     if requested == "reference":
         return Route("reference", "asked for by backend('reference') or FUSEDLOSS_BACKEND", out_dtype, world)
     device = facts.logits.device.type
@@ -92,7 +92,7 @@ def _not_covered(name: str, facts: InputFacts, options: Options, out_dtype: torc
     return None
 
 
-def _autocast(logits: Tensor) -> bool:
+def autocast_is_on(logits: Tensor) -> bool:
     if not torch._C._is_any_autocast_enabled():  # the cheap question
         return False
     device_type = logits.device.type
@@ -100,7 +100,7 @@ def _autocast(logits: Tensor) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _out_dtype(facts: InputFacts, autocast: bool) -> torch.dtype:
+def dtype_of_loss(facts: InputFacts, autocast: bool) -> torch.dtype:
     dtype = autocast_dtype(facts.logits.dtype, autocast)
     if facts.has_probabilities():
         dtype = torch.promote_types(dtype, autocast_dtype(facts.target.dtype, autocast))

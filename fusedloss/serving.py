@@ -48,7 +48,7 @@ def serve(
                     return KnownCrossEntropyFunction.apply(input, (target, weight, extras[0], call))
                 return call.prepared.forward(input, target, weight, extras[0])[0]
     scale, sample_weight, *_ = extras
-    labels, labels_b, lam = _labels(target)
+    labels, labels_b, lam = labels_of(target)
     tensors = (input, labels, labels_b, lam if isinstance(lam, Tensor) else None, weight, sample_weight)
     if has_torch_function_variadic(*tensors):
         positional = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
@@ -73,7 +73,7 @@ def serve(
     return (loss, stats) if options.return_stats else loss
 
 
-def _labels(target: Any) -> tuple[Tensor, Tensor | None, float | Tensor]:
+def labels_of(target: Any) -> tuple[Tensor, Tensor | None, float | Tensor]:
     """The target, or the two labels and the share of the first."""
     if isinstance(target, tuple) and len(target) == 3:
         return target
@@ -110,7 +110,7 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
         return loss.reshape(()), stats
     if inputs.lam is not None or inputs.sample_weight is not None:
         inputs = inputs._replace(
-            lam=_per_row(inputs.lam, inputs.logits), sample_weight=_per_row(inputs.sample_weight, inputs.logits)
+            lam=per_row(inputs.lam, inputs.logits), sample_weight=per_row(inputs.sample_weight, inputs.logits)
         )
     if route.backend == "reference":
         return reference.cross_entropy(inputs, options, route.out_dtype)
@@ -144,7 +144,7 @@ def _as_one_row(inputs: Inputs) -> Inputs:
     )
 
 
-def _per_row(values: Tensor | None, logits: Tensor) -> Tensor | None:
+def per_row(values: Tensor | None, logits: Tensor) -> Tensor | None:
     """One value per example as one per row, (N, d1, ...)."""
     if values is None:
         return None
@@ -169,7 +169,7 @@ def planned(
     """What `plan` returns for these arguments of `cross_entropy`."""
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    labels, labels_b, lam = _labels(target)
+    labels, labels_b, lam = labels_of(target)
     asked = Extras(**extras)
     options = check_options(reduction, ignore_index, label_smoothing, asked, lam)
     scale = asked.scale if isinstance(asked.scale, Tensor) else None

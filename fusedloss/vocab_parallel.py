@@ -9,8 +9,10 @@ from torch import Tensor
 from fusedloss import reference, slices
 from fusedloss.autograd import kernel_inputs
 from fusedloss.checks import Facts, InputFacts, check_class_indices, check_options, check_tensors
-from fusedloss.functional import _autocast, _labels, _out_dtype, _per_row, cross_entropy
-from fusedloss.plan import Inputs, Options, accumulation_dtype
+from fusedloss.functional import cross_entropy
+from fusedloss.plan import Extras, Inputs, Options, accumulation_dtype
+from fusedloss.route import autocast_is_on, dtype_of_loss
+from fusedloss.serving import labels_of, per_row
 from fusedloss.slices import Slice
 from fusedloss.stats import LossStats
 
@@ -70,12 +72,11 @@ def vocab_parallel_cross_entropy(
         Shoeybi et al. 2019, arXiv:1909.08053, section 3 (vocabulary-parallel cross-entropy).
     """
     n_ranks, rank = _place(group)
-    target, target_b, lam = _labels(target)
+    target, target_b, lam = labels_of(target)
     part = _slice(input, target, weight, rank, n_ranks, first_class, n_classes)
     n_local = max(0, min(input.shape[1], part.n_classes - part.first_class))
-    options = check_options(
-        reduction, ignore_index, label_smoothing, top_k, scale, z_loss, logit_scale, softcap, lam, return_stats
-    )
+    extras = Extras(scale, sample_weight, top_k, return_stats, z_loss, logit_scale, softcap)
+    options = check_options(reduction, ignore_index, label_smoothing, extras, lam)
     if n_ranks == 1:
         return cross_entropy(
             input if n_local == input.shape[1] else input[:, :n_local],
@@ -84,13 +85,7 @@ def vocab_parallel_cross_entropy(
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
-            top_k=top_k,
-            scale=scale,
-            sample_weight=sample_weight,
-            z_loss=z_loss,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            return_stats=return_stats,
+            **extras._asdict(),
         )
     inputs = Inputs(
         input[:, :n_local] if n_local < input.shape[1] else input,
@@ -162,7 +157,7 @@ def _check(inputs: Inputs, options: Options, part: Slice) -> torch.dtype:
         facts("weight", inputs.weight),
         facts("sample_weight", inputs.sample_weight),
     )
-    autocast = _autocast(inputs.logits)
+    autocast = autocast_is_on(inputs.logits)
     check_tensors(found, options, autocast)
     for name, fact in (("target", found.target), ("lam", found.lam), ("weight", found.weight)):
         if fact is not None and fact.needs_grad:
@@ -171,7 +166,7 @@ def _check(inputs: Inputs, options: Options, part: Slice) -> torch.dtype:
         for labels in (inputs.target, inputs.target_b):
             if labels is not None:
                 check_class_indices(labels, part.n_classes, options.ignore_index)
-    return _out_dtype(found, autocast)
+    return dtype_of_loss(found, autocast)
 
 
 def _call(
@@ -179,7 +174,7 @@ def _call(
 ) -> tuple[Tensor, LossStats | None]:
     logits = inputs.logits
     row_shape = (logits.shape[0], *logits.shape[2:])
-    lam = _per_row(inputs.lam, logits)
+    lam = per_row(inputs.lam, logits)
     rows, lse, correct = _SlicedRowLosses.apply(
         logits, inputs._replace(lam=lam, sample_weight=None, scale=None), options, part, group
     )
@@ -191,7 +186,7 @@ def _call(
         if inputs.target_b is None and described.k_t is not None:
             row_weights = torch.where(counted, described.k_t, 0)
     if inputs.sample_weight is not None:
-        factor = _per_row(inputs.sample_weight, logits)
+        factor = per_row(inputs.sample_weight, logits)
         assert factor is not None
         rows = factor.reshape(-1).to(rows.dtype).masked_fill(~counted, 0) * rows
     scale = options.scale if inputs.scale is None else options.scale * inputs.scale.to(rows.device, rows.dtype)
