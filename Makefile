@@ -20,7 +20,7 @@ help:
 	@echo "make sanitize  random problems for the CPU kernel under AddressSanitizer and UBSan (options: ARGS=5000)"
 	@echo "make report    what the kernels compile to on GPUs that are not here: benchmarks/KERNELS.md"
 	@echo "make accuracy  hard cases against 50 digits, ours and PyTorch's: benchmarks/ACCURACY.md"
-	@echo "make bench     time the loss on this machine against PyTorch's, on the GPU where there is one"
+	@echo "make bench     time the loss on this machine against PyTorch's, on the GPU where there is one (options: ARGS=--quick)"
 	@echo "make gpu       all that needs a GPU, in under 8 minutes: tests, benchmarks, compute-sanitizer: benchmarks/RESULTS.md"
 	@echo "make experiments  mean or sum? measured anew, with plots: benchmarks/EXPERIMENTS.md (options: ARGS='--only scaling')"
 

@@ -1,12 +1,18 @@
-"""What the commands print and write: `make test`'s three parts, and which tests they leave out."""
+"""What the commands print and write: `make test`'s three parts, and which tests they leave out; `make bench` on a CPU."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import parts
 import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import bench_cpu
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,3 +88,52 @@ def test_what_cannot_run_here_is_left_out_in_one_line() -> None:
         assert output.count(f"tests left out: {reason}") == 1
     assert "SKIPPED" not in output
     assert " deselected" in output.splitlines()[-1]
+
+
+def test_make_bench_prints_row_by_row_and_writes_a_table_and_a_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = []
+
+    def measure(case: bench_cpu.Case, seconds: float) -> dict[str, float]:
+        printed.append(capsys.readouterr().out)
+        return real(case, 0.01)
+
+    real = bench_cpu.measure
+    monkeypatch.setitem(bench_cpu.CALLS, "compile", F.cross_entropy)
+    cases = [bench_cpu.Case(torch.float32, (7, 5)), bench_cpu.Case(torch.bfloat16, (6, 11), 0.1)]
+    monkeypatch.setattr(bench_cpu, "QUICK", cases)
+    monkeypatch.setattr(bench_cpu, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["bench_cpu.py", "--quick", "--threads=1", f"--out={tmp_path}"])
+    bench_cpu.main()
+    assert bench_cpu.HEADER in printed[0]
+    assert printed[1].startswith("| float32 7 x 5 | ")
+    text = (tmp_path / "bench_cpu.md").read_text()
+    header, _, first, second = text[text.index("| logits") :].splitlines()[:4]
+    assert first == printed[1].strip()
+    assert second.startswith("| bfloat16 6 x 11, smoothing | ")
+    assert first.count("|") == second.count("|") == header.count("|")
+    # Every column is explained, and the machine is named.
+    for name in header.strip("| ").split(" | "):
+        assert re.search(rf"^- .*\b{name}\b.*:", bench_cpu.COLUMNS, re.MULTILINE), name
+    assert bench_cpu.COLUMNS in text
+    assert text.startswith(bench_cpu.machine())
+    assert (tmp_path / "bench_cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench_cpu.md", "bench_cpu.png"]
+
+
+def test_pytest_benchmark_saves_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's benchmarks run, one group for each case and phase; those of a GPU are left out in one line."""
+    monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
+    chosen = "float32-128x10 and not compile or bench_gpu and CIFAR and eager"
+    options = ["benchmarks", "--benchmark-only", f"--benchmark-storage={tmp_path}", "-p", "no:cacheprovider", "-k", chosen]
+    program = "import pytest; print('=', *[pytest.main([*{0}, option]) for option in {1}])"  # imports torch's compiler once
+    program = program.format(options, ["--benchmark-save=before", "--benchmark-compare"])
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    output = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+    assert output.splitlines()[-1] == "= 0 0", output
+    assert output.count("they need a GPU, and torch.cuda sees no GPU") == 2
+    assert len(re.findall("^6 passed, ", output, re.MULTILINE)) == 2
+    for phase in ("forward", "backward", "both"):
+        for tests in (2, 4):  # and of the earlier run, beside which they stand
+            assert f"benchmark 'float32 128 x 10, {phase}': {tests} tests" in output
