@@ -21,7 +21,7 @@ help:
 	@echo "make report    what the kernels compile to on GPUs that are not here: benchmarks/KERNELS.md"
 	@echo "make accuracy  hard cases against 50 digits, ours and PyTorch's: benchmarks/ACCURACY.md"
 	@echo "make bench     time the loss on this machine against PyTorch's, on the GPU where there is one (options: ARGS=--quick)"
-	@echo "make gpu       all that needs a GPU, in under 8 minutes: tests, benchmarks, compute-sanitizer: benchmarks/RESULTS.md"
+	@echo "make gpu       all that needs a GPU, in 9 minutes: tests, benchmarks, ncu, compute-sanitizer: benchmarks/RESULTS.md (options: ARGS='--only tune')"
 	@echo "make experiments  mean or sum? measured anew, with plots: benchmarks/EXPERIMENTS.md (options: ARGS='--only scaling')"
 
 # Remade when the metadata change; a virtual environment that is there and up to date costs nothing.
@@ -95,7 +95,7 @@ bench: $(READY)
 	if $(HAS_GPU); then $(PY) benchmarks/gpu.py --only benchmarks; fi
 
 gpu: $(READY)
-	$(PY) benchmarks/gpu.py
+	$(PY) benchmarks/gpu.py $(ARGS)
 
 experiments: $(READY)
 	$(PY) benchmarks/experiments.py $(ARGS)

@@ -1,17 +1,22 @@
 """pytest-benchmark suite for a GPU: forward, backward and both, of every shape, dtype and implementation that there is.
 
-    python -m pytest benchmarks/bench_gpu.py --benchmark-json=numbers.json
-    make bench, make gpu                       # the same, with a Markdown table and a plot
+    python -m pytest benchmarks/bench_gpu.py
+    make bench, make gpu                       # the same, with Markdown tables and a plot
 
 Device time   CUDA events around one call, which waits in the queue behind a kernel that sleeps: launches that the host has not
-              made yet cannot stretch it, unless the call itself waits for the device. Before every call the L2 is flushed and
-              the inputs are rotated. pytest-benchmark's columns show it, through a timer that only device time advances.
+              made yet cannot stretch it, unless the call itself waits for the device. What two events measure with nothing
+              between them is subtracted. Before every call the inputs are rotated, and the L2 is filled with what is read from
+              elsewhere: after a write it would have to write back during the call. pytest-benchmark's columns show it, through
+              a timer that only device time advances.
 Host time     until the call returns, on an idle device; Liger's contains its waits.
 Bytes         what the floor moves, the same for every implementation: PHASES, in passes over the logits.
 Copy          dst.copy_(src), 1R + 1W of 1 GB, measured in the same run.
 
 Forward means the forward of training. Ours and Liger's contain the gradient: their backward multiplies it by 1, so its floor is
-nothing, and only `both` compares like with like.
+nothing, and only `both` compares like with like. `accumulation` is `both` for (loss / 8).backward(), as a loop over micro-batches
+has it: an upstream gradient other than 1, by which ours and Liger's multiply the whole gradient once more.
+
+What matters most comes first, so that a run that is stopped early has it: forward and backward together, bfloat16.
 """
 
 import os
@@ -24,26 +29,30 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_run import emit
 from torch import Tensor
 
 import fusedloss
 
 DEVICE = "cuda"
 SHAPES = {
-    "CIFAR-10": (128, 10),
-    "CIFAR-10, large batch": (65536, 10),
     "ImageNet": (4096, 1000),
+    "Llama 2": (8192, 32000),
     "GPT-2": (8192, 50257),
     "Llama 3": (8192, 128256),
     "segmentation": (8, 19, 512, 1024),
+    "CIFAR-10": (128, 10),
+    "CIFAR-10, large batch": (65536, 10),
 }
 DTYPES = (torch.bfloat16, torch.float32)
 # Passes over the logits that no implementation can do without, if it does nothing in another phase's time.
-PHASES = {"forward": 1, "backward": 2, "both": 2}  # 1R; 1R + 1W; 1R + 1W
+PHASES = {"both": 2, "accumulation": 2, "forward": 1, "backward": 2}  # 1R + 1W; 1R + 1W; 1R; 1R + 1W
+MICRO_BATCHES = 8
 ONLY_MATRICES = ("Liger", "flash-attn", "quack")
 N_INPUTS = 3  # rotated
 MAX_INPUT_BYTES = 1 << 30  # of all rotated inputs: past it one input is enough, as it does not fit the L2 by far
 FLUSH_BYTES = 512 << 20  # larger than any L2
+EMPTY_INTERVALS = 20
 COPY_BYTES = 1 << 30
 SLEEP_CYCLES = 2_000_000  # about a millisecond: longer than the host needs to enqueue any call
 MEMORY_FACTOR = 8  # eager keeps a softmax, a gradient of it and a gradient, and may do so in float32
@@ -77,11 +86,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         cases = [
             Case(name, dtype, implementation, phase)
-            for name, shape in SHAPES.items()
+            for phases in (["both"], [phase for phase in PHASES if phase != "both"])
             for dtype in DTYPES
+            for name, shape in SHAPES.items()
             for implementation in implementations()
             if len(shape) == 2 or implementation not in ONLY_MATRICES
-            for phase in PHASES
+            for phase in phases
         ]
         metafunc.parametrize("case", cases, ids=str)
 
@@ -92,27 +102,34 @@ class DeviceClock:
     def __init__(self) -> None:
         self.seconds = 0.0
         self._flushed: Tensor | None = None
+        self._empty_seconds: float | None = None
 
     def __call__(self) -> float:
         return self.seconds
 
     def flush(self) -> None:
-        """Drives the inputs out of the L2."""
+        """Drives the inputs out of the L2, and leaves nothing there that is still to be written."""
         if self._flushed is None:
-            self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
-        self._flushed.zero_()
+            self._flushed = torch.zeros(FLUSH_BYTES // 4, device=DEVICE)
+        self._flushed.sum()
 
     def run(self, call: Callable[[], object]) -> float:
         """Device seconds of one call, which are also added to the clock."""
+        if self._empty_seconds is None:
+            self._empty_seconds = statistics.median(self._interval(lambda: None) for _ in range(EMPTY_INTERVALS))
+        elapsed = max(self._interval(call) - self._empty_seconds, 1e-9)
+        self.seconds += elapsed
+        return elapsed
+
+    @staticmethod
+    def _interval(call: Callable[[], object]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
         call()
         end.record()
         torch.cuda.synchronize()
-        elapsed = start.elapsed_time(end) / 1e3
-        self.seconds += elapsed
-        return elapsed
+        return start.elapsed_time(end) / 1e3
 
     def peak(self, call: Callable[[], object]) -> int:
         """Bytes by which one call raises the allocator's peak."""
@@ -182,6 +199,8 @@ class Problem:
         """What is timed."""
         if self.phase != "backward":
             self.result = self.loss(self.current, self.target)
+        if self.phase == "accumulation":
+            self.result = self.result / MICRO_BATCHES
         if self.phase != "forward":
             (self.result,) = torch.autograd.grad(self.result, self.current)
 
@@ -233,16 +252,16 @@ def test_loss(benchmark: Any, case: Case, copy_bandwidth: float) -> None:
     peak = TIMER.clock.peak(problem.call)
     median = statistics.median(benchmark.stats.stats.data)
     n_bytes = PHASES[case.phase] * problem.n_bytes
-    benchmark.extra_info.update(
-        {
-            "case": [case.name, str(case.dtype).removeprefix("torch."), case.implementation, case.phase],
-            "shape": list(SHAPES[case.name]),
-            "device_us": 1e6 * median,
-            "host_us": 1e6 * host_seconds(problem),
-            "peak_in_logits": peak / problem.n_bytes,
-            "bytes": n_bytes,
-            "GB/s": n_bytes / median / 1e9,
-            "copy GB/s": copy_bandwidth / 1e9,
-            "% of copy": 100 * n_bytes / median / copy_bandwidth,
-        }
-    )
+    record = {
+        "case": [case.name, str(case.dtype).removeprefix("torch."), case.implementation, case.phase],
+        "shape": list(SHAPES[case.name]),
+        "device_us": 1e6 * median,
+        "host_us": 1e6 * host_seconds(problem),
+        "peak_in_logits": peak / problem.n_bytes,
+        "bytes": n_bytes,
+        "GB/s": n_bytes / median / 1e9,
+        "copy GB/s": copy_bandwidth / 1e9,
+        "% of copy": 100 * n_bytes / median / copy_bandwidth,
+    }
+    benchmark.extra_info.update(record)
+    emit(record)

@@ -1,19 +1,22 @@
-"""All that a GPU can show, in under 8 minutes: its tests, the benchmarks, compute-sanitizer. Writes RESULTS.md.
+"""All that a GPU can show, in 9 minutes, without network or pip: one command, one page with a verdict, RESULTS.md.
 
     make gpu
+    python benchmarks/gpu.py --out FOLDER --minutes 9
     python benchmarks/gpu.py --only benchmarks
+    python benchmarks/gpu.py --only tune              # the plan's constants; not part of a usual run
 
-Each stage has a share of the time and is stopped at its end; what was left out is named in RESULTS.md. The numbers go to
-results/gpu.json, a plot to results/gpu.png. Without a GPU: one line, and exit status 2.
+The stages run in the order of --help, what matters most first. Each has a share of the time that is left, and what it does not
+use is for those that follow; one that is stopped at its end says what it did until then. RESULTS.md is written anew after every
+stage, and with every number of the benchmarks, so that it can be read while the run goes on and nothing is lost by a kill. The
+numbers are in results/gpu.json, a plot in results/gpu.png, what the stages printed in log/. Without a GPU: one line, and exit
+status 2.
 """
 
 import argparse
 import datetime
-import json
-import os
 import platform
-import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,73 +24,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import gpu_pages
 import torch
-from gpu_pages import write
+from gpu_stages import ON_REQUEST, STAGES, Stage
 
 FOLDER = Path(__file__).parent
-ROOT = FOLDER.parent
-# Seconds of each stage: 465 together.
-SECONDS = {"tests": 150, "benchmarks": 195, "memcheck": 60, "racecheck": 60}
-LAST_BENCHMARK = 25  # seconds that a benchmark may still take when the time is over
-PACKAGES = ("torch", "triton", "fusedloss", "liger-kernel", "flash-attn", "quack-kernels")
-# Every kernel once, small enough for an instrumented run.
-SANITIZED = "tests/test_kernels.py::test_shapes"
-
-
-def run(command: list[str], seconds: float, **environment: str) -> tuple[int | None, str, float]:
-    """Exit status (None: stopped when the time was over), output, and seconds."""
-    start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=seconds,
-        )
-    except subprocess.TimeoutExpired as stopped:
-        output = stopped.stdout or ""
-        return None, output if isinstance(output, str) else output.decode(errors="replace"), time.monotonic() - start
-    return done.returncode, done.stdout, time.monotonic() - start
-
-
-def pytest_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", *arguments]
-
-
-def tests() -> dict[str, Any]:
-    return stage("tests", pytest_command("-m", "gpu", "-p", "no:cacheprovider"))
-
-
-def sanitizer(tool: str) -> dict[str, Any]:
-    path = shutil.which("compute-sanitizer")
-    if path is None:
-        return {"outcome": "left out: compute-sanitizer is not installed", "seconds": 0.0, "failed": False, "left_out": []}
-    # PyTorch's caching allocator hides accesses past the end of a tensor: without it each tensor is an allocation.
-    command = [path, "--tool", tool, "--error-exitcode", "1", *pytest_command("-m", "gpu", "-x", SANITIZED)]
-    return stage(tool, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-
-
-def stage(name: str, command: list[str], **environment: str) -> dict[str, Any]:
-    status, output, seconds = run(command, SECONDS[name], **environment)
-    summary = re.findall(r"^(?:=+ )?(\d+ (?:passed|failed|skipped|error).*?)(?: =+)?$", output, re.MULTILINE)
-    outcome = summary[-1] if summary else f"exit status {status}"
-    if status is None:
-        outcome = f"stopped after {seconds:.0f} s"
-    if status != 0:
-        print(output[-4000:])
-    skipped = re.findall(r"^SKIPPED \[(\d+)\] [^\s:]+(?::\d+)?: (.+)$", output, re.MULTILINE)
-    left_out = [f"{count} x {reason}" for count, reason in skipped if "TRITON_INTERPRET" not in reason]
-    return {"outcome": outcome, "seconds": seconds, "failed": status != 0, "left_out": left_out}
-
-
-def benchmarks(numbers: Path) -> dict[str, Any]:
-    """pytest-benchmark's own JSON goes to `numbers`."""
-    budget = SECONDS["benchmarks"] - LAST_BENCHMARK
-    command = pytest_command(str(FOLDER / "bench_gpu.py"), f"--benchmark-json={numbers}", "-o", "filterwarnings=default")
-    return stage("benchmarks", command, FUSEDLOSS_BENCH_SECONDS=str(budget))
+PACKAGES = ("torch", "triton", "numpy", "pytest", "liger-kernel", "flash-attn", "quack-kernels")
 
 
 def machine() -> dict[str, Any]:
@@ -113,28 +55,49 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def share(stages: dict[str, Stage], name: str, chosen: list[str], seconds_left: float) -> float:
+    """Seconds of a stage: what is left, divided among it and those that follow as their usual times are."""
+    following = chosen[chosen.index(name) :]
+    return max(1.0, seconds_left * stages[name].seconds / sum(stages[other].seconds for other in following))
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["tests", "benchmarks", "memcheck", "racecheck"], nargs="+", default=list(SECONDS))
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    arguments = parser.parse_args()
+    usual = [name for name in STAGES if name not in ON_REQUEST]
+    parser.add_argument("--out", type=Path, default=FOLDER, metavar="FOLDER", help="(default: beside this file)")
+    parser.add_argument("--minutes", type=float, default=9.0, metavar="M", help="of all stages together (default: 9)")
+    help_text = f"some of {', '.join(usual)} (together the default), {', '.join(ON_REQUEST)}"
+    parser.add_argument("--only", choices=list(STAGES), nargs="+", default=usual, metavar="STAGE", help=help_text)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     if not torch.cuda.is_available():
         print("no GPU: torch.cuda sees none, nothing was run and RESULTS.md was left as it is")
         sys.exit(2)
-    (arguments.out / "results").mkdir(parents=True, exist_ok=True)
-    raw = arguments.out / "results" / "gpu_raw.json"
-    raw.unlink(missing_ok=True)
-    stages = {}
-    for name in arguments.only:
-        print(f"{name}: at most {SECONDS[name]} s", flush=True)
-        stages[name] = tests() if name == "tests" else benchmarks(raw) if name == "benchmarks" else sanitizer(name)
-        print(f"{name}: {stages[name]['outcome']}", flush=True)
-    records = [entry["extra_info"] for entry in json.loads(raw.read_text())["benchmarks"]] if raw.exists() else []
-    raw.unlink(missing_ok=True)  # pytest-benchmark's file names the host and its user
-    data = {"machine": machine(), "stages": stages, "benchmarks": [record for record in records if record]}
-    write(data, arguments.out)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the stage's processes end with this one
+    end = time.monotonic() + 60 * arguments.minutes
+    chosen = [name for name in STAGES if name in arguments.only]
+    data: dict[str, Any] = {"machine": machine(), "stages": {}}
+    log = arguments.out / "log"
+    log.mkdir(parents=True, exist_ok=True)
+    for name in chosen:
+        seconds = share(STAGES, name, chosen, end - time.monotonic())
+        print(f"{name}: at most {seconds:.0f} s", flush=True)
+
+        def progress(records: list[dict[str, Any]], name: str = name) -> None:
+            data["stages"][name] = {"verdict": "running", "outcome": "still running", "seconds": 0.0, "records": records}
+            gpu_pages.write(data, arguments.out)
+
+        progress([])
+        result = STAGES[name].run(seconds, progress)
+        gpu_pages.replace(log / f"{name}.txt", result.pop("output").encode())
+        data["stages"][name] = result
+        gpu_pages.write(data, arguments.out, draws=True)
+        print(f"{name}: {result['verdict']}: {result['outcome']} ({result['seconds']:.0f} s)", flush=True)
     print(f"written: {arguments.out / 'RESULTS.md'}")
-    sys.exit(1 if any(found["failed"] for found in stages.values()) else 0)
+    sys.exit(1 if any(found["verdict"] == "failed" for found in data["stages"].values()) else 0)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
-"""RESULTS.md, results/gpu.json and a plot from what gpu.py measured: our losses are computed like everything else."""
+"""RESULTS.md and results/gpu.json from what gpu.py found; a verdict first. Our losses are computed like everything else.
 
+A plot, results/gpu.png, comes at the end of a stage, where matplotlib is installed.
+"""
+
+import importlib.util
 import json
 import os
 from collections import defaultdict
@@ -8,18 +12,28 @@ from typing import Any
 
 Record = dict[str, Any]
 OURS = "fusedloss"
-PHASES = ("both", "forward", "backward")
-TITLES = {"both": "Forward + backward", "forward": "Forward", "backward": "Backward"}
+PHASES = ("both", "accumulation", "forward", "backward")
+TITLES = {
+    "both": "Forward + backward",
+    "accumulation": "Forward + backward of loss / 8",
+    "forward": "Forward",
+    "backward": "Backward",
+}
 NOISE = 1.02  # a peer is ahead when it needs less than our time by more than this
+ONCE = 1.05  # of the floor's bytes: "once read, once written"
 
 
-def write(data: Record, folder: Path) -> None:
-    """All three files, each replaced whole or not at all."""
+def write(data: Record, folder: Path, draws: bool = False) -> None:
+    """All files, each replaced whole or not at all."""
     results = folder / "results"
     results.mkdir(parents=True, exist_ok=True)
     replace(results / "gpu.json", (json.dumps(data, indent=1) + "\n").encode())
-    shows = draw(data["benchmarks"], results) if data["benchmarks"] else False
-    replace(folder / "RESULTS.md", page(data, shows).encode())
+    plot = results / "gpu.png"
+    if not records_of(data, "benchmarks"):
+        plot.unlink(missing_ok=True)  # of another run
+    elif draws and importlib.util.find_spec("matplotlib") is not None:
+        draw(records_of(data, "benchmarks"), plot)
+    replace(folder / "RESULTS.md", page(data, plot.exists()).encode())
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -28,35 +42,114 @@ def replace(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def records_of(data: Record, stage: str) -> list[Record]:
+    return data["stages"].get(stage, {}).get("records", [])
+
+
 def page(data: Record, has_plot: bool) -> str:
-    machine = data["machine"]
-    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
-    stages = "\n".join(
-        "\n  - ".join(
-            [f"- {name}: {found['outcome']} ({found['seconds']:.0f} s)", *(f"left out: {x}" for x in found["left_out"])]
-        )
-        for name, found in data["stages"].items()
-    )
+    machine, records = data["machine"], records_of(data, "benchmarks")
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if found != "not installed")
+    missing = ", ".join(name for name, found in machine["versions"].items() if found == "not installed")
     parts = [
         "# Results on a GPU",
-        f"Written by `make gpu` on {machine['date']}: {machine['gpu']}, {machine['memory_bytes'] / 2**30:.0f} GiB, "
-        f"{machine['sms']} SMs; driver, clocks, power limit: {machine['driver, clocks, power limit']}; CUDA {machine['cuda']}, "
-        f"Python {machine['python']}; {versions}.",
-        stages,
+        f"**{machine['gpu']}**, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['sms']} SMs; driver, clocks, power limit: "
+        f"{machine['driver, clocks, power limit']}. CUDA {machine['cuda']}, Python {machine['python']}, {versions}"
+        f"{f' (not installed: {missing})' if missing else ''}. Written by `benchmarks/gpu.py` on {machine['date']}.",
+        stages_table(data["stages"]),
+        problems(data["stages"]),
     ]
-    records = data["benchmarks"]
     if records:
         copy = records[0]["copy GB/s"]
         parts += [
-            f"A copy of 1 GB moved {copy:,.0f} GB/s in the same run (read + write). Device time in microseconds, host time in "
-            "brackets; % is the floor's bytes (forward 1 pass over the logits, forward + backward 2) over time and a copy; "
-            "peak is the memory that the call allocates, in units of the logits. How it is measured: bench_gpu.py.",
-            "![Forward and backward, in % of the copy bandwidth](results/gpu.png)" if has_plot else "",
+            "## Speed",
+            f"A copy of 1 GB moved {copy:,.0f} GB/s in the same run (read + write). Forward and backward together: microseconds "
+            "on the device; the bytes that no implementation can do without (logits read once, gradient written once) over that "
+            "time; the same in % of the copy; and how many times as long each other implementation takes (below 1 it is faster).",
+            summary(data),
+            "![Forward + backward, in % of the copy bandwidth](results/gpu.png)" if has_plot else "",
             "## Where others are faster",
             losses(records),
         ]
-        parts += [f"## {TITLES[phase]}\n\n{table(records, phase)}" for phase in PHASES]
+    parts.append(traffic(data))
+    if records:
+        parts += [
+            "## All measurements",
+            "Device time in microseconds, host time in brackets; % is the floor's bytes (forward 1 pass over the logits, forward "
+            "+ backward 2) over time and a copy; peak is the memory that the call allocates, in units of the logits. How it is "
+            "measured: bench_gpu.py.",
+        ]
+        parts += [f"### {TITLES[phase]}\n\n{table(records, phase)}" for phase in PHASES if groups(records, phase)]
+    parts.append(tuning(records_of(data, "tune")))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------- verdict
+
+
+def stages_table(stages: Record) -> str:
+    lines = ["| stage | verdict | what was done | seconds |", "|---|---|---|---|"]
+    for name, found in stages.items():
+        verdict = f"**{found['verdict']}**" if found["verdict"] == "failed" else found["verdict"]
+        lines.append(f"| {name.replace('_', ' ')} | {verdict} | {found['outcome']} | {found['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def problems(stages: Record) -> str:
+    """What failed, and what was left out, by stage."""
+    lines = []
+    for name, found in stages.items():
+        for key, what in (("failures", "failed"), ("left_out", "left out")):
+            lines += [f"- {name.replace('_', ' ')}: {what}: {line}" for line in found.get(key, [])]
+    return "\n".join(lines)
+
+
+def traffic(data: Record) -> str:
+    records = records_of(data, "traffic")
+    if not records:
+        return ""
+    lines = [
+        "## Bytes that DRAM moved",
+        "",
+        "One forward of training, which writes the gradient, counted by ncu. The floor: logits and targets read once, gradient "
+        "written once, bfloat16.",
+        "",
+        "| logits | launches | read, MB | written, MB | over the floor | once read, once written |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        if "read" not in record:  # still running
+            continue
+        over = (record["read"] + record["written"]) / record["floor"]
+        shape = f"{record['case']}, {' x '.join(map(str, record['shape']))}"
+        numbers = f"{record['launches']} | {record['read'] / 1e6:,.0f} | {record['written'] / 1e6:,.0f} | {over:.3f}"
+        lines.append(f"| {shape} | {numbers} | {'yes' if over < ONCE else 'no'} |")
+    return "\n".join(lines)
+
+
+def summary(data: Record) -> str:
+    """A line per shape and dtype: ours, and every other's time over it, for an upstream gradient of 1 and of 1/8."""
+    records = records_of(data, "benchmarks")
+    others = [name for name in implementations(records) if name != OURS]
+    scaled = groups(records, "accumulation")
+    head = ["logits", "us", "GB/s", "% of copy", *others, "us, loss / 8", *(f"{name}, loss / 8" for name in others)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for key, found in groups(records, "both").items():
+        if OURS not in found:
+            continue
+        ours = found[OURS]
+        cells = [f"{ours['device_us']:,.1f}", f"{ours['GB/s']:,.0f}", f"{ours['% of copy']:.0f}", *times_of(found, others)]
+        after = scaled.get(key, {})
+        cells += [f"{after[OURS]['device_us']:,.1f}" if OURS in after else "", *times_of(after, others)]
+        lines.append(f"| {', '.join(key)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def times_of(found: dict[str, Record], others: list[str]) -> list[str]:
+    known = {name: found[name]["device_us"] / found[OURS]["device_us"] for name in others if name in found and OURS in found}
+    return [f"{known[name]:.2f}" if name in known else "" for name in others]
+
+
+# -------------------------------------------------------------------------------------------------------- measurements
 
 
 def groups(records: list[Record], phase: str) -> dict[tuple[str, str], dict[str, Record]]:
@@ -89,25 +182,56 @@ def cell(record: Record, phase: str) -> str:
 
 
 def losses(records: list[Record]) -> str:
-    """Device time of forward and backward together, and of the forward; host time of both; memory of both."""
+    """Device time of every phase but the backward alone; host time and memory of forward and backward together."""
     lines = []
-    for phase in ("both", "forward"):
+    for phase in ("both", "accumulation", "forward"):
         for (shape, dtype), found in groups(records, phase).items():
             for key, what in (("device_us", "device time"), ("host_us", "host time"), ("peak_in_logits", "memory")):
-                if OURS not in found or (phase == "forward" and key != "device_us"):
+                if OURS not in found or (phase != "both" and key != "device_us"):
                     continue
                 ours = found[OURS][key]
                 ahead = [f"{name} {other[key] / ours:.2f}" for name, other in found.items() if other[key] * NOISE < ours]
                 if ahead:
                     lines.append(f"- {TITLES[phase]}, {shape}, {dtype}: {what} in ours: {', '.join(ahead)}.")
-    return "\n".join(lines) or "Nowhere in the tables below, forward + backward and forward alone."
+    return "\n".join(lines) or "Nowhere: neither forward + backward, of loss or loss / 8, nor the forward alone."
 
 
-def draw(records: list[Record], folder: Path) -> bool:
-    """Forward and backward of every implementation in % of the copy bandwidth; False where there is nothing to draw."""
+def tuning(records: list[Record]) -> str:
+    """Device time of each setting, per shape; the least is bold."""
+    if not records:
+        return ""
+    settings = list(dict.fromkeys(named(record["setting"]) for record in records))
+    by_shape: defaultdict[str, dict[str, Record]] = defaultdict(dict)
+    for record in records:
+        by_shape[record["shape"]][named(record["setting"])] = record
+    lines = [
+        "## Constants of the plan",
+        "",
+        "Device time of the fused forward in microseconds, bfloat16, and how each setting cuts the rows.",
+        "",
+        f"| logits | {' | '.join(settings)} |",
+        "|---" * (1 + len(settings)) + "|",
+    ]
+    for shape, found in by_shape.items():
+        least = min(record["device_us"] for record in found.values())
+        cells = []
+        for setting in settings:
+            time = f"{found[setting]['device_us']:,.1f}" if setting in found else ""
+            mark = "**" if setting in found and found[setting]["device_us"] == least else ""
+            cells.append(f"{mark}{time}{mark}, {found[setting]['launch']}" if setting in found else "")
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def named(setting: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in setting.items()) or "as it is"
+
+
+def draw(records: list[Record], path: Path) -> None:
+    """Forward and backward of every implementation in % of the copy bandwidth."""
     found = groups(records, "both")
     if not found:
-        return False
+        return
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -125,9 +249,7 @@ def draw(records: list[Record], folder: Path) -> bool:
     panel.invert_yaxis()
     panel.set_xlabel("forward + backward: the floor's bytes over time, in % of a copy's bandwidth")
     panel.legend(fontsize=7)
-    path = folder / "gpu.png"
     temporary = path.with_name("gpu.new.png")
     figure.savefig(temporary, bbox_inches="tight", dpi=90, metadata={"Software": None})
     plt.close(figure)
     os.replace(temporary, path)
-    return True

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-EMULATED = tuple(f"tests/test_{name}.py" for name in ("ptxsim", "ptxsim_marks", "report", "bench_gpu", "host_overhead"))
+_NAMES = ("ptxsim", "ptxsim_marks", "report", "bench_gpu", "gpu_run", "gpu_stages", "host_overhead")
+EMULATED = tuple(f"tests/test_{name}.py" for name in _NAMES)
 NOTHING_TO_RUN = 5  # pytest's exit status
 
 

@@ -1,0 +1,70 @@
+"""Device time of the fused launch under other constants of the plan, per shape: what the constants of the plan follow from.
+
+    python benchmarks/gpu.py --only tune
+    python benchmarks/gpu_tune.py '{"FUSED_ROW_THREADS": 256}'     # one setting
+
+Each setting is a process of its own, in which nothing is remembered of another plan. The first is the plan as it is.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+
+import bench_gpu
+import torch
+from gpu_run import emit
+
+import fusedloss
+from fusedloss import plan_triton as constants
+
+SHAPES = {
+    "ImageNet": (4096, 1000),
+    "8192 classes": (8192, 8192),
+    "Llama 2": (8192, 32000),
+    "GPT-2": (8192, 50257),
+    "Llama 3": (8192, 128256),
+    "few long rows": (64, 128256),
+}
+# A row that takes more than FUSED_ROW_THREADS threads to hold in registers is cut into slices of SLICE_THREADS threads.
+SETTINGS: list[dict[str, int]] = [
+    {},
+    {"FUSED_ROW_THREADS": 128},
+    {"FUSED_ROW_THREADS": 256},
+    {"FUSED_ROW_THREADS": 512},
+    {"FUSED_ROW_THREADS": 256, "SLICE_THREADS": 256},
+    {"FUSED_ROW_THREADS": 128, "SLICE_THREADS": 64},
+]
+ROUNDS = 20
+
+
+def measure(setting: dict[str, int], device: str = "cuda") -> None:
+    """Emits the median device time of every shape."""
+    for name, value in setting.items():
+        assert hasattr(constants, name), f"the plan has no {name}"
+        setattr(constants, name, value)
+    clock = bench_gpu.TIMER.clock
+    for name, shape in SHAPES.items():
+        logits = torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_()
+        target = torch.randint(shape[1], shape[:1], device=device)
+        times = []
+        for _ in range(3 + ROUNDS):
+            clock.flush()
+            times.append(clock.run(lambda: fusedloss.cross_entropy(logits, target)))  # noqa: B023
+        forward = fusedloss.plan(logits, target).forward
+        cut = f"{forward.n_programs // shape[0]} x {forward.num_warps} warps" if forward is not None else "no kernel"
+        record = {"shape": f"{name}, {' x '.join(map(str, shape))}", "setting": setting, "launch": cut}
+        emit({**record, "device_us": 1e6 * statistics.median(times[3:])})
+
+
+def main(arguments: list[str]) -> int:
+    if arguments:
+        measure(json.loads(arguments[0]))
+        return 0
+    failed = [setting for setting in SETTINGS if subprocess.run([sys.executable, __file__, json.dumps(setting)]).returncode]
+    print("\n".join(f"{setting}: failed" for setting in failed))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
