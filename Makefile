@@ -10,7 +10,7 @@ READY  := $(VENV)/.ready
 
 help:
 	@echo "make setup     create $(VENV) and install fusedloss with what the other targets need"
-	@echo "make train     train the CIFAR-10 classifier with the fused loss (options: ARGS='--epochs 3 --loss torch')"
+	@echo "make train     train on CIFAR-10, or on scikit-learn's digits where it cannot be had (options: ARGS='--epochs 3 --loss torch')"
 	@echo "make test      the test suite in three processes, of which two run at a time (options: ARGS='-k accuracy -x')"
 	@echo "make test-all  the same with the whole sweep"
 	@echo "make test-oldest  the same as make test with the oldest PyTorch that is supported, in .venv-oldest"

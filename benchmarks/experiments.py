@@ -27,12 +27,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import train_cifar10  # first: it sets OpenMP's wait policy before torch is loaded
+import training  # noqa: F401  # first: it sets OpenMP's wait policy before torch is loaded
 
 # isort: split
 import experiments_report
 import torch
 from torch import Tensor, nn
+from training.augment import for_test, seeded
+from training.data import TRAIN_IMAGES_FROM_DIGITS, choose_data, load_data
+from training.failure import Failure
+from training.options import choose_device
+from training.tutorial import TutorialNet
 
 import fusedloss
 from fusedloss.distributed import global_scale
@@ -82,15 +87,15 @@ def make_task(data: str, model: str, data_dir: Path, device: torch.device) -> Ta
             return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
         return Task(inputs, labels, test_inputs, test_labels, make_network, rate=0.1, adam_rate=0.003, few=256, steps=1)
-    images = train_cifar10.load_data(data, data_dir, None).to(device)
-    inputs, test_inputs = (train_cifar10.for_test(part, images, "tutorial") for part in (images.train_images, images.test_images))
+    images = load_data(data, data_dir, None).to(device)
+    inputs, test_inputs = (for_test(part, images, "tutorial") for part in (images.train_images, images.test_images))
     # The tutorial's rate is 0.1 for a batch of 128. `few` and `steps` are guesses, not tuned.
     return Task(
         inputs,
         images.train_labels,
         test_inputs,
         images.test_labels,
-        train_cifar10.TutorialNet,
+        TutorialNet,
         rate=0.025,
         adam_rate=3e-4,
         few=min(2048, len(inputs) // 2),
@@ -105,7 +110,7 @@ def digits_pixels() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     digits = load_digits()
     inputs, labels = torch.from_numpy(digits.data).float(), torch.from_numpy(digits.target).long()
-    n_train = train_cifar10.TRAIN_IMAGES_FROM_DIGITS
+    n_train = TRAIN_IMAGES_FROM_DIGITS
     train, test = train_test_split(range(len(labels)), train_size=n_train, stratify=digits.target, random_state=0)
     std, mean = torch.std_mean(inputs[train])
     inputs = (inputs - mean) / std
@@ -114,7 +119,7 @@ def digits_pixels() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def with_noise(labels: Tensor, share: float, seed: int) -> Tensor:
     """That share of the labels drawn anew among the ten classes."""
-    generator = train_cifar10.seeded(seed, "noise", 0, torch.device("cpu"))
+    generator = seeded(seed, "noise", 0, torch.device("cpu"))
     rows = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
     noisy = labels.clone()
     noisy[rows.to(labels.device)] = torch.randint(10, (len(rows),), generator=generator).to(labels.device)
@@ -122,7 +127,7 @@ def with_noise(labels: Tensor, share: float, seed: int) -> Tensor:
 
 
 def few_noisy(task: Task, seed: int) -> Task:
-    generator = train_cifar10.seeded(seed, "few", 0, torch.device("cpu"))
+    generator = seeded(seed, "few", 0, torch.device("cpu"))
     rows = torch.randperm(len(task.labels), generator=generator)[: task.few].to(task.labels.device)
     labels = with_noise(task.labels[rows], LABEL_NOISE, seed)
     return dataclasses.replace(task, inputs=task.inputs[rows], labels=labels)
@@ -133,7 +138,7 @@ def few_noisy(task: Task, seed: int) -> Task:
 
 def batches(task: Task, seed: int, batch: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Consecutive rows of one stream, epochs in random order end to end: the same stream for every batch size."""
-    generator = train_cifar10.seeded(seed, "order", 0, torch.device("cpu"))
+    generator = seeded(seed, "order", 0, torch.device("cpu"))
     n_epochs = math.ceil(batch * steps / len(task.labels))
     epochs = [torch.randperm(len(task.labels), generator=generator) for _ in range(n_epochs)]
     for rows in torch.cat(epochs).to(task.labels.device)[: batch * steps].split(batch):
@@ -485,9 +490,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        device = train_cifar10.choose_device(args.device)
+        device = choose_device(args.device)
         if args.data == "cifar10":
-            train_cifar10.choose_data("cifar10", args.data_dir)
+            choose_data("cifar10", args.data_dir)
         torch.set_num_threads(1)  # the tensors are small: threads would wait for each other, and sums depend on their number
         if device.type == "cuda":  # the flag is global to the process
             torch.backends.cudnn.deterministic = True
@@ -498,7 +503,7 @@ def main(argv: list[str] | None = None) -> int:
             experiments_report.save_text(results / f"{name}.json", one_record_a_line(measured))
             print(f"{name:14}{measured['seconds']:8.1f} s", flush=True)
         experiments_report.write(args.out)
-    except train_cifar10.Failure as failure:
+    except Failure as failure:
         print(f"experiments.py: {failure}", file=sys.stderr)
         return failure.code
     print(f"{args.out}/EXPERIMENTS.md")

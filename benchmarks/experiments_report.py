@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import train_cifar10
+from training.failure import Failure
+from training.files import write_atomically
 
 Record = dict[str, Any]
 FLOAT32_EPS = 2.0**-23
@@ -21,7 +22,7 @@ def write(folder: Path) -> None:
         if path.exists():
             measured[name] = json.loads(path.read_text())
     if not measured:
-        raise train_cifar10.Failure(f"{folder}/results holds no results: run without --report first")
+        raise Failure(f"{folder}/results holds no results: run without --report first")
     parts = [introduction(measured)]
     for name, results in measured.items():
         title, draw, sentences = SECTIONS[name]
@@ -33,7 +34,7 @@ def write(folder: Path) -> None:
 
 
 def save_text(path: Path, text: str) -> None:
-    train_cifar10.write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def introduction(measured: dict[str, Any]) -> str:
@@ -117,7 +118,7 @@ def save_figure(draw: Callable[[Any, list[Record]], None], records: list[Record]
 
     figure = Figure(layout="constrained")
     draw(figure, records)
-    train_cifar10.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=85))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=85))
 
 
 def line(axes: Any, xs: list[float], values: list[list[float]], **style: Any) -> None:
