@@ -9,199 +9,55 @@ The default is a network of one hidden layer on the digits' 64 pixels: small eno
 minutes on one core. Every loss is fusedloss.cross_entropy's, every optimizer torch's. A run is a function of its options and
 its seed alone: the seed draws initial weights, label noise, the choice of images where not all are used, and their order.
 
-This file measures, and stores results/NAME.json; experiments_report.py makes plots and sentences of these files alone.
+This file measures, and stores results/NAME.json; mean_or_sum/report.py makes plots and sentences of these files alone.
 """
 
 import argparse
 import dataclasses
 import datetime
 import itertools
-import json
 import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import training  # noqa: F401  # first: it sets OpenMP's wait policy before torch is loaded
 
 # isort: split
-import experiments_report
 import torch
-from torch import Tensor, nn
-from training.augment import for_test, seeded
-from training.data import TRAIN_IMAGES_FROM_DIGITS, choose_data, load_data
+from mean_or_sum import report
+from mean_or_sum.records import Record, one_record_a_line
+from mean_or_sum.task import (
+    Effort,
+    Loss,
+    MakeOptimizer,
+    Task,
+    accuracy,
+    adamw,
+    batches,
+    cross_entropy,
+    few_noisy,
+    fit,
+    flat,
+    largest_in_ulps,
+    make_task,
+    network,
+    sgd,
+    train_step,
+    with_noise,
+    worst_case,
+)
+from torch import Tensor
+from training.data import choose_data
 from training.failure import Failure
 from training.options import choose_device
-from training.tutorial import TutorialNet
 
 import fusedloss
 from fusedloss.distributed import global_scale
-
-Record = dict[str, Any]
-Loss = Callable[[Tensor, Tensor], Tensor]
-MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
-
-# --------------------------------------------------------------------------------------------------------------- tasks
-
-
-@dataclass(frozen=True)
-class Task:
-    """Data on the device, a network, and what must be chosen for it: rates for a batch of 32, where weight decay helps."""
-
-    inputs: Tensor
-    labels: Tensor
-    test_inputs: Tensor
-    test_labels: Tensor
-    make_network: Callable[[], nn.Module]
-    rate: float
-    adam_rate: float
-    few: int  # images so few, their labels so noisy, that weight decay decides about the accuracy
-    steps: int  # multiplies the steps of every experiment
-
-
-@dataclass(frozen=True)
-class Effort:
-    seeds: int
-    quick: bool
-
-    def steps(self, task: Task, n: int) -> int:
-        return 8 if self.quick else n * task.steps
-
-    def grid(self, values: list[Any]) -> list[Any]:
-        return [values[0], values[-1]] if self.quick else values
-
-
-LABEL_NOISE = 0.3  # of the few images
-
-
-def make_task(data: str, model: str, data_dir: Path, device: torch.device) -> Task:
-    if model == "mlp":
-        inputs, labels, test_inputs, test_labels = (tensor.to(device) for tensor in digits_pixels())
-
-        def make_network() -> nn.Module:
-            return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-
-        return Task(inputs, labels, test_inputs, test_labels, make_network, rate=0.1, adam_rate=0.003, few=256, steps=1)
-    images = load_data(data, data_dir, None).to(device)
-    inputs, test_inputs = (for_test(part, images, "tutorial") for part in (images.train_images, images.test_images))
-    # The tutorial's rate is 0.1 for a batch of 128. `few` and `steps` are guesses, not tuned.
-    return Task(
-        inputs,
-        images.train_labels,
-        test_inputs,
-        images.test_labels,
-        TutorialNet,
-        rate=0.025,
-        adam_rate=3e-4,
-        few=min(2048, len(inputs) // 2),
-        steps=4,
-    )
-
-
-def digits_pixels() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The 8 x 8 pixels as they are, standardised; split as in train_cifar10.py."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    inputs, labels = torch.from_numpy(digits.data).float(), torch.from_numpy(digits.target).long()
-    n_train = TRAIN_IMAGES_FROM_DIGITS
-    train, test = train_test_split(range(len(labels)), train_size=n_train, stratify=digits.target, random_state=0)
-    std, mean = torch.std_mean(inputs[train])
-    inputs = (inputs - mean) / std
-    return inputs[train], labels[train], inputs[test], labels[test]
-
-
-def with_noise(labels: Tensor, share: float, seed: int) -> Tensor:
-    """That share of the labels drawn anew among the ten classes."""
-    generator = seeded(seed, "noise", 0, torch.device("cpu"))
-    rows = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
-    noisy = labels.clone()
-    noisy[rows.to(labels.device)] = torch.randint(10, (len(rows),), generator=generator).to(labels.device)
-    return noisy
-
-
-def few_noisy(task: Task, seed: int) -> Task:
-    generator = seeded(seed, "few", 0, torch.device("cpu"))
-    rows = torch.randperm(len(task.labels), generator=generator)[: task.few].to(task.labels.device)
-    labels = with_noise(task.labels[rows], LABEL_NOISE, seed)
-    return dataclasses.replace(task, inputs=task.inputs[rows], labels=labels)
-
-
-# ------------------------------------------------------------------------------------------------------------ training
-
-
-def batches(task: Task, seed: int, batch: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Consecutive rows of one stream, epochs in random order end to end: the same stream for every batch size."""
-    generator = seeded(seed, "order", 0, torch.device("cpu"))
-    n_epochs = math.ceil(batch * steps / len(task.labels))
-    epochs = [torch.randperm(len(task.labels), generator=generator) for _ in range(n_epochs)]
-    for rows in torch.cat(epochs).to(task.labels.device)[: batch * steps].split(batch):
-        yield task.inputs[rows], task.labels[rows]
-
-
-def network(task: Task, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return task.make_network().to(task.labels.device)
-
-
-def sgd(rate: float, **options: Any) -> MakeOptimizer:
-    return lambda parameters: torch.optim.SGD(parameters, lr=rate, fused=True, **options)
-
-
-def adamw(rate: float, weight_decay: float) -> MakeOptimizer:
-    return lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay, fused=True)
-
-
-def cross_entropy(**options: Any) -> Loss:
-    return lambda logits, target: fusedloss.cross_entropy(logits, target, **options)
-
-
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, inputs: Tensor, labels: Tensor) -> None:
-    optimizer.zero_grad()
-    loss(model(inputs), labels).backward()
-    optimizer.step()
-
-
-def fit(
-    task: Task,
-    seed: int,
-    batch: int,
-    steps: int,
-    make_optimizer: MakeOptimizer,
-    loss: Loss,
-    warm_up: tuple[float, int] = (0.0, 0),  # first rate, and the steps in which it grows to the optimizer's
-) -> nn.Module:
-    model = network(task, seed)
-    optimizer = make_optimizer(model.parameters())
-    (group,) = optimizer.param_groups
-    first, n_warm = warm_up
-    rate = group["lr"]
-    for step, (inputs, labels) in enumerate(batches(task, seed, batch, steps)):
-        group["lr"] = first + (rate - first) * (step + 1) / n_warm if step < n_warm else rate
-        train_step(model, optimizer, loss, inputs, labels)
-    return model
-
-
-@torch.no_grad()
-def test_losses(model: nn.Module, task: Task) -> tuple[Tensor, Tensor]:
-    """The loss of each test image, and whether its class was found."""
-    logits = torch.cat([model(part) for part in task.test_inputs.split(1000)])
-    return fusedloss.cross_entropy(logits, task.test_labels, reduction="none"), logits.argmax(1) == task.test_labels
-
-
-def accuracy(model: nn.Module, task: Task) -> float:
-    return round(test_losses(model, task)[1].float().mean().item(), 5)
-
-
-def flat(parameters: Any) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in parameters])
-
 
 # --------------------------------------------------------------------------------------------------------- experiments
 
@@ -256,17 +112,6 @@ def apart(task: Task, seed: int, batch: int, steps: int, mean_optimizer: MakeOpt
             steps_at.append(step)
             ulps.append(largest if math.isfinite(largest) else None)
     return {"step": steps_at, "ulps": ulps, "moved": largest_in_ulps(models[0].parameters(), start)}
-
-
-@torch.no_grad()
-def largest_in_ulps(ours: Any, theirs: Any) -> float:
-    """Infinite where a parameter is not finite."""
-    largest = 0.0
-    for a, b in zip(ours, theirs, strict=True):
-        exponent = torch.frexp(a.abs().max()).exponent
-        difference = (a.double() - b.double()).abs().max() / 2.0 ** (exponent - 24)
-        largest = max(largest, difference.item()) if difference.isfinite() else math.inf
-    return float(f"{largest:.4g}")
 
 
 def regulariser(task: Task, effort: Effort) -> list[Record]:
@@ -408,17 +253,6 @@ def worst(task: Task, effort: Effort) -> list[Record]:
     return records
 
 
-def worst_case(model: nn.Module, task: Task) -> dict[str, float]:
-    losses, correct = test_losses(model, task)
-    by_class = [correct[task.test_labels == c].float().mean().item() for c in range(10)]
-    return {
-        "accuracy": correct.float().mean().item(),
-        "worst_class": min(by_class),
-        "p99": losses.quantile(0.99).item(),
-        "max": losses.max().item(),
-    }
-
-
 EXPERIMENTS: dict[str, Callable[[Task, Effort], list[Record]]] = {
     "gradients": gradients,
     "trajectories": trajectories,
@@ -457,13 +291,6 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> Record
     }
 
 
-def one_record_a_line(measured: Record) -> str:
-    """JSON that git and people can compare."""
-    head = json.dumps({key: value for key, value in measured.items() if key != "records"}, indent=1)
-    records = ",\n".join(json.dumps(record) for record in measured["records"])
-    return f'{head[:-2]},\n "records": [\n{records}\n]}}\n'
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="experiments.py", description="Mean or sum? Measured.", allow_abbrev=False)
     parser.add_argument("--only", choices=list(EXPERIMENTS), help="this experiment alone (default: all)")
@@ -500,9 +327,9 @@ def main(argv: list[str] | None = None) -> int:
         results.mkdir(parents=True, exist_ok=True)
         for name in [] if args.report else [args.only] if args.only else EXPERIMENTS:
             measured = measure(name, args, device)
-            experiments_report.save_text(results / f"{name}.json", one_record_a_line(measured))
+            report.save_text(results / f"{name}.json", one_record_a_line(measured))
             print(f"{name:14}{measured['seconds']:8.1f} s", flush=True)
-        experiments_report.write(args.out)
+        report.write(args.out)
     except Failure as failure:
         print(f"experiments.py: {failure}", file=sys.stderr)
         return failure.code

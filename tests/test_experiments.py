@@ -1,32 +1,25 @@
 """benchmarks/experiments.py: a miniature of every experiment, and sentences that say what the numbers say."""
 
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from mean_or_sum import decay, report, task, worst
 
 for _module in ("torchvision", "sklearn", "matplotlib"):
     pytest.importorskip(_module, reason="the experiments need fusedloss[train]")
 
+import experiments  # noqa: E402
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def modules():
-    """The two files and what they import, as the script sees them."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("experiments"), importlib.import_module("experiments_report")
-    sys.path.remove(str(BENCHMARKS))
-
-
 @pytest.fixture(scope="module")
-def quick(modules, tmp_path_factory):
+def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("quick")
-    assert modules[0].main(["--quick", "--seeds", "2", "--out", str(out)]) == 0
+    assert experiments.main(["--quick", "--seeds", "2", "--out", str(out)]) == 0
     return out
 
 
@@ -34,8 +27,7 @@ def results(folder: Path, name: str) -> dict:
     return json.loads((folder / "results" / f"{name}.json").read_text())
 
 
-def test_every_experiment_has_numbers_a_plot_sentences_and_its_command(quick, modules):
-    experiments, report = modules
+def test_every_experiment_has_numbers_a_plot_sentences_and_its_command(quick):
     text = (quick / "EXPERIMENTS.md").read_text()
     assert list(experiments.EXPERIMENTS) == list(report.SECTIONS)
     for name, (title, _, _) in report.SECTIONS.items():
@@ -48,9 +40,9 @@ def test_every_experiment_has_numbers_a_plot_sentences_and_its_command(quick, mo
     assert not re.search(r"\bnan\b|\binf\b", text)
 
 
-def test_the_printed_command_repeats_the_numbers(quick, modules, tmp_path):
+def test_the_printed_command_repeats_the_numbers(quick, tmp_path):
     for name in ("regulariser", "trajectories"):
-        assert modules[0].main(["--only", name, "--seeds", "2", "--quick", "--out", str(tmp_path)]) == 0
+        assert experiments.main(["--only", name, "--seeds", "2", "--quick", "--out", str(tmp_path)]) == 0
         assert results(tmp_path, name)["records"] == results(quick, name)["records"]
     text = (tmp_path / "EXPERIMENTS.md").read_text()
     assert "## 3." in text
@@ -85,7 +77,7 @@ def test_what_eight_steps_do_show(quick):
 
 
 @pytest.mark.parametrize(("exponent", "verdict"), [(0, "stays put"), (1, "moves as B"), (0.5, "moves, though not as B")])
-def test_the_sentence_on_weight_decay_follows_the_numbers(exponent, verdict, modules):
+def test_the_sentence_on_weight_decay_follows_the_numbers(exponent, verdict):
     records = [
         {
             "optimizer": "SGD",
@@ -99,13 +91,13 @@ def test_the_sentence_on_weight_decay_follows_the_numbers(exponent, verdict, mod
         for n in range(-1, 4)
     ]
     if exponent != 0.5:  # between two decays of the grid there is no single best one
-        assert modules[1].best_decay(records[:15]) == {1: 1.0, 2: 2.0**exponent, 4: 4.0**exponent}
-    told = modules[1].tell_regulariser(records)[0]
+        assert decay.best_decay(records[:15]) == {1: 1.0, 2: 2.0**exponent, 4: 4.0**exponent}
+    told = decay.tell_regulariser(records)[0]
     assert f"the best weight decay {verdict}: it goes as B^({exponent:.2f} ± 0.00)" in told
 
 
-def test_the_sentence_on_the_worst_case_names_the_winner(modules):
-    names = list(modules[0].WORST_LOSSES)
+def test_the_sentence_on_the_worst_case_names_the_winner():
+    names = list(experiments.WORST_LOSSES)
     records = [
         {
             "noise": noise,
@@ -121,55 +113,54 @@ def test_the_sentence_on_the_worst_case_names_the_winner(modules):
         for i, name in enumerate(names)
         for rate in (0.1, 0.2)
     ]
-    told = modules[1].tell_worst(records)
+    told = worst.tell_worst(records)
     assert "With 0 % label noise the smallest largest loss is that of *max* (5.00 ± 0.00; *mean* 9.00 ± 0.00)" in told[0]
     assert "With 10 % label noise the smallest largest loss is that of *mean* (9.00 ± 0.00)" in told[0]
     assert "best average accuracy that of *mean* (90.0 ± 0.0 %" in told[0]
     assert "| 0.1 |" not in told[1]  # the rate with the lower accuracy on held-out images
 
 
-def test_ulps(modules):
+def test_ulps():
     ours, theirs = torch.tensor([1.5, 1e-30]), torch.tensor([1.5 + 2**-22, 2e-30])
-    assert modules[0].largest_in_ulps([ours], [theirs]) == 2
-    assert modules[0].largest_in_ulps([ours], [torch.tensor([torch.nan, 0])]) == torch.inf
+    assert task.largest_in_ulps([ours], [theirs]) == 2
+    assert task.largest_in_ulps([ours], [torch.tensor([torch.nan, 0])]) == torch.inf
 
 
-def test_same_stream_of_images_for_every_batch_size(modules):
+def test_same_stream_of_images_for_every_batch_size():
     labels = torch.arange(10)
-    task = modules[0].Task(labels[:, None], labels, labels[:, None], labels, torch.nn.Identity, 0.1, 0.1, 2, 1)
-    small = torch.cat([labels for _, labels in modules[0].batches(task, 0, 3, 8)])
-    large = torch.cat([labels for _, labels in modules[0].batches(task, 0, 12, 2)])
+    problem = task.Task(labels[:, None], labels, labels[:, None], labels, torch.nn.Identity, 0.1, 0.1, 2, 1)
+    small = torch.cat([labels for _, labels in task.batches(problem, 0, 3, 8)])
+    large = torch.cat([labels for _, labels in task.batches(problem, 0, 12, 2)])
     assert torch.equal(small, large)
     assert sorted(small[:10].tolist()) == sorted(small[10:20].tolist()) == list(range(10))
 
 
-def test_the_tutorials_network_takes_part(modules):
-    experiments, _ = modules
-    task = experiments.make_task("digits", "tutorial", Path("unused"), torch.device("cpu"))
-    model = experiments.fit(task, 0, 4, 2, experiments.sgd(task.rate), experiments.cross_entropy())
-    losses, correct = experiments.test_losses(model, task)
+def test_the_tutorials_network_takes_part():
+    problem = task.make_task("digits", "tutorial", Path("unused"), torch.device("cpu"))
+    model = task.fit(problem, 0, 4, 2, task.sgd(problem.rate), task.cross_entropy())
+    losses, correct = task.test_losses(model, problem)
     assert losses.shape == correct.shape == (360,)
-    start = experiments.flat(experiments.network(task, 0).parameters())
-    assert not torch.equal(experiments.flat(model.parameters()), start)
+    start = task.flat(task.network(problem, 0).parameters())
+    assert not torch.equal(task.flat(model.parameters()), start)
 
 
 @pytest.mark.parametrize("options", ["--data cifar10", "--seeds 1", "--only nothing"])
-def test_bad_options(options, modules, capsys):
+def test_bad_options(options, capsys):
     with pytest.raises(SystemExit, match="2"):
-        modules[0].main(options.split())
+        experiments.main(options.split())
     assert "experiments.py: error:" in capsys.readouterr().err
 
 
-def test_a_report_of_nothing(modules, tmp_path, capsys):
-    assert modules[0].main(["--report", "--out", str(tmp_path)]) == 2
+def test_a_report_of_nothing(tmp_path, capsys):
+    assert experiments.main(["--report", "--out", str(tmp_path)]) == 2
     assert "holds no results" in capsys.readouterr().err
 
 
-def test_the_committed_report_is_that_of_the_committed_numbers(modules, tmp_path, monkeypatch):
+def test_the_committed_report_is_that_of_the_committed_numbers(tmp_path, monkeypatch):
     """Nothing typed in, nothing stale."""
-    monkeypatch.setattr(modules[1], "save_figure", lambda *arguments: None)
+    monkeypatch.setattr(report, "save_figure", lambda *arguments: None)
     (tmp_path / "results").mkdir()
     for path in (BENCHMARKS / "results").glob("*.json"):
         (tmp_path / "results" / path.name).write_bytes(path.read_bytes())
-    modules[1].write(tmp_path)
+    report.write(tmp_path)
     assert (tmp_path / "EXPERIMENTS.md").read_text() == (BENCHMARKS / "EXPERIMENTS.md").read_text()

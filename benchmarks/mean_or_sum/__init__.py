@@ -1,0 +1,1 @@
+"""What experiments.py measures with, and the report of what it measured."""
