@@ -1,6 +1,7 @@
 """The training script's files under attack: wanted by two runs, removed while in use, or nowhere to write to."""
 
 import datetime
+import errno
 import fcntl
 import io
 import os
@@ -98,6 +99,18 @@ def test_the_lock_of_a_process_that_died_holds_nobody_up(finished, tmp_path):
     shutil.copytree(finished, out)
     (out / files.LOCK).write_text("process 1 on elsewhere, since 1970")
     assert resume(out) == 0
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def no_locks(*of):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with files.claimed_folder(arguments(tmp_path)) as out:
+        assert out == tmp_path
+    line = f"{tmp_path} cannot be locked (No locks available): see to it that no other run writes to it\n"
+    assert capsys.readouterr().err == line
+    assert contents(tmp_path) == {}
 
 
 def test_a_lock_that_was_deleted_while_waiting_for_it_is_not_held(tmp_path, monkeypatch):

@@ -84,7 +84,6 @@ def _create_folder(args: argparse.Namespace) -> Path:
         with contextlib.suppress(FileExistsError):
             folder.mkdir()  # fails if another process was faster
             return folder
-    raise AssertionError
 
 
 @contextlib.contextmanager
@@ -104,6 +103,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _open_locked(path: Path) -> IO[str]:
+    """The file at `path`, with the only lock on it; without a lock, and with a warning, where the file system has none."""
     while True:
         file = open(path, "a+")  # noqa: SIM115  # closing the file would free the lock
         try:
@@ -113,7 +113,7 @@ def _open_locked(path: Path) -> IO[str]:
             holder = file.read() or "another process"
             file.close()
             raise Failure(f"{path.parent} is in use by {holder}") from None
-        except OSError as error:  # some network file systems have no locks
+        except OSError as error:  # of a network file system
             print(f"{path.parent} cannot be locked ({reason(error)}): see to it that no other run writes to it", file=sys.stderr)
             return file
         with contextlib.suppress(OSError):
