@@ -18,12 +18,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from fusedloss.kernels.constants import N_COUNTERS
 from torch import Tensor
 from torch_ops import TorchCost
 
 import fusedloss
-from fusedloss.backends.triton import N_COUNTERS
-from fusedloss.plan_triton import DeviceFacts
+from fusedloss.geometry import DeviceFacts
 
 BENCHMARKS = Path(__file__).parent
 sys.path.insert(0, str(BENCHMARKS.parent / "tests"))
@@ -91,7 +91,7 @@ def measure(loss: Any, n_rows: int, n_cols: int, dtype: torch.dtype, *pixels: in
         stack.enter_context(fusedloss.backend("triton"))
         # On a GPU the ticket of a stream is made once; on CPU tensors it would be made in every launch.
         ticket = torch.zeros((N_COUNTERS,), dtype=torch.int32)
-        stack.enter_context(mock.patch("fusedloss.backends.triton._ticket", return_value=ticket))
+        stack.enter_context(mock.patch("fusedloss.backends.triton.given.ticket", return_value=ticket))
         cost = stack.enter_context(TorchCost(logits.numel()))
         loss(logits, target).backward()
     sectors = sum(launch.load_sectors + launch.store_sectors + launch.atomic_sectors for launch in gpu.launches)

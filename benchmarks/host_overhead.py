@@ -7,7 +7,7 @@ A call on (128, 10) logits is bound by launches: the device needs 3 to 4 microse
 on CPU tensors with its launch left out:
 
     eager           F.cross_entropy: its time includes the arithmetic of 1,280 logits on the CPU, a few microseconds
-    launcher off    ours, fusedloss.backends.triton._launch does nothing: checks, plan, operators, autograd
+    launcher off    ours, fusedloss.backends.triton.launching.launch does nothing: checks, plan, operators, autograd
     launcher on     ours, with a compiled kernel launched on a stubbed driver: all of it but the driver's own launch
     Triton's own    the same through Triton's launcher, kernel[grid](...), which looks at every argument again
     empty           an autograd.Function that does nothing: what anything written in Python must pay
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedloss
-from fusedloss.backends import triton as launcher
+from fusedloss.backends.triton import launching
 
 SHAPE = (128, 10)
 TARGET = 90
@@ -100,8 +100,8 @@ def stubbed_launcher() -> Iterator[None]:
     with (
         stubbed_driver(),
         fusedloss.backend("triton"),
-        mock.patch.object(launcher, "_launch", launcher._launch),
-        mock.patch.object(launcher, "_keeps_compiled", launcher._keeps_compiled),
+        mock.patch.object(launching, "launch", launching.launch),
+        mock.patch.object(launching, "keeps_compiled", launching.keeps_compiled),
     ):
         yield
 
@@ -123,11 +123,11 @@ class Arm(NamedTuple):
 
 
 def arms(logits: Tensor, target: Tensor) -> dict[str, Arm]:
-    real = launcher._launch
+    real = launching.launch
 
     def arm(loss: Callable[..., Tensor], launch: Callable[..., None] = real, keeps_compiled: bool = True) -> Arm:
         def enter() -> None:
-            launcher._launch, launcher._keeps_compiled = launch, lambda _: keeps_compiled
+            launching.launch, launching.keeps_compiled = launch, lambda _: keeps_compiled
 
         return Arm(enter, lambda: step(loss, logits, target))
 

@@ -110,12 +110,12 @@ def our_side(case: Case, target: str) -> tuple[list[Launch], dict[str, Any]]:
     with fusedloss.backend("triton"):
         plan = fusedloss.plan(logits, classes, device=FACTS[target], **case.options)
     one_pass = logits.numel() * logits.element_size()
-    tiles = [tile for tile in (plan.forward, plan.backward) if tile is not None]
+    cuts = [cut for cut in (plan.forward, plan.backward) if cut is not None]
     summary = {
         "strategy": plan.strategy,
         "reads": plan.read_bytes / one_pass,
         "writes": plan.write_bytes / one_pass,
-        "tiles": {tile.kernel: [tile.block_rows, tile.block_cols] for tile in tiles},
+        "tiles": {cut.kernel: [cut.shape.rows, cut.shape.cols] for cut in cuts},
     }
     return ours, summary
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fusedloss.geometry import DeviceFacts
 from fusedloss.plan import EXTRAS, Plan
-from fusedloss.plan_triton import DeviceFacts
 from fusedloss.serving import planned, serve
 
 

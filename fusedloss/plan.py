@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,20 +72,27 @@ class Inputs(NamedTuple):
         return self.target.dim() == self.logits.dim()
 
 
+class Block(NamedTuple):
+    """What a program of a kernel that holds no rows of logits looks at, at a time."""
+
+    rows: int
+    cols: int
+
+
 @dataclass(frozen=True)
-class Tile:
-    """One launch: each program handles block_rows x block_cols logits at a time."""
+class Cut:
+    """One launch: how the work is cut among programs."""
 
     kernel: str  # name of the @triton.jit function
-    block_rows: int
-    block_cols: int
-    num_warps: int
     n_programs: int
-    rowwise: bool  # a program has one row, or a part of one: vector accesses at any row start
-    n_blocks: int = 0  # fused: blocks of columns that stay in registers between loss and gradient; 0: rows are read twice
-    n_slices: int = 1  # programs that share a row
+    num_warps: int
+    shape: Any  # TileShape or RowShape of kernels/groups.py, or a Block: what a program holds
     max_registers: int | None = None  # per thread, None: as many as the compiler likes
-    row_group: int = 0  # tiles of packed rows: so many rows together are whole 16-byte groups; 0: rows may lie anywhere
+
+    @property
+    def n_slices(self) -> int:
+        """Programs that share a row."""
+        return getattr(self.shape, "n_slices", 1)
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,8 @@ class Plan:
     backend: str
     reason: str
     strategy: str = "autograd"
-    forward: Tile | None = None
-    backward: Tile | None = None
+    forward: Cut | None = None
+    backward: Cut | None = None
     copies_logits: bool = False
     read_bytes: int | None = None
     write_bytes: int | None = None
@@ -116,12 +123,10 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: {self.reason}", f"  strategy  {self.strategy}"]
-        for name, tile in (("forward", self.forward), ("backward", self.backward)):
-            if tile is not None:
-                lines.append(
-                    f"  {name:9s} {tile.kernel}, {tile.n_programs} programs of {tile.block_rows} x {tile.block_cols}, "
-                    f"{tile.num_warps} warps"
-                )
+        for name, cut in (("forward", self.forward), ("backward", self.backward)):
+            if cut is not None:
+                size = f"{cut.shape.rows} x {cut.shape.cols}"
+                lines.append(f"  {name:9s} {cut.kernel}, {cut.n_programs} programs of {size}, {cut.num_warps} warps")
         if self.copies_logits:
             lines.append("  copy      the logits are copied: their spatial dimensions do not collapse into one stride")
         if self.read_bytes is not None and self.write_bytes is not None:

@@ -9,13 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedloss.kernels.constants import FRACTION_BITS
 from fusedloss.plan import Inputs, Options
 from fusedloss.stats import LossStats
 
 TORCHS = F.cross_entropy  # PyTorch's own, whatever `patch_torch` puts in its place
-
-# A fraction of the rows counts in units of 2**-32, so that host and GPU agree on k to the last row.
-FRACTION_BITS = 32
 
 
 def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> tuple[Tensor, LossStats | None]:

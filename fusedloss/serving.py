@@ -15,9 +15,10 @@ from fusedloss.autograd import CrossEntropyFunction, KnownCrossEntropyFunction, 
 from fusedloss.backends.outputs import contiguous_strides
 from fusedloss.backends.triton import device_facts
 from fusedloss.checks import check_class_indices, check_options
+from fusedloss.geometry import DeviceFacts
 from fusedloss.plan import Extras, Inputs, Options, Plan
 from fusedloss.plan_cpu import cpu_plan
-from fusedloss.plan_triton import DeviceFacts, triton_plan
+from fusedloss.plan_triton import triton_plan
 from fusedloss.route import Route, route_of
 from fusedloss.stats import LossStats
 from fusedloss.world import PLAIN

@@ -12,13 +12,18 @@ n_rows values in L2 for float32, whatever k is. Of many rows, the passes are lau
 
 import triton
 import triton.language as tl
-from fusedloss.kernels.rowwise import STATE, loss_from_sortable_bits, sortable_bits
 
-PARTIALS_BLOCK = tl.constexpr(1024)  # partials or row losses that a program reads at a time
-MAX_UNGROUPED = tl.constexpr(4096)  # programs that draw tickets from one counter
-N_GROUPS = tl.constexpr(64)  # of more programs, each with a counter of its own
-DIGIT_BITS = tl.constexpr(8)
-N_DIGITS = tl.constexpr(256)
+from . import constants
+from .keys import loss_from_sortable_bits, sortable_bits
+from .rowwise import STATE
+
+PARTIALS_BLOCK = tl.constexpr(constants.PARTIALS_BLOCK)
+MAX_UNGROUPED = tl.constexpr(constants.MAX_UNGROUPED)
+N_GROUPS = tl.constexpr(constants.N_GROUPS)
+DIGIT_BITS = tl.constexpr(constants.DIGIT_BITS)
+N_DIGITS = tl.constexpr(1 << constants.DIGIT_BITS)
+FRACTION_BITS = tl.constexpr(constants.FRACTION_BITS)
+HALF = tl.constexpr(1 << (constants.FRACTION_BITS - 1))
 
 
 @triton.jit
@@ -71,15 +76,15 @@ def sum_partials(partial_ptr, n, stride=1):
 
 
 @triton.jit
-def sum_over_programs(partial_ptr, ticket_ptr, value, program, n_programs):
+def sum_over_programs(work, value, program, n_programs):
     """Sum of all programs' values, for the program that finishes last: (sum, whether this is the one)."""
     total = value.to(tl.float64)
     last = True
-    if ticket_ptr is not None:
-        tl.store(partial_ptr + program, value)
-        last = _finishes_last(partial_ptr, ticket_ptr, program, n_programs, 1)
+    if work.ticket is not None:
+        tl.store(work.partial + program, value)
+        last = _finishes_last(work.partial, work.ticket, program, n_programs, 1)
         if last:
-            total = _sum_left(partial_ptr, n_programs)
+            total = _sum_left(work.partial, n_programs)
     return total, last
 
 
@@ -90,28 +95,28 @@ def mean_coefficient(scale, count):
 
 
 @triton.jit
-def store_stats(row_stats_ptr, flags_ptr, rows, mask, counted, correct, lse, loss, n_rows):
+def store_stats(out, work, rows, exist, counted, correct, lse, loss, n_rows):
     """What a row leaves for count_rows, and for the caller: (2, n_rows) of lse and loss, 0 where the row does not count."""
-    tl.store(row_stats_ptr + rows, tl.where(counted, lse, 0.0), mask=mask)
-    tl.store(row_stats_ptr + n_rows + rows, tl.where(counted, loss, 0.0), mask=mask)
-    tl.store(flags_ptr + rows, counted.to(tl.int8) + (counted & correct).to(tl.int8), mask=mask)
+    tl.store(out.row_stats + rows, tl.where(counted, lse, 0.0), mask=exist)
+    tl.store(out.row_stats + n_rows + rows, tl.where(counted, loss, 0.0), mask=exist)
+    tl.store(work.flags + rows, counted.to(tl.int8) + (counted & correct).to(tl.int8), mask=exist)
     tl.debug_barrier()  # many threads stored, one of them will say that the program is done
 
 
 @triton.jit
-def count_rows(counts_ptr, row_stats_ptr, flags_ptr, n_rows):
-    """counts: rows that count, those whose target is the largest logit, and the first with the largest loss, -1 without one."""
+def count_rows(out, work, n_rows):
+    """out.counts: rows that count, those whose target is the largest logit, and the first with the largest loss, or -1."""
     lanes = tl.arange(0, PARTIALS_BLOCK)
     # A lane's own rows fit int32. With a single warp a thread has 32 lanes, and int64 would spill.
     n_counted = tl.zeros((PARTIALS_BLOCK,), tl.int32)
     n_correct = tl.zeros((PARTIALS_BLOCK,), tl.int32)
-    worst_key = sortable_bits(tl.zeros((PARTIALS_BLOCK,), row_stats_ptr.dtype.element_ty)) * 0
+    worst_key = sortable_bits(tl.zeros((PARTIALS_BLOCK,), out.row_stats.dtype.element_ty)) * 0
     worst_block = tl.full((PARTIALS_BLOCK,), -1, tl.int32)
     for start in range(0, n_rows, PARTIALS_BLOCK):
         rows = start + lanes
         mask = rows < n_rows
-        flags = tl.load(flags_ptr + rows, mask=mask, other=0, cache_modifier=".cg")
-        loss = tl.load(row_stats_ptr + n_rows + rows, mask=mask, other=0.0, cache_modifier=".cg")
+        flags = tl.load(work.flags + rows, mask=mask, other=0, cache_modifier=".cg")
+        loss = tl.load(out.row_stats + n_rows + rows, mask=mask, other=0.0, cache_modifier=".cg")
         n_counted += (flags > 0).to(tl.int32)
         n_correct += (flags > 1).to(tl.int32)
         key = tl.where(flags > 0, sortable_bits(loss), worst_key * 0)  # no loss has the key 0
@@ -120,17 +125,38 @@ def count_rows(counts_ptr, row_stats_ptr, flags_ptr, n_rows):
         worst_key = tl.maximum(worst_key, key)
     worst = tl.where(worst_block < 0, -1, worst_block.to(tl.int64) * PARTIALS_BLOCK + lanes)
     first = tl.min(tl.where(worst_key == tl.max(worst_key, 0), worst, n_rows), 0)
-    tl.store(counts_ptr, tl.sum(n_counted.to(tl.int64), 0))
-    tl.store(counts_ptr + 1, tl.sum(n_correct.to(tl.int64), 0))
-    tl.store(counts_ptr + 2, first)
+    tl.store(out.counts, tl.sum(n_counted.to(tl.int64), 0))
+    tl.store(out.counts + 1, tl.sum(n_correct.to(tl.int64), 0))
+    tl.store(out.counts + 2, first)
+
+
+@triton.jit
+def store_rows(out, rows, exist, counted, loss, stats, scale, n_rows, asks: tl.constexpr):
+    """What a forward leaves per row: the loss itself, statistics for the backward, losses to select among."""
+    if asks.reduction == "none":
+        tl.store(out.loss + rows, scale * loss, mask=exist)
+    if asks.saves:
+        row_ptr = out.saved + STATE + rows
+        tl.store(row_ptr, stats.max, mask=exist)
+        tl.store(row_ptr + n_rows, stats.rest, mask=exist)
+        tl.store(row_ptr + 2 * n_rows, tl.where(counted, loss, float("-inf")), mask=exist)
+        if asks.probabilities:
+            tl.store(row_ptr + 3 * n_rows, stats.weight_total, mask=exist)
+
+
+@triton.jit
+def _store_coefficient(out, coefficient, mask, asks: tl.constexpr):
+    """The head of `saved` where no rows are selected; whoever has W stores it."""
+    tl.store(out.saved, coefficient, mask=mask)
+    if asks.saves:
+        tl.store(out.saved + 1, 0.0, mask=mask)
+        tl.store(out.saved + 2, 0.0, mask=mask)
 
 
 @triton.jit
 def reduce_batch(
-    loss_ptr,  # () out
-    saved_ptr,  # (4 + 3 n_rows,) out: the coefficients at its head; in: row losses, for max and topk
-    partial_ptr,  # (2, n_programs) workspace
-    ticket_ptr,  # () int32, 0 before and after
+    out,
+    work,
     loss_sum,  # of this program's rows
     count,  # of this program's rows: counted rows, or for the mean the sum of their weights
     scale,
@@ -138,91 +164,56 @@ def reduce_batch(
     program,
     n_programs,
     n_rows,
-    REDUCTION: tl.constexpr,
-    TOP_K_IS_FRACTION: tl.constexpr,
-    SINGLE_PROGRAM: tl.constexpr,
-    counts_ptr=None,  # (3,) out, see count_rows
-    row_stats_ptr=None,
-    flags_ptr=None,
-    selection_ptr=None,  # (4,) int64 out, where launches of their own select among the rows: see begin_selection
+    asks: tl.constexpr,
 ):
-    """Writes the batch loss, if the reduction has one, and the counts, if they are asked for."""
-    if REDUCTION == "max" or REDUCTION == "topk":
-        # Row losses were stored by many threads, and are read by others of this CTA, or published by one thread's atomic.
-        tl.debug_barrier()
-    if SINGLE_PROGRAM:
-        if counts_ptr is not None:
-            count_rows(counts_ptr, row_stats_ptr, flags_ptr, n_rows)
-        _write_loss(
-            loss_ptr,
-            saved_ptr,
-            loss_sum.to(tl.float64),
-            count.to(tl.float64),
-            scale,
-            top_k,
-            n_rows,
-            selection_ptr,
-            REDUCTION,
-            TOP_K_IS_FRACTION,
-        )
+    """Writes the batch loss, if the reduction has one, the coefficients for the backward, and the counts, if asked for."""
+    if asks.reduction == "none" and out.row_stats is None:  # nothing to add up
+        _store_coefficient(out, scale, program == 0, asks)
     else:
-        tl.store(partial_ptr + program, loss_sum)
-        tl.store(partial_ptr + n_programs + program, count)
-        if _finishes_last(partial_ptr, ticket_ptr, program, n_programs, 2):
-            if counts_ptr is not None:
-                count_rows(counts_ptr, row_stats_ptr, flags_ptr, n_rows)
-            _write_loss(
-                loss_ptr,
-                saved_ptr,
-                _sum_left(partial_ptr, n_programs),
-                _sum_left(partial_ptr + n_programs, n_programs),
-                scale,
-                top_k,
-                n_rows,
-                selection_ptr,
-                REDUCTION,
-                TOP_K_IS_FRACTION,
-            )
+        if asks.reduction == "max" or asks.reduction == "topk":
+            # Row losses were stored by many threads, and are read by others of this CTA, or published by one thread's atomic.
+            tl.debug_barrier()
+        if work.partial is None:
+            if out.row_stats is not None:
+                count_rows(out, work, n_rows)
+            _write_loss(out, work, loss_sum.to(tl.float64), count.to(tl.float64), scale, top_k, n_rows, asks)
+        else:
+            tl.store(work.partial + program, loss_sum)
+            tl.store(work.partial + n_programs + program, count)
+            if _finishes_last(work.partial, work.ticket, program, n_programs, 2):
+                if out.row_stats is not None:
+                    count_rows(out, work, n_rows)
+                total, count = _sum_left(work.partial, n_programs), _sum_left(work.partial + n_programs, n_programs)
+                _write_loss(out, work, total, count, scale, top_k, n_rows, asks)
 
 
 @triton.jit
-def _write_loss(
-    loss_ptr,
-    saved_ptr,
-    loss_sum,
-    count,
-    scale,
-    top_k,
-    n_rows,
-    selection_ptr,
-    REDUCTION: tl.constexpr,
-    TOP_K_IS_FRACTION: tl.constexpr,
-):
+def _write_loss(out, work, loss_sum, count, scale, top_k, n_rows, asks: tl.constexpr):
     """The batch loss and the coefficients for the backward, from float64 sums: exact counts, no error beyond the rows'."""
-    dtype: tl.constexpr = saved_ptr.dtype.element_ty  # a loss in bfloat16 is rounded from float32: no target rounds float64
+    dtype: tl.constexpr = out.saved.dtype.element_ty  # a loss in bfloat16 is rounded from float32: no target rounds float64
     scale = scale.to(tl.float64)
-    if REDUCTION == "none":  # every row has its loss
-        tl.store(saved_ptr, scale)
-    elif REDUCTION == "sum":
-        tl.store(loss_ptr, (scale * loss_sum).to(dtype))
-        tl.store(saved_ptr, scale)
-    elif REDUCTION == "mean":
+    if asks.reduction == "none":  # every row has its loss
+        _store_coefficient(out, scale, True, asks)
+    elif asks.reduction == "sum":
+        tl.store(out.loss, (scale * loss_sum).to(dtype))
+        _store_coefficient(out, scale, True, asks)
+    elif asks.reduction == "mean":
         coefficient = mean_coefficient(scale, count)
-        tl.store(loss_ptr, (coefficient * loss_sum).to(dtype))
-        tl.store(saved_ptr, coefficient)
+        tl.store(out.loss, (coefficient * loss_sum).to(dtype))
+        _store_coefficient(out, coefficient, True, asks)
     else:
         n_counted = count.to(tl.int64)
-        k = _rows_to_select(n_counted, top_k, REDUCTION, TOP_K_IS_FRACTION)
-        if selection_ptr is not None:
-            begin_selection(selection_ptr, k, n_counted)
+        k = _rows_to_select(n_counted, top_k, asks)
+        if work.selection is not None:
+            begin_selection(work.selection, k, n_counted)
         else:
-            row_loss_ptr = saved_ptr + STATE + 2 * n_rows
-            if REDUCTION == "max":
+            row_loss_ptr = out.saved + STATE + 2 * n_rows
+            if asks.reduction == "max":
                 threshold = _largest(row_loss_ptr, n_rows)
             else:
                 threshold = _kth_largest(row_loss_ptr, k, n_rows)
             above_sum, n_above, n_tied = sum_above(row_loss_ptr, threshold, n_rows, 0, PARTIALS_BLOCK)
-            store_selected(loss_ptr, saved_ptr, threshold, above_sum, n_above, n_tied, k, n_counted, scale)
+            store_selected(out, threshold, above_sum, n_above, n_tied, k, n_counted, scale)
 
 
 @triton.jit
@@ -235,9 +226,9 @@ def begin_selection(selection_ptr, k, n_counted):
 
 
 @triton.jit
-def store_selected(loss_ptr, saved_ptr, threshold, above_sum, n_above, n_tied, k, n_counted, scale):
+def store_selected(out, threshold, above_sum, n_above, n_tied, k, n_counted, scale):
     """The loss of the k rows above a threshold, or tied with it, and the coefficients for the backward."""
-    dtype: tl.constexpr = saved_ptr.dtype.element_ty
+    dtype: tl.constexpr = out.saved.dtype.element_ty
     threshold_loss = loss_from_sortable_bits(threshold)
     share = (k - n_above).to(tl.float64)
     # Rows that do not count hold -inf, too; a row that counts has that loss under a negative weight, and they are no tie.
@@ -247,18 +238,18 @@ def store_selected(loss_ptr, saved_ptr, threshold, above_sum, n_above, n_tied, k
     # Where no row counts, all are "above" a threshold that no row set, and their -inf must not enter the sum either.
     total = tl.where(n_counted > 0, above_sum + tied_sum, 0.0)
     k = k.to(tl.float64)
-    tl.store(loss_ptr, (scale * (total / k)).to(dtype))  # 0 / 0 is nan where no row counts
-    tl.store(saved_ptr, scale / k)
-    tl.store(saved_ptr + 1, scale * (share / (n_tied.to(tl.float64) * k)))
-    tl.store(saved_ptr + 2, threshold_loss)
+    tl.store(out.loss, (scale * (total / k)).to(dtype))  # 0 / 0 is nan where no row counts
+    tl.store(out.saved, scale / k)
+    tl.store(out.saved + 1, scale * (share / (n_tied.to(tl.float64) * k)))
+    tl.store(out.saved + 2, threshold_loss)
 
 
 @triton.jit
-def _rows_to_select(n_counted, top_k, REDUCTION: tl.constexpr, TOP_K_IS_FRACTION: tl.constexpr):
-    if REDUCTION == "max":
+def _rows_to_select(n_counted, top_k, asks: tl.constexpr):
+    if asks.reduction == "max":
         k = n_counted * 0 + 1
-    elif TOP_K_IS_FRACTION:  # top_k is in units of 2**-32; integers, so that the host's reference agrees to the last row
-        k = tl.maximum((n_counted * top_k + (1 << 31)) >> 32, 1)
+    elif asks.top_k_is_fraction:  # integers, so that the host's reference agrees to the last row
+        k = tl.maximum((n_counted * top_k + HALF) >> FRACTION_BITS, 1)
     else:
         k = top_k.to(tl.int64)
     return tl.minimum(k, n_counted)

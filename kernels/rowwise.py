@@ -1,4 +1,4 @@
-"""What every kernel does with one row: its target, its loss from the row's statistics, its coefficient in the gradient.
+"""What every kernel does with a row: its loss from the row's statistics, its coefficient and its factors in the gradient.
 
 For logits x of one row, target t, class weights w, smoothing eps over C classes:
 
@@ -22,6 +22,15 @@ Three choices keep it exact. The loss is (m - x_t) + log d, never lse - x_t: a c
 leave no digits of the difference. The target is kept out of the sum: log1p(rest) is right down to 1e-38 where log(d) is 0.
 The gradient of the target is -rest / d for the same reason, where p_t - 1 would be 0.
 
+The gradient, with g the upstream gradient times the row's coefficient, A = g (1 - eps) w_t, s_c = g eps/C w_c, S = sum_c s_c:
+
+    dlogits_c = (A + S) p_c - s_c           for c != t
+    dlogits_t = S p_t - s_t - A rest / d    since p_t - 1 = -rest / d without cancellation
+
+A z_loss adds 2 g z_loss lse to S where it multiplies p_c. Of two labels the first is t; the second, with its own A_b, adds that
+to S in the same way, and has dlogits_b = (A + A_b + S) p_b - s_b - A_b. Class probabilities have no t: s_c = g a_c, whose sum S
+the forward has saved for every row. A transform of the logits multiplies all by its derivative.
+
 The buffer `saved` links the kernels. It has the accumulation dtype (float32; float64 for float64 logits), 4 + 3 n_rows values,
 with class probabilities 4 + 4 n_rows:
 
@@ -29,109 +38,62 @@ with class probabilities 4 + 4 n_rows:
     [1] for max and topk: coefficient of a row that ties with [2]
     [2] for max and topk: the smallest selected loss
     [3] W, with label smoothing
-    [4 : 4 + n_rows] m        [4 + n_rows : 4 + 2 n_rows] rest        [4 + 2 n_rows : 4 + 3 n_rows] loss, for max and topk
+    [4 : 4 + n_rows] m        [4 + n_rows : 4 + 2 n_rows] rest        [4 + 2 n_rows : 4 + 3 n_rows] loss, -inf: does not count
     [4 + 3 n_rows :] A, with class probabilities
+
+What a loss has not is 0. A launch whose caller gets no `saved` is given a head alone, of which it writes [0].
 """
 
 import triton
 import triton.language as tl
 
-STATE = tl.constexpr(4)  # scalars at the head of `saved`
+from . import constants
+from .groups import Factors, Terms
+from .keys import sortable_bits
+from .label import weighted
+
+STATE = tl.constexpr(constants.STATE)
 
 
 @triton.jit
-def float_from_bits(bits, dtype: tl.constexpr):
-    """A host float passed as the int64 of its bits: Triton rounds float arguments to float32, too coarse for float64."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)
+def load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, dtype: tl.constexpr):
+    """The numbers of the loss, in the dtype of accumulation; the caller's own scale, which may be a tensor, with the rest."""
+    return Terms(
+        scale=load_scale(inputs, scale, dtype),
+        lam=tl.full((), lam, dtype),
+        smoothing=tl.full((), smoothing, dtype),
+        z_loss=tl.full((), z_loss, dtype),
+        logit_scale=tl.full((), logit_scale, dtype),
+        softcap=tl.full((), softcap, dtype),
+    )
 
 
 @triton.jit
-def load_scale(scale_ptr, scale_bits, dtype: tl.constexpr):
-    scale = float_from_bits(scale_bits, dtype)
-    if scale_ptr is not None:
-        scale *= tl.load(scale_ptr).to(dtype)
+def load_scale(inputs, scale, dtype: tl.constexpr):
+    scale = tl.full((), scale, dtype)
+    if inputs.scale is not None:
+        scale *= tl.load(inputs.scale).to(dtype)
     return scale
 
 
 @triton.jit
-def load_target(target_ptr, rows, mask, ignore_index, n_cols):
-    """Class index of each row, whether the row counts, and whether its index may be used as an address."""
-    target = tl.load(target_ptr + rows, mask=mask, other=0).to(tl.int64)  # uint8 156 stays 156, it is not -100
-    counted, valid = check_target(target, ignore_index, n_cols)
-    return target, mask & counted, mask & valid
-
-
-@triton.jit
-def check_target(target, ignore_index, n_cols):
-    """Whether a row counts, and whether its class index may be used as an address."""
-    counted = target != ignore_index
-    return counted, counted & (target >= 0) & (target < n_cols)
-
-
-@triton.jit
-def load_target_weight(weight_ptr, target, counted, valid, dtype: tl.constexpr):
-    """w[t] of each row that counts, else 0."""
-    if weight_ptr is not None:
-        return tl.load(weight_ptr + target, mask=valid, other=0.0).to(dtype)
-    return counted.to(dtype)
-
-
-@triton.jit
-def class_factors(q, cols, in_row, weight_ptr, smoothing, n_cols, dtype: tl.constexpr):
-    """a_c of class probabilities, 0 outside of the row."""
-    a = q.to(dtype)
-    if smoothing is not None:
-        a = tl.where(in_row, (1.0 - smoothing) * a + smoothing / n_cols, 0.0)
-    if weight_ptr is not None:
-        a *= tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(dtype)
-    return a
-
-
-@triton.jit
-def load_second_label(
-    target_b_ptr, lam_ptr, lam_bits, weight_ptr, rows, mask, target, counted, valid, target_weight, ignore_index, n_cols
-):
-    """The second of two labels, with what it makes of the first: (target_b, counted, valid, lam w_a, (1 - lam) w_b, lam).
-
-    Where both labels are the same the first has all, and the second has the weight 0.
-    """
-    dtype: tl.constexpr = target_weight.dtype
-    target_b, counted_b, valid_b = load_target(target_b_ptr, rows, mask, ignore_index, n_cols)
-    counted = counted & counted_b
-    valid = valid & valid_b
-    lam = float_from_bits(lam_bits, dtype)
-    if lam_ptr is not None:
-        lam = tl.load(lam_ptr + rows, mask=mask, other=1.0).to(dtype)
-    weight_a = tl.where(valid, lam * target_weight, 0.0)
-    weight_b = (1.0 - lam) * load_target_weight(weight_ptr, target_b, counted, valid, dtype)
-    same = target_b == target
-    return target_b, counted, valid, tl.where(same, weight_a + weight_b, weight_a), tl.where(same, 0.0, weight_b), lam
-
-
-@triton.jit
-def load_sample_weight(sample_weight_ptr, rows, counted, dtype: tl.constexpr):
-    """The factor of each row that counts: what the others have, NaN perhaps, must not enter."""
-    return tl.load(sample_weight_ptr + rows, mask=counted, other=0.0).to(dtype)
-
-
-@triton.jit
-def transform_logits(x, logit_scale, softcap):
+def transform_logits(x, terms, asks: tl.constexpr):
     """z, see above."""
-    if logit_scale is not None:
-        x = x * logit_scale
-    if softcap is not None:
-        x = softcap * tanh(x / softcap)
+    if asks.logit_scale:
+        x = x * terms.logit_scale
+    if asks.softcap:
+        x = terms.softcap * tanh(x / terms.softcap)
     return x
 
 
 @triton.jit
-def through_transform(dz, z, logit_scale, softcap):
+def through_transform(dz, z, terms, asks: tl.constexpr):
     """The gradient of x from that of z."""
-    if softcap is not None:
-        t = z / softcap
+    if asks.softcap:
+        t = z / terms.softcap
         dz = dz * (1.0 - t * t)
-    if logit_scale is not None:
-        dz = dz * logit_scale
+    if asks.logit_scale:
+        dz = dz * terms.logit_scale
     return dz
 
 
@@ -151,26 +113,20 @@ def tanh(y):
 
 
 @triton.jit
-def prove_alignment(n_inner, n_cols, outer_stride, row_stride, col_stride, ROWS_CONTIGUOUS: tl.constexpr, VECTOR: tl.constexpr):
-    """The same values, as multiples of VECTOR that the compiler can see.
-
-    Triton looks at an argument's divisibility by 16 only: 1000 columns of bfloat16 are whole 16-byte groups, but without the
-    proof each would be loaded on its own. Masks need it too: they must be constant over a group.
-    """
-    outer_stride = (outer_stride // VECTOR) * VECTOR
-    if ROWS_CONTIGUOUS:
-        n_inner = (n_inner // VECTOR) * VECTOR
-        col_stride = (col_stride // VECTOR) * VECTOR
-    else:
-        n_cols = (n_cols // VECTOR) * VECTOR
-        row_stride = (row_stride // VECTOR) * VECTOR
-    return n_inner, n_cols, outer_stride, row_stride, col_stride
-
-
-@triton.constexpr_function
-def elements_in_sector(ptr):
-    """Elements in the 32 bytes that travel together between L2 and an SM."""
-    return 256 // ptr.dtype.element_ty.primitive_bitwidth
+def class_weights(q, cols, in_row, problem, asks: tl.constexpr):
+    """w of each column, or a of class probabilities q; 0 outside of the row."""
+    dtype: tl.constexpr = problem.terms.lam.dtype
+    w = tl.cast(in_row, dtype)
+    if asks.probabilities:
+        w = q.to(dtype)
+        if asks.smoothing:
+            smoothing = problem.terms.smoothing
+            w = tl.where(in_row, (1.0 - smoothing) * w + smoothing / problem.n_cols, 0.0)
+        if problem.inputs.weight is not None:
+            w *= tl.load(problem.inputs.weight + cols, mask=in_row, other=0.0).to(dtype)
+    elif problem.inputs.weight is not None:
+        w = tl.load(problem.inputs.weight + cols, mask=in_row, other=0.0).to(dtype)
+    return w
 
 
 @triton.jit
@@ -180,157 +136,118 @@ def finite_max(row_max):
 
 
 @triton.jit
-def row_nll(row_max, rest, x_t, e_t):
+def target_exp(stats, asks: tl.constexpr):
+    """e_t; 0 with class probabilities, where rest is all of d."""
+    if asks.probabilities:
+        e_t = tl.zeros_like(stats.rest)
+    else:
+        e_t = tl.exp(stats.x_t - stats.max)
+    return e_t
+
+
+@triton.jit
+def _row_nll(stats, e_t):
     """-log p_t of each row."""
-    d = rest + e_t
+    d = stats.rest + e_t
     # Where x_t is the maximum, e_t is 1 and the loss log1p(rest): log(d) rest / (d - 1) cancels the rounding of d = 1 + rest
     # (Kahan, HP-15C handbook); it is rest itself once d is 1.
-    correction = tl.where(d == 1.0, 1.0, rest / (d - 1.0))
-    corrected = tl.where(d == 1.0, rest, tl.log(d) * correction)
-    log_d = tl.where((x_t == row_max) & (d < float("inf")), corrected, tl.log(d))
+    correction = tl.where(d == 1.0, 1.0, stats.rest / (d - 1.0))
+    corrected = tl.where(d == 1.0, stats.rest, tl.log(d) * correction)
+    log_d = tl.where((stats.x_t == stats.max) & (d < float("inf")), corrected, tl.log(d))
     # (m - x_t) is 0 at the maximum, and NaN where both are infinite, as PyTorch has it.
-    return (row_max - x_t) + log_d
+    return (stats.max - stats.x_t) + log_d
 
 
 @triton.jit
-def row_loss(
-    row_max,
-    rest,
-    x_t,  # None: class probabilities, whose a_c takes the place of w_c, and m that of the shift
-    e_t,
-    target_weight,
-    shift,
-    weight_total,
-    smooth_sum,  # sum_c w_c (shift - x_c)
-    smoothing,  # None: the three before are not read, of a class index
-    n_cols,
-    x_b=None,  # the second label's logit; None: there is one label
-    weight_b=None,
-    z_loss=None,
-    sample_weight=None,
-):
-    """Loss of each row."""
-    if x_t is not None:
-        nll = row_nll(row_max, rest, x_t, e_t)
-        loss = target_weight * nll
-    log_d = tl.log(rest + e_t)
-    if x_b is not None:  # a label without a share does not enter, though its logit be -inf
-        nll_b = (row_max - x_b) + log_d
-        loss = tl.where((target_weight == 0.0) & (nll == float("inf")), 0.0, loss)
-        loss += tl.where((weight_b == 0.0) & (nll_b == float("inf")), 0.0, weight_b * nll_b)
-    if x_t is None:
-        loss = weight_total * log_d + smooth_sum
-    elif smoothing is not None:
-        log_sum = (row_max - shift) + log_d
-        loss = (1.0 - smoothing) * loss + (smoothing / n_cols) * (weight_total * log_sum + smooth_sum)
-    if z_loss is not None:
-        lse = row_max + log_d
-        loss += z_loss * lse * lse
-    if sample_weight is not None:
-        loss = sample_weight * loss
-    return loss
+def row_loss(stats, label, rows, problem, asks: tl.constexpr):
+    """Loss of each row: 0 where it does not count, NaN where a class index is out of range."""
+    terms = problem.terms
+    e_t = target_exp(stats, asks)
+    log_d = tl.log(stats.rest + e_t)
+    if asks.probabilities:
+        loss = stats.weight_total * log_d + stats.smooth_sum
+    else:
+        nll = _row_nll(stats, e_t)
+        loss = label.weight * nll
+        if asks.two_labels:  # a label without a share does not enter, though its logit be -inf
+            nll_b = (stats.max - stats.x_b) + log_d
+            loss = tl.where((label.weight == 0.0) & (nll == float("inf")), 0.0, loss)
+            loss += tl.where((label.weight_b == 0.0) & (nll_b == float("inf")), 0.0, label.weight_b * nll_b)
+        if asks.smoothing:
+            log_sum = (stats.max - stats.shift) + log_d
+            all_classes = stats.weight_total * log_sum + stats.smooth_sum
+            loss = (1.0 - terms.smoothing) * loss + (terms.smoothing / problem.n_cols) * all_classes
+    if asks.z_loss:
+        lse = stats.max + log_d
+        loss += terms.z_loss * lse * lse
+    loss = weighted(loss, rows, label, problem.inputs)
+    return tl.where(label.valid, loss, tl.where(label.counted, float("nan"), 0.0))
 
 
 @triton.jit
-def has_largest(x_t, row_max, lse, x_b=None, lam=None):
-    """Whether the target, or that of two labels which has the larger share, has the largest logit; a NaN, which `row_max` passes
-    over and `lse` does not, would be larger."""
-    largest = x_t == row_max
-    if x_b is not None:
-        largest = (largest & (lam >= 0.5)) | ((x_b == row_max) & (lam <= 0.5))
+def row_lse(stats, label, asks: tl.constexpr):
+    return tl.where(label.valid, stats.max + tl.log(stats.rest + target_exp(stats, asks)), float("nan"))
+
+
+@triton.jit
+def has_largest(stats, label, lse, asks: tl.constexpr):
+    """Whether the target, or that of two labels which has the larger share, has the largest logit; a NaN, which the maximum
+    passes over and lse does not, would be larger."""
+    largest = stats.x_t == stats.max
+    if asks.two_labels:
+        largest = (largest & (label.lam >= 0.5)) | ((stats.x_b == stats.max) & (label.lam <= 0.5))
     return largest & (lse == lse)
 
 
 @triton.jit
-def sortable_bits(loss):
-    """Unsigned integers in the order of the losses; every NaN is the greatest, -0.0 equals 0.0."""
-    loss += 0.0
-    if loss.dtype == tl.float64:
-        bits = loss.to(tl.int64, bitcast=True)
-        key = tl.where(bits < 0, ~bits, bits | -0x8000000000000000).to(tl.uint64, bitcast=True)
-        return tl.where(loss != loss, tl.full(loss.shape, 0xFFFFFFFFFFFFFFFF, tl.uint64), key)
-    else:
-        bits = loss.to(tl.int32, bitcast=True)
-        key = tl.where(bits < 0, ~bits, bits | -0x80000000).to(tl.uint32, bitcast=True)
-        return tl.where(loss != loss, tl.full(loss.shape, 0xFFFFFFFF, tl.uint32), key)
-
-
-@triton.jit
-def loss_from_sortable_bits(key):
-    """The inverse of sortable_bits."""
-    if key.dtype == tl.uint64:
-        bits = key.to(tl.int64, bitcast=True)
-        return tl.where(bits < 0, bits & 0x7FFFFFFFFFFFFFFF, ~bits).to(tl.float64, bitcast=True)
-    else:
-        bits = key.to(tl.int32, bitcast=True)
-        return tl.where(bits < 0, bits & 0x7FFFFFFF, ~bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def row_coefficient(saved_ptr, dloss_ptr, rows, mask, n_rows, REDUCTION: tl.constexpr):
+def row_coefficient(saved_ptr, dloss_ptr, rows, exist, n_rows, asks: tl.constexpr):
     """dL/d(loss of the row), upstream gradient and scale included."""
     coefficient = tl.load(saved_ptr)
-    if REDUCTION == "none":
-        upstream = tl.load(dloss_ptr + rows, mask=mask, other=0.0).to(coefficient.dtype)
+    if asks.reduction == "none":
+        upstream = tl.load(dloss_ptr + rows, mask=exist, other=0.0).to(coefficient.dtype)
     else:
         upstream = tl.load(dloss_ptr).to(coefficient.dtype)
-    if REDUCTION == "max" or REDUCTION == "topk":
-        loss = tl.load(saved_ptr + STATE + 2 * n_rows + rows, mask=mask, other=float("-inf"))
+    if asks.reduction == "max" or asks.reduction == "topk":
+        loss = tl.load(saved_ptr + STATE + 2 * n_rows + rows, mask=exist, other=float("-inf"))
         key, threshold = sortable_bits(loss), sortable_bits(tl.load(saved_ptr + 2))
         tied = tl.load(saved_ptr + 1)
         coefficient = tl.where(key > threshold, coefficient, tl.where(key == threshold, tied, 0.0))
-    return tl.where(mask, coefficient * upstream, 0.0)
+    return tl.where(exist, coefficient * upstream, 0.0)
 
 
 @triton.jit
-def gradient_factors(
-    target_weight,  # None: class probabilities
-    valid,
-    counted,
-    g,
-    rest,
-    e_t,
-    smoothing,
-    weight_total,
-    n_cols,
-    row_max=None,  # read with z_loss
-    e_b=None,  # exp(x_b - m); None: there is one label
-    weight_b=None,
-    z_loss=None,
-):
-    """What multiplies exp(x_c - m), the target's own gradient before s_t, what multiplies w_c or a_c, and the second label's own.
+def gradient_factors(stats, label, g, problem, asks: tl.constexpr):
+    """What makes the gradient of a row from exp(x_c - m), derivation above; g: its coefficient.
 
-    Derivation in backward.py. NaN where the class index is out of range; 0 where the row does not count or g is 0.
+    NaN where the class index is out of range; 0 where the row does not count or g is 0.
     """
+    terms = problem.terms
     # 0 times an infinite or NaN statistic would be NaN.
-    missing = tl.where(counted & (g != 0), float("nan"), 0.0).to(g.dtype)
-    live = valid & (g != 0)
-    factor_a = g * target_weight if target_weight is not None else g * 0.0
-    factor_b = g * 0.0
-    if e_b is not None:
-        factor_b = g * weight_b
-    smooth_factor = g * 0.0
-    everywhere = g * 0.0  # what has p_c as its gradient at the target, too
-    if target_weight is None:
-        smooth_factor = g
-        everywhere = g * weight_total
-    elif smoothing is not None:
-        factor_a *= 1.0 - smoothing
-        factor_b *= 1.0 - smoothing
-        smooth_factor = g * (smoothing / n_cols)
-        everywhere = smooth_factor * weight_total
-    d = rest + e_t
-    if z_loss is not None:
-        everywhere += 2.0 * g * z_loss * (row_max + tl.log(d))
-    everywhere += factor_b
-    p_factor = (factor_a + everywhere) / d
-    at_target = everywhere * (e_t / d) - factor_a * (rest / d)
+    missing = tl.where(label.counted & (g != 0), float("nan"), 0.0).to(g.dtype)
+    live = label.valid & (g != 0)
+    e_t = target_exp(stats, asks)
+    d = stats.rest + e_t
+    a, b, smooth, everywhere = g * label.weight, g * 0.0, g * 0.0, g * 0.0  # everywhere: S, what the target has, too
+    if asks.two_labels:
+        b = g * label.weight_b
+    if asks.probabilities:
+        a, smooth, everywhere = g * 0.0, g, g * stats.weight_total
+    elif asks.smoothing:
+        a, b = a * (1.0 - terms.smoothing), b * (1.0 - terms.smoothing)
+        smooth = g * (terms.smoothing / problem.n_cols)
+        everywhere = smooth * stats.weight_total
+    if asks.z_loss:
+        everywhere += 2.0 * g * terms.z_loss * (stats.max + tl.log(d))
+    everywhere += b
+    p = (a + everywhere) / d
+    at_target = everywhere * (e_t / d) - a * (stats.rest / d)
     at_b = missing
-    if e_b is not None:
-        at_b = tl.where(live, p_factor * e_b - factor_b, missing)
-    return (
-        tl.where(live, p_factor, missing),
-        tl.where(live, at_target, missing),
-        tl.where(live, smooth_factor, missing),
-        at_b,
+    if asks.two_labels:
+        at_b = tl.where(live, p * tl.exp(stats.x_b - stats.max) - b, missing)
+    return Factors(
+        live=live,
+        p=tl.where(live, p, missing),
+        at_target=tl.where(live, at_target, missing),
+        at_b=at_b,
+        smooth=tl.where(live, smooth, missing),
     )

@@ -20,32 +20,25 @@ are SMs, and each of these can hold one.
 
 import triton
 import triton.language as tl
-from fusedloss.kernels.rowwise import finite_max
+
+from .groups import RowStats
+from .rowwise import finite_max
 
 
 @triton.jit
-def publish_slice(
-    slices_ptr,  # (4, n_rows, N_SLICES) workspace; the last two planes with HAS_SUMS only
-    arrived_ptr,  # () slices of this row that have published
-    row,
-    n_rows,
-    part,
-    row_max,
-    rest,
-    smooth_sum,
-    weight_total,
-    HAS_SUMS: tl.constexpr,
-    N_SLICES: tl.constexpr,
-):
-    """Stores a slice's statistics; returns how many slices of the row have now done so."""
+def publish_slice(stats, slices_ptr, arrived_ptr, row, n_rows, part, asks: tl.constexpr, N_SLICES: tl.constexpr):
+    """Stores a slice's statistics; returns how many slices of the row have now done so.
+
+    slices_ptr: (4, n_rows, N_SLICES), the last two planes where every class has a weight; arrived_ptr: of this row.
+    """
     slice_ptr = slices_ptr + row * N_SLICES + part
     plane = n_rows * N_SLICES  # int32 does: a slice has a thousand columns or more
     # Scalars: the thread that stores them is the one that counts the slice, so that acq_rel orders the two (reduction.py).
-    tl.store(slice_ptr, row_max)
-    tl.store(slice_ptr + plane, rest)
-    if HAS_SUMS:
-        tl.store(slice_ptr + 2 * plane, smooth_sum)
-        tl.store(slice_ptr + 3 * plane, weight_total)
+    tl.store(slice_ptr, stats.max)
+    tl.store(slice_ptr + plane, stats.rest)
+    if asks.every_class:
+        tl.store(slice_ptr + 2 * plane, stats.smooth_sum)
+        tl.store(slice_ptr + 3 * plane, stats.weight_total)
     return tl.atomic_add(arrived_ptr, 1, sem="acq_rel") + 1
 
 
@@ -57,17 +50,8 @@ def wait_for_slices(arrived_ptr, arrived, N_SLICES: tl.constexpr):
 
 
 @triton.jit
-def merge_slices(
-    slices_ptr,  # (4, n_rows, N_SLICES)
-    row,
-    n_rows,
-    smooth_sum,
-    weight_total,
-    HAS_SUMS: tl.constexpr,
-    SHIFT_IS_MAX: tl.constexpr,
-    N_SLICES: tl.constexpr,
-):
-    """The row's statistics: (row_max, rest, smooth_sum, weight_total), the last two as they come without HAS_SUMS."""
+def merge_slices(stats, slices_ptr, row, n_rows, asks: tl.constexpr, N_SLICES: tl.constexpr):
+    """The statistics of the row, of which `stats` are a slice's."""
     index = tl.arange(0, triton.next_power_of_2(N_SLICES))
     mask = index < N_SLICES
     slice_ptr = slices_ptr + row * N_SLICES + index
@@ -77,10 +61,19 @@ def merge_slices(
     rests = tl.load(slice_ptr + plane, mask=mask, other=0.0, cache_modifier=".cg")
     row_max = tl.max(maxima, 0)
     rest = tl.sum(rests * tl.exp(maxima - finite_max(row_max)), 0)
-    if HAS_SUMS:
+    smooth_sum, weight_total = stats.smooth_sum, stats.weight_total
+    if asks.every_class:
         sums = tl.load(slice_ptr + 2 * plane, mask=mask, other=0.0, cache_modifier=".cg")
         weights = tl.load(slice_ptr + 3 * plane, mask=mask, other=0.0, cache_modifier=".cg")
-        if SHIFT_IS_MAX:
+        if asks.probabilities:
             sums += weights * (finite_max(row_max) - finite_max(maxima))
         smooth_sum, weight_total = tl.sum(sums, 0), tl.sum(weights, 0)
-    return row_max, rest, smooth_sum, weight_total
+    return RowStats(
+        max=row_max,
+        rest=rest,
+        x_t=stats.x_t,
+        x_b=stats.x_b,
+        shift=stats.shift,
+        smooth_sum=smooth_sum,
+        weight_total=weight_total,
+    )

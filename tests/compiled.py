@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.runtime import driver
 
 import fusedloss
 from fusedloss import known
-from fusedloss.backends import triton as launcher
-from fusedloss.plan_triton import DeviceFacts
+from fusedloss.backends import triton as backend
+from fusedloss.backends.triton import launching
+from fusedloss.geometry import DeviceFacts
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,29 +39,19 @@ OTHER_TARGETS = {
 }
 # What a plan asks of each: A100, H100 and B200 SXM, MI300X; T4, RTX 4090, RTX 5090, RX 7900 XTX.
 FACTS = {
-    "sm_80": DeviceFacts(108, (8, 0), 40 << 20, 32),
-    "sm_90": DeviceFacts(132, (9, 0), 50 << 20, 32),
-    "sm_100": DeviceFacts(148, (10, 0), 126 << 20, 32),
-    "gfx942": DeviceFacts(304, (9, 4), 4 << 20, 64, is_nvidia=False),
-    "sm_75": DeviceFacts(40, (7, 5), 4 << 20, 32),
-    "sm_89": DeviceFacts(128, (8, 9), 72 << 20, 32),
-    "sm_120": DeviceFacts(170, (12, 0), 96 << 20, 32),
-    "gfx1100": DeviceFacts(48, (11, 0), 6 << 20, 32, is_nvidia=False),
+    "sm_80": DeviceFacts(108, 32),
+    "sm_90": DeviceFacts(132, 32),
+    "sm_100": DeviceFacts(148, 32),
+    "gfx942": DeviceFacts(304, 64, is_nvidia=False),
+    "sm_75": DeviceFacts(40, 32),
+    "sm_89": DeviceFacts(128, 32),
+    "sm_120": DeviceFacts(170, 32),
+    "gfx1100": DeviceFacts(48, 32, is_nvidia=False),
 }
 # Earlier Triton versions leave a few spill instructions in variants that take all registers they can have, and make of some
 # kernels a percent or two more instructions.
 IS_EARLIER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 ALLOWED_SPILLS = 4 if IS_EARLIER_TRITON else 0
-_TYPES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.uint8: "u8",
-    torch.int8: "i8",
-}
 
 
 @dataclass(frozen=True)
@@ -99,13 +91,12 @@ def launches(monkeypatch: pytest.MonkeyPatch, target: str, call: Callable[[], to
     """Our launches of `call` and of its backward on a GPU of this kind."""
     recorded: list[Launch] = []
 
-    def record(launch: launcher.Launch, _: torch.device, arguments: dict[str, Any]) -> None:
-        tile = launch.tile
-        recorded.append(Launch(launcher._kernels()[tile.kernel], tile.n_programs, {**launch.constants, **arguments}))
+    def record(launch: launching.Launch, _: torch.device, arguments: dict[str, Any]) -> None:
+        recorded.append(Launch(launch.function, launch.cut.n_programs, {**launch.constants, **launch.own(arguments)}))
 
     with monkeypatch.context() as patch, fusedloss.backend("triton"):
-        patch.setattr(launcher, "device_facts", lambda _: FACTS[target])
-        patch.setattr(launcher, "_launch", record)
+        patch.setattr(backend, "device_facts", lambda _: FACTS[target])
+        patch.setattr(launching, "launch", record)
         patch.setattr(known, "KNOWN", {})  # of another GPU
         call().sum().backward()
     return recorded
@@ -125,31 +116,26 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield recorded
 
 
+class _Driver:
+    """Has Triton compile for a GPU that is not here."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_device(self) -> str:
+        return self.target  # the key of Triton's caches
+
+    def get_current_target(self) -> GPUTarget:
+        return {**TARGETS, **OTHER_TARGETS}[self.target]
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
 def compile_for(launch: Launch, target: str) -> Any:
-    """The compiled kernel, specialised as Triton's launcher would: divisibility by 16, ints equal to 1, and None."""
-    function = launch.function
-    options = {name: launch.arguments[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.arguments}
-    signature, constexprs, attributes = {}, {}, {}
-    for index, parameter in enumerate(function.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
-            signature[parameter.name] = "constexpr"
-            constexprs[parameter.name] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + _TYPES[value.dtype]
-            divisible = value.data_ptr() % 16 == 0
-        elif isinstance(value, float):
-            signature[parameter.name], divisible = "fp32", False
-        else:
-            signature[parameter.name] = parameter.annotation_type or ("i32" if -(2**31) <= value < 2**31 else "i64")
-            divisible = value % 16 == 0 and not parameter.do_not_specialize
-        if divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    gpu = {**TARGETS, **OTHER_TARGETS}[target]
-    unknown = options.keys() - vars(make_backend(gpu).parse_options({})).keys()
-    assert not unknown, f"a launch on {target} would refuse {unknown}"  # triton.compile does not
-    return triton.compile(ASTSource(function, signature, constexprs, attributes), target=gpu, options=options)
+    """The compiled kernel, specialised as Triton's launcher does; options that the target refuses raise."""
+    with mock.patch.object(driver, "_active", _Driver(target)):
+        return launch.function.warmup(**launch.arguments, grid=(launch.n_programs,))
 
 
 def report(kernel: Any, target: str) -> Report:

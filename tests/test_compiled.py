@@ -8,7 +8,7 @@ import torch
 from compiled import ALLOWED_SPILLS, OTHER_TARGETS, TARGETS, compile_for, launches, report
 
 import fusedloss
-from fusedloss.backends import triton as launcher
+from fusedloss.backends.triton.launching import kernels
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -216,4 +216,4 @@ def test_cases_select_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     selected = set()
     for case in CASES.values():
         selected |= {launch.kernel for launch in launches(monkeypatch, "sm_90", lambda case=case: _call(*case))}
-    assert selected == set(launcher._kernels())
+    assert selected == set(kernels())

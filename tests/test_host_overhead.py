@@ -9,7 +9,7 @@ import torch
 
 import fusedloss
 from fusedloss import known
-from fusedloss.backends import triton as launcher
+from fusedloss.backends.triton import launching
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import host_overhead
@@ -53,7 +53,7 @@ def test_a_compiled_kernel_is_kept_for_what_it_was_compiled_for(monkeypatch: pyt
     memory, target = torch.randn(2570), torch.randint(10, (257,))
     aligned, shifted = memory[:1280].view(128, 10), memory[1:1281].view(128, 10)
     with host_overhead.stubbed_launcher():
-        launcher._keeps_compiled = lambda _: True
+        launching.keeps_compiled = lambda _: True
         for logits, scale, kept in [
             (aligned, 1.0, 1),
             (aligned, 1.0, 1),
@@ -84,45 +84,36 @@ def test_a_known_call_looks_for_its_kernel_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(host_overhead.StubDriver, "launcher_cls", staticmethod(lambda src, _: lambda *_: launched.append(src)))
     logits, target = torch.randn(129, 11, requires_grad=True), torch.randint(11, (129,))
     with host_overhead.stubbed_launcher():
-        launcher._keeps_compiled = lambda _: True
-        for n_asked in (2, 2, 3, 3, 3):  # the gradient's scaling, too; then the known call's own launch
+        launching.keeps_compiled = lambda _: True
+        for _ in range(5):
             fusedloss.cross_entropy(logits, target).backward()
-            assert len(asked) == n_asked
+            assert len(asked) == 2  # the loss, and the scaling of its gradient
     assert len(launched) == 10
-    assert len(set(map(id, launched))) == 2  # Triton had both already
+    assert len(set(map(id, launched))) == 2
 
 
 def test_no_kernel_is_specialised_for_the_numbers_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their values are no part of the key of a kept kernel."""
-    seen = set()
+    """Their values are no part of the key of a kept kernel, and arrive as they are: float64, 0 and 1 like any other."""
+    import triton
 
-    def record(launch: launcher.Launch, _: torch.device, arguments: dict[str, object]) -> None:
-        assert launch.constants.keys().isdisjoint(arguments)
-        function = launcher._kernels()[launch.tile.kernel]
-        for parameter in function.params:
-            value = arguments.get(parameter.name)
-            if value is not None and not isinstance(value, torch.Tensor):
-                assert parameter.do_not_specialize, parameter.name
-                seen.add(parameter.name)
+    signatures: list[dict[str, object]] = []
+    given: list[tuple[object, ...]] = []
 
-    monkeypatch.setattr(launcher, "_launch", record)
-    logits, target = torch.randn(3, 10, requires_grad=True), torch.tensor([1, 2, 3])
-    with fusedloss.backend("triton"):
-        for reduction in ("mean", "none"):
-            fusedloss.cross_entropy(logits, (target, target, 0.7), reduction=reduction, scale=0.5).sum().backward()
-    assert seen == {"scale_bits", "lam_bits"}
+    def launcher_cls(source: object, _: object) -> Callable[..., None]:
+        signatures.append(source.signature)
+        return lambda *arguments: given.append(arguments)
 
-
-def test_a_share_of_zero_is_a_number_of_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For Triton, which compiles 0 as an i32: the kernel must not be kept for other shares, whose bits take 64."""
-    types: list[str] = []
-    driver = host_overhead.StubDriver
-    monkeypatch.setattr(
-        driver, "launcher_cls", staticmethod(lambda source, _: lambda *_: types.append(source.signature["lam_bits"]))
-    )
-    logits, target = torch.randn(3, 10), torch.tensor([1, 2, 3])
+    asked: list[object] = []  # of Triton's own launcher
+    run = triton.JITFunction.run
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, *args, **kwargs: asked.append(self) or run(self, *args, **kwargs))
+    monkeypatch.setattr(host_overhead.StubDriver, "launcher_cls", staticmethod(launcher_cls))
+    monkeypatch.setattr(known, "KNOWN", {})
+    logits, target = torch.randn(3, 12), torch.tensor([1, 2, 3])
     with host_overhead.stubbed_launcher():
-        launcher._keeps_compiled = lambda _: True
-        for share in (0.0, 0.7, 0.0, 0.3):
-            fusedloss.cross_entropy(logits, (target, target, share))
-    assert types == ["i32", "i64", "i32", "i64"]
+        launching.keeps_compiled = lambda _: True
+        for scale, share in ((1.0, 0.0), (0.1, 1.0), (0.0, 0.7), (1.0, 0.5)):
+            fusedloss.cross_entropy(logits, (target, target, share), scale=scale)
+            assert {scale, share} <= {value for value in given[-1] if type(value) is float}
+    assert len(asked) == 1
+    assert len(given) == 4
+    assert [signature[name] for signature in signatures for name in ("scale", "lam")] == ["fp64", "fp64"]

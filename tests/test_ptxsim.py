@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from problems import make_logits, make_probabilities, make_target, make_weight
 
 import fusedloss
 from fusedloss import kernels as kernel_sources
-from fusedloss.backends import triton as launcher
+from fusedloss.backends.outputs import Outputs
+from fusedloss.backends.triton import given, launching
+from fusedloss.plan import Inputs
 from fusedloss.plan_triton import ROWS_SELECTED_ALONE
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -34,6 +37,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 RESIDENT = 64
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+# What the emulator calls the tensors in a kernel's groups: by their places.
+LOGITS, TARGET = (f"inputs.{Inputs._fields.index(name)}" for name in ("logits", "target"))
+DLOGITS = f"out.{Outputs._fields.index('dlogits')}"
 
 
 @contextmanager
@@ -192,15 +199,15 @@ def test_slices_wait() -> None:
 def test_the_wait_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it a slice reads statistics that nobody has written yet."""
     logits = make_logits(5, 40001, dtype=BF16).requires_grad_()
-    launch, slices = launcher._launch, launcher._slices
+    launch, new_slices = launching.launch, given.new_slices
 
-    def without_wait(of: launcher.Launch, device: torch.device, arguments: dict[str, Any]) -> None:
-        if "WAITS" in of.constants:
-            of = launcher.Launch(of.tile, {**of.constants, "WAITS": False})
+    def without_wait(of: launching.Launch, device: torch.device, arguments: dict[str, Any]) -> None:
+        if of.cut.kernel == "fused_row_kernel":
+            of = launching.Launch(of.cut, {**of.constants, "shape": replace(of.constants["shape"], waits=False)})
         launch(of, device, arguments)
 
-    monkeypatch.setattr(launcher, "_launch", without_wait)
-    monkeypatch.setattr(launcher, "_slices", lambda *arguments: slices(*arguments).fill_(torch.nan))
+    monkeypatch.setattr(launching, "launch", without_wait)
+    monkeypatch.setattr(given, "new_slices", lambda *arguments: new_slices(*arguments).fill_(torch.nan))
     with ptxsim.emulated_gpu("sm_90"), fusedloss.backend("triton"):  # one program after the other
         fusedloss.cross_entropy(logits, make_target(5, n_classes=40001)).backward()
     assert logits.grad.isnan().any()
@@ -249,8 +256,8 @@ def test_ignored_rows_are_not_read(reduction: str) -> None:
     else:
         reading, writing = [by_name["forward_row_kernel"], by_name["backward_row_kernel"]], by_name["backward_row_kernel"]
     for launch in reading:
-        assert launch.buffers["logits_ptr"].unique_loaded == row
-    assert writing.buffers["dlogits_ptr"].unique_stored == 8 * row
+        assert launch.buffers[LOGITS].unique_loaded == row
+    assert writing.buffers[DLOGITS].unique_stored == 8 * row
 
 
 ROW_SECTORS = 1.03  # rows of 50257 share a sector with their neighbours, and each block looks up its target
@@ -262,9 +269,9 @@ def test_recompute_reads_each_logit_twice_and_writes_once() -> None:
         fusedloss.cross_entropy(logits, make_target(16, n_classes=50257), reduction="none").sum().backward()
     forward, backward = gpu.launches
     one_pass = 16 * 50257 * 2
-    assert one_pass <= 32 * forward.buffers["logits_ptr"].load_sectors < one_pass * ROW_SECTORS
-    assert one_pass <= 32 * backward.buffers["logits_ptr"].load_sectors < one_pass * ROW_SECTORS
-    assert one_pass <= 32 * backward.buffers["dlogits_ptr"].store_sectors < one_pass * ROW_SECTORS
+    assert one_pass <= 32 * forward.buffers[LOGITS].load_sectors < one_pass * ROW_SECTORS
+    assert one_pass <= 32 * backward.buffers[LOGITS].load_sectors < one_pass * ROW_SECTORS
+    assert one_pass <= 32 * backward.buffers[DLOGITS].store_sectors < one_pass * ROW_SECTORS
 
 
 def test_fused_reads_each_logit_once_and_writes_once() -> None:
@@ -274,8 +281,8 @@ def test_fused_reads_each_logit_once_and_writes_once() -> None:
     assert [launch.kernel for launch in gpu.launches] == ["fused_row_kernel", "scale_gradient_kernel"]
     buffers = launched(gpu)["fused_row_kernel"].buffers
     one_pass = 16 * 32001 * 2
-    assert one_pass <= 32 * buffers["logits_ptr"].load_sectors < one_pass * ROW_SECTORS
-    assert one_pass <= 32 * buffers["dlogits_ptr"].store_sectors < one_pass * ROW_SECTORS
+    assert one_pass <= 32 * buffers[LOGITS].load_sectors < one_pass * ROW_SECTORS
+    assert one_pass <= 32 * buffers[DLOGITS].store_sectors < one_pass * ROW_SECTORS
     assert launched(gpu)["scale_gradient_kernel"].buffers["dlogits_ptr"].loaded_bytes == 0
 
 
@@ -289,9 +296,9 @@ def test_probabilities_are_read_as_often_as_logits(shape: tuple[int, int], reduc
     assert [launch.kernel.partition("_")[0] + "_" for launch in gpu.launches if "scale" not in launch.kernel] == reading
     one_pass = logits.numel() * 2
     for launch in gpu.launches[: len(reading)]:
-        for name in ("logits_ptr", "probabilities_ptr"):
+        for name in (LOGITS, TARGET):
             assert one_pass <= 32 * launch.buffers[name].load_sectors < one_pass * ROW_SECTORS
-    assert one_pass <= 32 * gpu.launches[len(reading) - 1].buffers["dlogits_ptr"].store_sectors < one_pass * ROW_SECTORS
+    assert one_pass <= 32 * gpu.launches[len(reading) - 1].buffers[DLOGITS].store_sectors < one_pass * ROW_SECTORS
 
 
 def test_small_problems_take_one_launch_each_way() -> None:
@@ -302,8 +309,8 @@ def test_small_problems_take_one_launch_each_way() -> None:
 
 
 def _without_debug_barriers(ptx: str) -> str:
-    """The PTX without the barriers that tl.debug_barrier() calls in backward.py and fused.py became."""
-    for name in ("backward.py", "fused.py"):
+    """The PTX without the barriers that tl.debug_barrier() calls in row.py became."""
+    for name in ("row.py",):
         file = re.search(rf'\.file\s+(\d+)\s+"[^"]*{name}"', ptx)
         source = (Path(kernel_sources.__path__[0]) / name).read_text().splitlines()
         lines = {number for number, text in enumerate(source, 1) if "tl.debug_barrier()" in text}

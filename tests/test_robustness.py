@@ -161,5 +161,5 @@ def test_plan_of_more_than_two_to_the_31_logits() -> None:
     assert plan.forward is not None
     assert plan.forward.n_programs == n_rows * plan.forward.n_slices
     assert pixels.forward is not None
-    assert pixels.forward.n_programs * pixels.forward.block_rows >= n_rows * 100 * 100
+    assert pixels.forward.n_programs * pixels.forward.shape.rows >= n_rows * 100 * 100
     assert pixels.forward.n_programs < FAR  # the grid of a launch

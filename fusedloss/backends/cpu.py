@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fusedloss import plan_cpu
 from fusedloss.backends.outputs import Allocators, Outputs, allocate_forward, allocate_gradient, forward_allocators
+from fusedloss.kernels.constants import FRACTION_BITS
 from fusedloss.plan import Inputs, Options, accumulation_dtype
-from fusedloss.reference import FRACTION_BITS
 
 LIBRARY_NAME = "fusedloss_cpu.so"
 ISA_NAMES = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3, "avx512bf16": 4}

@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedloss.kernels.constants import STATE
 from fusedloss.plan import ROW_REDUCTIONS, Inputs, Options, accumulation_dtype, fuses_gradient
-
-STATE = 4  # scalars at the head of `saved`; kernels/rowwise.py describes the buffer
 
 
 class Outputs(NamedTuple):
     """What a forward returns; "A" is the dtype of accumulation, float64 for float64 logits, else float32."""
 
-    loss: Tensor  # 0-d, or (n_rows,) for reduction "none"
-    saved: Any  # Tensor | None, A: what the backward reads, and the row losses that "max" and "topk" select among
+    loss: Any  # Tensor: 0-d, or (n_rows,) for reduction "none"
+    saved: Any  # Tensor | None, A: what the backward reads, and the row losses that "max" and "topk" select among (rowwise.py)
     dlogits: Any  # Tensor | None, like the logits: the gradient for an upstream gradient of 1; fused strategy
     row_stats: Any  # Tensor | None, A, (2, n_rows): log-sum-exp and loss of every row; with return_stats
     counts: Any  # Tensor | None, int64, (3,): rows counted, rows correct, index of the worst; with return_stats

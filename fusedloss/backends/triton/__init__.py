@@ -1,0 +1,129 @@
+"""Forward and backward of the Triton kernels: outputs are allocated, launches made. Triton is imported at the first launch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusedloss.backends.outputs import (
+    Allocators,
+    Outputs,
+    allocate_forward,
+    allocate_gradient,
+    allocator,
+    forward_allocators,
+)
+from fusedloss.backends.triton import given, launching
+from fusedloss.backends.triton.given import Launches
+from fusedloss.backends.triton.launching import Launch, device_facts
+from fusedloss.kernels.constants import STATE
+from fusedloss.plan import Inputs, Options, accumulation_dtype
+
+__all__ = ["Prepared", "backward", "device_facts", "forward", "prepare", "scale_gradient"]
+
+
+def forward(
+    inputs: Inputs,
+    options: Options,
+    out_dtype: torch.dtype,
+    needs_grad: bool,
+    keeps_workspace: bool = True,  # between calls; not where a compiled graph owns the memory
+) -> Outputs:
+    """One launch: every row's loss, and their reduction. The fused strategy writes the gradient in the same launch."""
+    inputs = given.laid_out(inputs)
+    outputs = allocate_forward(inputs, options, out_dtype, needs_grad)
+    strides = None if outputs.dlogits is None else outputs.dlogits.stride()
+    facts = device_facts(inputs.logits.device)
+    launches = given.forward_launches(inputs, strides, options, outputs.saved is not None, facts)
+    # What launches hand on to each other, where no backward reads the rest.
+    saved = outputs.saved if outputs.saved is not None else _new_state(inputs.logits)()
+    _launch_forward(launches, outputs._replace(saved=saved), inputs, options.scale, options.lam, keeps_workspace)
+    return outputs
+
+
+def _new_state(logits: Tensor) -> Callable[[], Tensor]:
+    """Makes the head of `saved`."""
+    return allocator((STATE,), accumulation_dtype(logits.dtype), logits.device)
+
+
+def _launch_forward(launches: Launches, out: Outputs, inputs: Inputs, scale: float, lam: float, keeps_workspace: bool) -> None:
+    counting, main, selection, clears, _ = launches
+    device = inputs.logits.device
+    work = given.workspace(launches, out, keeps_workspace)
+    arguments = {"out": out, "inputs": inputs, "work": work, "scale": scale, "lam": lam}
+    # Triton's interpreter runs programs one after another: none can wait for a later one. There, the launches are made twice
+    # without waiting, and in the second round every slice finds what all others published in the first.
+    for _ in range(2 if work.arrived is not None and launching.interprets() else 1):
+        if counting is not None:
+            own = given.counting_workspace(counting, work, out, keeps_workspace)
+            launching.launch(counting, device, {**arguments, "work": own})
+        elif clears:
+            work.arrived.zero_()
+        launching.launch(main, device, arguments)
+    for step in selection:
+        launching.launch(step, device, arguments)
+
+
+def backward(
+    dloss: Tensor,  # of the loss's shape
+    inputs: Inputs,
+    saved: Tensor,
+    options: Options,
+) -> Tensor:
+    """One launch: the gradient of the logits."""
+    inputs = given.laid_out(inputs)
+    logits = inputs.logits
+    dlogits = allocate_gradient(logits)
+    if logits.numel() == 0:
+        return dlogits
+    launch = given.backward_launch(inputs, dlogits.stride(), options, device_facts(logits.device))
+    out = Outputs(None, saved, dlogits, None, None)
+    launching.launch(launch, logits.device, {"out": out, "dloss_ptr": dloss.contiguous(), "inputs": inputs, "lam": options.lam})
+    return dlogits
+
+
+def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
+    """One launch, which returns at once where dloss is 1: dlogits *= dloss. Dense in memory, in whatever order of dimensions."""
+    if dlogits.numel() == 0:
+        return
+    launch = given.scale_launch(dlogits.numel(), device_facts(dlogits.device))
+    launching.launch(launch, dlogits.device, {"dlogits_ptr": dlogits, "dloss_ptr": dloss})
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The forward of calls alike, on contiguous logits with class indices, and weights or not, as the caller has them."""
+
+    new: Allocators
+    new_state: Callable[[], Tensor]
+    launches: Launches
+    scaling: Launch
+    device: torch.device
+
+    def forward(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, what the backward reads and the gradient for an upstream gradient of 1; as `Outputs` has them."""
+        new = self.new
+        loss = new.loss()
+        saved = None if new.saved is None else new.saved()
+        dlogits = None if new.dlogits is None else new.dlogits()
+        out = Outputs(loss, self.new_state() if saved is None else saved, dlogits, None, None)
+        _launch_forward(self.launches, out, Inputs(logits, target, None, None, weight), scale, 1.0, keeps_workspace=True)
+        return loss, saved, dlogits
+
+    def scale_gradient(self, dlogits: Tensor, dloss: Tensor) -> None:
+        launching.launch(self.scaling, self.device, {"dlogits_ptr": dlogits, "dloss_ptr": dloss})
+
+
+def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, shape: torch.Size) -> Prepared | None:
+    """What `forward` decides for these arguments, or None where it has to copy a tensor first, or there is nothing to do. shape:
+    the caller's logits'."""
+    logits = inputs.logits
+    if logits.numel() == 0 or not all(tensor is None or tensor.is_contiguous() for tensor in inputs):
+        return None
+    new, facts = forward_allocators(inputs, options, out_dtype, needs_grad, shape), device_facts(logits.device)
+    strides = logits.stride() if new.dlogits is not None else None
+    launches = given.forward_launches(inputs, strides, options, new.saved is not None, facts)
+    return Prepared(new, _new_state(logits), launches, given.scale_launch(logits.numel(), facts), logits.device)

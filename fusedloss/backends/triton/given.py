@@ -1,0 +1,193 @@
+"""What a kernel is given: the constants of its launch, decided once for calls alike, and the workspace of each."""
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedloss.backends.outputs import Outputs
+from fusedloss.backends.triton.launching import Launch, interprets, ticket
+from fusedloss.geometry import DeviceFacts, Geometry, Operands, operands, probabilities_strides
+from fusedloss.kernels.constants import DIGIT_BITS, FRACTION_BITS, N_SELECTED_SUMS, N_SELECTION, N_STATISTICS
+from fusedloss.kernels.groups import Asks, Layout, RowShape, Strides, Work
+from fusedloss.plan import Cut, Inputs, Options
+from fusedloss.plan_triton import backward_cut, forward_cuts, scale_cut
+
+
+class Launches(NamedTuple):
+    """Of a forward, as plan_triton.ForwardCuts has them."""
+
+    counting: Launch | None
+    main: Launch
+    selection: tuple[Launch, ...]
+    clears: bool
+    n_partials: int  # sums that the last program of the main launch adds up
+
+
+class Kind(NamedTuple):
+    """What calls have in common whose launches are the same: all but the tensors themselves and two numbers."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    gradient_strides: tuple[int, ...] | None
+    probabilities_strides: tuple[int, ...] | None
+    itemsize: int
+    two_labels: bool
+    options: Options  # without the numbers that are others in every step
+    facts: DeviceFacts
+
+    def operands(self) -> Operands:
+        return operands(self.shape, self.strides, self.gradient_strides, self.probabilities_strides, self.itemsize)
+
+
+def _kind(inputs: Inputs, gradient_strides: tuple[int, ...] | None, options: Options, facts: DeviceFacts) -> Kind:
+    logits = inputs.logits
+    return Kind(
+        logits.shape,
+        logits.stride(),
+        gradient_strides,
+        inputs.target.stride() if inputs.has_probabilities() else None,
+        logits.element_size(),
+        inputs.target_b is not None,
+        options.kind(),
+        facts,
+    )
+
+
+def laid_out(inputs: Inputs) -> Inputs:
+    """The same, with copies of tensors that the kernels do not take as they lie: all but the logits are contiguous, class
+    probabilities have the strides of the logits or of their gradient."""
+    logits, target, *others = inputs
+    if not inputs.has_probabilities():
+        target = target.contiguous()
+    else:
+        strides = probabilities_strides(logits, target)
+        if target.stride() != strides:
+            target = torch.empty_like(logits, dtype=target.dtype).copy_(target)
+    return Inputs(logits, target, *[None if tensor is None else tensor.contiguous() for tensor in others])
+
+
+def forward_launches(
+    inputs: Inputs, gradient_strides: tuple[int, ...] | None, options: Options, saves: bool, facts: DeviceFacts
+) -> Launches:
+    """gradient_strides: of the gradient that a fused forward writes; saves: the caller gets `saved`."""
+    return _forward_launches(_kind(inputs, gradient_strides, options, facts), saves)
+
+
+def backward_launch(inputs: Inputs, gradient_strides: tuple[int, ...], options: Options, facts: DeviceFacts) -> Launch:
+    return _backward_launch(_kind(inputs, gradient_strides, options, facts))
+
+
+# Saves the decisions, half the host's time of a call; bounded by the number of kinds.
+@lru_cache(maxsize=1024)
+def _forward_launches(kind: Kind, saves: bool) -> Launches:
+    t, options = kind.operands(), kind.options
+    g = t.logits
+    cuts = forward_cuts(t, options, kind.facts)
+    fused = t.dlogits is not None
+    asks = _asks(kind, saves, top_k_is_fraction=options.top_k == 0)
+    numbers = {} if fused else {"top_k": options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS)}
+    main = _logits_launch(cuts.main, kind, t, asks, numbers)
+    counting = None
+    if cuts.counting is not None:
+        shared = {"ignore_index": options.ignore_index, "n_rows": g.n_rows, "n_cols": g.n_cols, "asks": asks}
+        counting = _launch(cuts.counting, {**shared, "BLOCK_ROWS": cuts.counting.shape.rows})
+    *digits, selected = cuts.selection or (None,)
+    steps = [_launch(cut, {"n_rows": g.n_rows, "shift": DIGIT_BITS * (len(digits) - 1 - i)}) for i, cut in enumerate(digits)]
+    if selected is not None:
+        steps.append(_launch(selected, {"n_rows": g.n_rows}))
+    adds_up = fused or options.reduction != "none" or options.return_stats
+    n_partials = cuts.main.n_programs // cuts.main.n_slices if adds_up else 1
+    return Launches(counting, main, tuple(steps), cuts.clears, n_partials)
+
+
+# The same for a backward.
+@lru_cache(maxsize=1024)
+def _backward_launch(kind: Kind) -> Launch:
+    t = kind.operands()
+    return _logits_launch(backward_cut(t, kind.options, kind.facts), kind, t, _asks(kind), {})
+
+
+# The same for the scaling of a fused gradient.
+@lru_cache(maxsize=1024)
+def scale_launch(n: int, facts: DeviceFacts) -> Launch:
+    cut = scale_cut(n, facts)
+    return _launch(cut, {"n": n, "BLOCK": cut.shape.cols})
+
+
+def _asks(kind: Kind, saves: bool = False, top_k_is_fraction: bool = False) -> Asks:
+    options = kind.options
+    return Asks(
+        options.reduction,
+        probabilities=kind.probabilities_strides is not None,
+        smoothing=options.label_smoothing > 0,
+        z_loss=options.z_loss != 0,
+        logit_scale=options.logit_scale != 1,
+        softcap=options.softcap > 0,
+        two_labels=kind.two_labels,
+        saves=saves,
+        top_k_is_fraction=top_k_is_fraction,
+    )
+
+
+def _logits_launch(cut: Cut, kind: Kind, t: Operands, asks: Asks, numbers: dict[str, Any]) -> Launch:
+    """Of a kernel that has the logits: what all of these are given."""
+    options, g = kind.options, t.logits
+    shape = replace(cut.shape, waits=not interprets()) if isinstance(cut.shape, RowShape) else cut.shape
+    layout = Layout(g.n_rows, g.n_inner, g.n_cols, _strides(g), _strides(t.dlogits), _strides(t.probabilities))
+    return _launch(
+        cut,
+        {
+            "layout": layout,
+            "smoothing": options.label_smoothing,
+            "z_loss": options.z_loss,
+            "logit_scale": options.logit_scale,
+            "softcap": options.softcap,
+            "ignore_index": options.ignore_index,
+            **numbers,
+            "asks": asks,
+            "shape": shape,
+        },
+    )
+
+
+def _strides(g: Geometry | None) -> Strides:
+    return Strides(None, None, None) if g is None else Strides(g.outer_stride, g.row_stride, g.col_stride)
+
+
+def _launch(cut: Cut, constants: dict[str, Any]) -> Launch:
+    options = {"num_warps": cut.num_warps}
+    if cut.max_registers is not None:
+        options["maxnreg"] = cut.max_registers
+    return Launch(cut, {**constants, **options})
+
+
+def workspace(launches: Launches, out: Outputs, keeps_workspace: bool) -> Work:
+    """What the programs of a forward leave for each other, and for the launches that follow."""
+    main, saved, device = launches.main, out.saved, out.saved.device
+    fused, is_cut = out.dlogits is not None, main.cut.n_slices > 1
+    n_rows, n_partials, selection = main.n_rows, launches.n_partials, launches.selection
+    return Work(
+        saved.new_empty((1 if fused else 2, n_partials)) if n_partials > 1 else None,
+        ticket(device, keeps_workspace) if n_partials > 1 or (is_cut and not fused) else None,
+        saved.new_empty((n_rows,), dtype=torch.int8) if out.row_stats is not None else None,
+        saved.new_empty((N_SELECTION,), dtype=torch.int64) if selection else None,
+        saved.new_empty((N_SELECTED_SUMS, selection[-1].cut.n_programs), dtype=torch.float64) if selection else None,
+        new_slices(main, saved) if is_cut else None,
+        saved.new_empty((1 + n_rows,), dtype=torch.int32) if is_cut and fused else None,
+    )
+
+
+def new_slices(launch: Launch, saved: Tensor) -> Tensor:
+    """Where the slices of rows publish their statistics."""
+    return saved.new_empty((N_STATISTICS, launch.n_rows, launch.cut.n_slices))
+
+
+def counting_workspace(counting: Launch, work: Work, out: Outputs, keeps_workspace: bool) -> Work:
+    n_programs = counting.cut.n_programs
+    if n_programs == 1:
+        return Work(arrived=work.arrived)
+    partial = out.saved.new_empty((1, n_programs))
+    return Work(partial, ticket(out.saved.device, keeps_workspace), arrived=work.arrived)

@@ -1,0 +1,168 @@
+"""How a kernel is launched: through Triton's own launcher the first time, from then on past it; tickets; facts of a device."""
+
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedloss.geometry import VECTOR_BYTES, DeviceFacts
+from fusedloss.kernels.constants import N_COUNTERS
+from fusedloss.plan import Cut
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """What all calls alike share of a launch; decided once. A call adds its tensors, in groups, and its own numbers."""
+
+    cut: Cut
+    constants: dict[str, Any]  # arguments of the kernel, and num_warps and the like
+    # Saves Triton's look at every argument; by what it looks at: alignment and dtypes of tensors, few of each launch.
+    compiled: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    @property
+    def n_rows(self) -> int:
+        return self.constants["layout"].n_rows
+
+    @cached_property
+    def function(self) -> Any:
+        return kernels()[self.cut.kernel]
+
+    @cached_property
+    def template(self) -> list[Any]:
+        """All arguments of the kernel in order; None where a call has its own."""
+        return [self.constants.get(name) for name in self.function.arg_names]
+
+    @cached_property
+    def slots(self) -> list[tuple[int, str]]:
+        """Places and names of the arguments that a call has."""
+        return [(place, name) for place, name in enumerate(self.function.arg_names) if name not in self.constants]
+
+    def own(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those of a call's arguments that this kernel takes."""
+        return {name: arguments[name] for _, name in self.slots}
+
+
+def launch(of: Launch, device: torch.device, arguments: dict[str, Any]) -> None:
+    """Launches a kernel with a call's arguments, among which may be others' as well."""
+    # torch leaves the device of another GPU's tensors to the caller, Triton launches on the current one.
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(of, device, arguments)
+        return
+    n_programs = of.cut.n_programs
+    if not keeps_compiled(device):
+        try:
+            of.function[(n_programs,)](**of.constants, **of.own(arguments))
+        except (RuntimeError, ValueError) as error:
+            if device.type == "cuda":
+                raise
+            raise RuntimeError(
+                f"backend 'triton' was asked for, but Triton cannot launch on tensors of device {str(device)!r} here ({error}). "
+                "CPU tensors need TRITON_INTERPRET=1, set before Triton is imported."
+            ) from error
+        return
+    # Triton's own launch asks every argument what the kernel was specialised for. Of those that change between calls alike it is
+    # the presence, dtype and alignment of tensors; no kernel is specialised for a call's numbers.
+    values = of.template.copy()
+    key: list[Any] = [device.index]
+    for place, name in of.slots:
+        value = arguments[name]
+        if type(value) is float:
+            values[place] = value
+        elif isinstance(value, Tensor):
+            values[place] = address = value.data_ptr()
+            key += (value.dtype, address % VECTOR_BYTES == 0)
+        else:  # a group
+            addresses: list[int | None] = []
+            for tensor in value:
+                if tensor is None:
+                    addresses.append(None)
+                    key.append(None)
+                else:
+                    address = tensor.data_ptr()
+                    addresses.append(address)
+                    key += (tensor.dtype, address % VECTOR_BYTES == 0)
+            values[place] = tuple(addresses)
+    compiled = of.compiled.get(tuple(key))
+    if compiled is not None:
+        compiled[(n_programs, 1, 1)](*values)
+        return
+    compiled = of.function[(n_programs,)](**of.constants, **of.own(arguments))
+    if compiled is not None:  # None from Triton's interpreter
+        of.compiled[tuple(key)] = compiled
+
+
+def keeps_compiled(device: torch.device) -> bool:
+    return device.type == "cuda"  # elsewhere an emulator may take another's place
+
+
+# Saves an import statement in each launch's first call; one dictionary.
+@cache
+def kernels() -> dict[str, Any]:
+    """All kernels by name."""
+    from fusedloss.kernels import backward, forward, fused, selection
+
+    return {
+        kernel.__name__: kernel
+        for kernel in (
+            fused.denominator_kernel,
+            fused.fused_tile_kernel,
+            fused.fused_row_kernel,
+            fused.scale_gradient_kernel,
+            forward.forward_tile_kernel,
+            forward.forward_row_kernel,
+            selection.digit_kernel,
+            selection.selected_kernel,
+            backward.backward_tile_kernel,
+            backward.backward_row_kernel,
+        )
+    }
+
+
+@cache
+def interprets() -> bool:
+    """Whether kernels run in Triton's interpreter, on any device."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(kernels()["fused_row_kernel"], InterpretedFunction)
+
+
+# Saves a question to the driver in each call; one entry per device.
+@cache
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Facts of a GPU; those of an H100 for any other device, where kernels are only planned, interpreted or emulated."""
+    if device.type != "cuda":
+        return DeviceFacts()
+    found = torch.cuda.get_device_properties(device)
+    return DeviceFacts(found.multi_processor_count, found.warp_size, torch.version.hip is None)
+
+
+def ticket(device: torch.device, keeps_workspace: bool) -> Tensor:
+    """Counters by which the last program of a launch knows itself: int32 zeros, and zeros again after every launch.
+
+    The first is the launch's; one more for each group of programs (kernels/reduction.py), or for each row that a forward may cut
+    into slices, which are fewer than the SMs. They belong to one stream, on which launches follow each other. A CUDA graph gets
+    its own, zeroed by a node of the graph: its replays may run beside anything else. So does a compiled graph, which may own the
+    pool of all memory that is allocated while it runs (CUDA graph trees), and would find ours still alive.
+    """
+    if device.type != "cuda":
+        return _zero_counters(device)
+    if device.index != torch.cuda.current_device():  # whose stream the next question is about
+        with torch.cuda.device(device):
+            return ticket(device, keeps_workspace)
+    if not keeps_workspace or torch.cuda.is_current_stream_capturing():
+        return _zero_counters(device)
+    return _stream_ticket(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _zero_counters(device: torch.device) -> Tensor:
+    return torch.zeros((N_COUNTERS,), dtype=torch.int32, device=device)
+
+
+# Saves a launch that clears the counters, in each call; 4 KB per stream that has launched.
+@cache
+def _stream_ticket(device: torch.device, stream: int) -> Tensor:
+    del stream  # part of the key
+    return _zero_counters(device)

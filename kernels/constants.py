@@ -1,0 +1,13 @@
+"""Numbers on which the kernels and the host that allocates for them must agree. Python ints: the host does not import Triton."""
+
+STATE = 4  # scalars at the head of `saved` (rowwise.py)
+PARTIALS_BLOCK = 1024  # partial sums, or row losses, that a program reads at a time (reduction.py)
+MAX_UNGROUPED = 4096  # programs that draw tickets from one counter
+N_GROUPS = 64  # of more programs, each with a counter of its own; a power of two
+DIGIT_BITS = 8  # of a key, which the selection finds at a time
+N_SELECTION = 4  # integers that the launches of a selection hand on (selection.py)
+N_SELECTED_SUMS = 3
+HISTOGRAM = 512  # place among the counters of the digits' counts
+N_COUNTERS = 1024  # more than 1 + N_GROUPS, than 1 + the rows that a forward cuts, and than HISTOGRAM + 2**DIGIT_BITS
+N_STATISTICS = 4  # of a slice (slices.py)
+FRACTION_BITS = 32  # a fraction of the rows counts in units of 2**-FRACTION_BITS, so that all agree on k to the last row

@@ -1,0 +1,196 @@
+"""The vocabulary of the kernels: what the host gives them and what they hand to each other, as named groups. No Triton here.
+
+The host gives every kernel of logits the same things, in this order:
+
+    out         fusedloss.backends.outputs.Outputs, a pointer for each tensor
+    inputs      fusedloss.plan.Inputs, likewise: the call's own tensors
+    work        Work: what the programs of a launch leave for each other
+    layout      Layout: shape and strides
+    scale, ...  six numbers of the loss, float64 (a float in a group would arrive as float32)
+    asks        Asks: what the loss consists of; a kernel is compiled without the rest
+    shape       TileShape or RowShape: how a program holds its rows
+
+A pointer is None where a launch has no such tensor, and the kernel is compiled without it. Rules, each of which some version of
+Triton needs: what a function returns holds tensors only, zeros for what `asks` leaves out. A group is built by keyword, and anew:
+there is no _replace. `asks` and `shape` are handed on whole; a number of theirs gets a name, N: tl.constexpr = shape.n, before it
+is a size or a bound of static_range.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Work(NamedTuple):
+    """None: nothing of the kind is needed, as by a single program, or where there is nothing to add up."""
+
+    partial: Any = None  # (1 or 2, n_programs) sums of the programs (reduction.py)
+    ticket: Any = None  # () int32: programs that are done; then more counters
+    flags: Any = None  # (n_rows,) int8: what the statistics count
+    selection: Any = None  # (4,) int64, where launches of their own select among the rows (selection.py)
+    sums: Any = None  # (3, n_programs) float64, theirs
+    slices: Any = None  # (4, n_rows, n_slices): statistics of the slices of rows (slices.py)
+    arrived: Any = None  # (1 + n_rows,) int32: programs that have started; slices published of each row
+
+
+class Strides(NamedTuple):
+    """Of a tensor that has a value per logit, in elements; None, all three, where there is no such tensor."""
+
+    outer: Any
+    row: Any
+    col: Any
+
+
+class Layout(NamedTuple):
+    """Rows are (n_rows / n_inner, n_inner): a block of a tensor has n_inner rows, `row` apart, and a row's classes lie `col`
+    apart. (N, C) is a single block."""
+
+    n_rows: Any
+    n_inner: Any
+    n_cols: Any
+    logits: Strides
+    dlogits: Strides
+    probabilities: Strides
+
+
+@dataclass(frozen=True)
+class Asks:
+    """What the caller asked for."""
+
+    reduction: str
+    probabilities: bool  # the target is class probabilities: inputs.target is like the logits
+    smoothing: bool
+    z_loss: bool
+    logit_scale: bool
+    softcap: bool
+    two_labels: bool
+    saves: bool = False  # forward: out.saved is handed to the caller, for a backward
+    top_k_is_fraction: bool = False
+
+    @property
+    def every_class(self) -> bool:
+        """Every class has a weight in the loss, not the target's alone."""
+        return self.smoothing or self.probabilities
+
+    @property
+    def needs_total(self) -> bool:
+        """W, the sum of the class weights, has a part in the loss."""
+        return self.smoothing and not self.probabilities
+
+    @property
+    def transforms(self) -> bool:
+        return self.logit_scale or self.softcap
+
+    @property
+    def weighs_the_mean(self) -> bool:
+        """The mean is divided by the sum of the targets' class weights, not by the number of rows."""
+        return self.reduction == "mean" and not (self.probabilities or self.two_labels)
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """How a program holds its tile of several rows (tile.py)."""
+
+    rows: int
+    cols: int  # of a block
+    n_blocks: int  # that are the whole row; 0: a block at a time, and a gradient reads the rows again
+    row_group: int = 0  # packed rows that are whole 16-byte groups together; 0: rows may lie anywhere
+    padded: int = 1  # elements of a packed row group, or of a thread's part of a packed row, to the next power of 2
+    vector: int = 1  # all strides and the contiguous size are multiples of it; at most 16 bytes
+    rows_contiguous: bool = False  # the row strides are 1: neighbouring rows, not classes, lie side by side
+
+    @property
+    def is_packed(self) -> bool:
+        return self.row_group > 0
+
+    @property
+    def n_turns(self) -> int:
+        """A thread of packed rows has row_group of them, and takes one after the other."""
+        return max(1, self.row_group)
+
+    @property
+    def turn_rows(self) -> int:
+        return self.rows // self.n_turns
+
+    @property
+    def is_wide(self) -> bool:
+        """Blocks have an axis of columns, along which threads lie."""
+        return self.cols > 1
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """How a program holds its row, or its slice of one (row.py)."""
+
+    cols: int  # of a block
+    group: int  # elements in 16 or 32 bytes that every row consists of; 1: some row starts or ends inside of 16 bytes
+    n_slices: int = 1  # programs that share a row
+    n_blocks: int = 0  # fused: blocks of a slice, which stay in registers between loss and gradient
+    counted_rows: int = 0  # fused mean: at least as many as there are rows: every program sums the denominator itself
+    waits: bool = True  # fused: for the other slices; not where programs run one after another
+
+    @property
+    def rows(self) -> int:
+        return 1
+
+    @property
+    def is_ragged(self) -> bool:
+        return self.group == 1
+
+    @property
+    def slice_cols(self) -> int:
+        return self.cols * self.n_blocks
+
+
+class Terms(NamedTuple):
+    """The numbers of the loss, in the dtype of accumulation."""
+
+    scale: Any
+    lam: Any
+    smoothing: Any
+    z_loss: Any
+    logit_scale: Any
+    softcap: Any
+
+
+class Problem(NamedTuple):
+    """What all rows have in common."""
+
+    inputs: Any
+    terms: Terms
+    n_rows: Any
+    n_cols: Any
+    ignore_index: Any
+
+
+class Label(NamedTuple):
+    """What rows have for a target: a class, two of them, or neither, but probabilities."""
+
+    target: Any
+    counted: Any
+    valid: Any  # it counts, and its classes exist: they may be used as addresses
+    weight: Any  # of the class, times its share
+    target_b: Any
+    weight_b: Any
+    lam: Any
+
+
+class RowStats(NamedTuple):
+    """What a row's loss and gradient follow from, beside its label (rowwise.py)."""
+
+    max: Any  # m
+    rest: Any
+    x_t: Any
+    x_b: Any
+    shift: Any
+    smooth_sum: Any  # sum_c w_c (shift - x_c), or of a_c
+    weight_total: Any  # W, or A
+
+
+class Factors(NamedTuple):
+    """Of a row's gradient."""
+
+    live: Any  # the row has a gradient
+    p: Any  # of exp(x_c - m)
+    at_target: Any  # the target's own gradient, before s_t
+    at_b: Any  # the second label's own, likewise
+    smooth: Any  # of w_c, or a_c

@@ -1,0 +1,90 @@
+"""What a row has for a target, whether it counts, and its weights: of class indices, of two labels, of class probabilities."""
+
+import triton
+import triton.language as tl
+
+from .groups import Label
+
+
+@triton.jit
+def load_target(target_ptr, rows, exist, ignore_index):
+    """Class indices of rows; ignore_index of rows that do not exist."""
+    target = tl.load(target_ptr + rows, mask=exist, other=0).to(tl.int64)  # uint8 156 stays 156, it is not -100
+    return tl.where(exist, target, ignore_index)  # not the load's `other`: -100 is 156 in uint8
+
+
+@triton.jit
+def check_target(target, problem):
+    """Whether a row counts, and whether its class index may be used as an address."""
+    counted = target != problem.ignore_index
+    return counted, counted & (target >= 0) & (target < problem.n_cols)
+
+
+@triton.jit
+def load_target_weight(inputs, target, counted, valid, dtype: tl.constexpr):
+    """w[t] of each row that counts, else 0."""
+    if inputs.weight is not None:
+        return tl.load(inputs.weight + target, mask=valid, other=0.0).to(dtype)
+    return counted.to(dtype)
+
+
+@triton.jit
+def read_label(target, rows, exist, problem, asks: tl.constexpr):
+    """The labels of rows, the first of which has been loaded; with class probabilities all that exist count."""
+    dtype: tl.constexpr = problem.terms.lam.dtype
+    none = tl.zeros(exist.shape, dtype)
+    if asks.probabilities:
+        label = Label(target=target, counted=exist, valid=exist, weight=none, target_b=target, weight_b=none, lam=none)
+    else:
+        counted, valid = check_target(target, problem)
+        weight = load_target_weight(problem.inputs, target, counted, valid, dtype)
+        label = Label(target=target, counted=counted, valid=valid, weight=weight, target_b=target, weight_b=none, lam=none)
+        if asks.two_labels:
+            label = _with_second_label(label, rows, exist, problem)
+    return label
+
+
+@triton.jit
+def _with_second_label(first, rows, exist, problem):
+    """Both labels with their shares. Where they are the same class the first has all, and the second has the weight 0."""
+    dtype: tl.constexpr = problem.terms.lam.dtype
+    inputs = problem.inputs
+    target_b = load_target(inputs.target_b, rows, exist, problem.ignore_index)
+    counted_b, valid_b = check_target(target_b, problem)
+    counted, valid = first.counted & counted_b, first.valid & valid_b
+    lam = problem.terms.lam
+    if inputs.lam is not None:
+        lam = tl.load(inputs.lam + rows, mask=exist, other=1.0).to(dtype)
+    weight_a = tl.where(valid, lam * first.weight, 0.0)
+    weight_b = (1.0 - lam) * load_target_weight(inputs, target_b, counted, valid, dtype)
+    same = target_b == first.target
+    return Label(
+        target=first.target,
+        counted=counted,
+        valid=valid,
+        weight=tl.where(same, weight_a + weight_b, weight_a),
+        target_b=target_b,
+        weight_b=tl.where(same, 0.0, weight_b),
+        lam=lam + tl.zeros(exist.shape, dtype),
+    )
+
+
+@triton.jit
+def weight_in_mean(target, rows, exist, problem, asks: tl.constexpr, dtype: tl.constexpr):
+    """What each row, whose first label is loaded, adds to the mean's denominator; 0 for those that do not exist."""
+    counted, valid = check_target(target, problem)
+    if asks.two_labels:
+        target_b = load_target(problem.inputs.target_b, rows, exist, problem.ignore_index)
+        counted_b, _ = check_target(target_b, problem)
+        weight = (counted & counted_b).to(dtype)
+    else:
+        weight = load_target_weight(problem.inputs, target, counted, valid, dtype)
+    return weight
+
+
+@triton.jit
+def weighted(values, rows, label, inputs):
+    """Values times the sample weights of rows that count: what the others have, NaN perhaps, must not enter."""
+    if inputs.sample_weight is not None:
+        values = values * tl.load(inputs.sample_weight + rows, mask=label.counted, other=0.0).to(values.dtype)
+    return values
