@@ -1,23 +1,47 @@
 """What users call: cross_entropy(), torch.nn.functional.cross_entropy's signature with the extras; and plan()."""
 
 from inspect import signature
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from fusedloss.geometry import DeviceFacts
-from fusedloss.plan import EXTRAS, Plan
+from fusedloss.plan import EXTRAS, Plan, Reduction, Target
 from fusedloss.serving import planned, serve
+from fusedloss.stats import LossStats
 
 
+# fmt: off
+@overload
+def cross_entropy(
+    input: Tensor, target: Target, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
+    reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *, top_k: int | float | None = None,
+    scale: float | Tensor = 1.0, sample_weight: Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
+    softcap: float | None = None, return_stats: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor, target: Target, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
+    reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *, top_k: int | float | None = None,
+    scale: float | Tensor = 1.0, sample_weight: Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
+    softcap: float | None = None, return_stats: Literal[True],
+) -> tuple[Tensor, LossStats]: ...
+@overload
+def cross_entropy(
+    input: Tensor, target: Target, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
+    reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *, top_k: int | float | None = None,
+    scale: float | Tensor = 1.0, sample_weight: Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
+    softcap: float | None = None, return_stats: bool,
+) -> Tensor | tuple[Tensor, LossStats]: ...
+# fmt: on
 def cross_entropy(
     input: Tensor,
-    target: Tensor | tuple[Tensor, Tensor, float | Tensor],
+    target: Target,
     weight: Tensor | None = None,
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     *,
     top_k: int | float | None = EXTRAS.top_k,
@@ -27,7 +51,7 @@ def cross_entropy(
     logit_scale: float = EXTRAS.logit_scale,
     softcap: float | None = EXTRAS.softcap,
     return_stats: bool = EXTRAS.return_stats,
-) -> Any:  # Tensor, or (Tensor, LossStats) with return_stats: a union would fail the type checks of every caller
+) -> Tensor | tuple[Tensor, LossStats]:
     r"""Softmax cross-entropy of logits, reduced over the batch: scale * reduce_n( -w[y_n] log softmax(x_n)[y_n] ).
 
     The positional parameters are those of `torch.nn.functional.cross_entropy`, with its semantics. Differences, all on
@@ -45,10 +69,10 @@ def cross_entropy(
             labels of MixUp or CutMix, a tuple (target_a, target_b, lam) of class indices and the share of the first, a number
             or a tensor (), (N,) or of target_a's shape: the loss of the class probabilities
             lam * one_hot(target_a) + (1 - lam) * one_hot(target_b), which are never built: a class whose share is 0 does not
-            enter, though its logit be -inf. A row with either label ignored counts for nothing.
+            enter, though its logit be -inf. A row with either label ignored is ignored.
         weight: (C,), a factor per class, in input's dtype.
         size_average: deprecated, overrides reduction as in PyTorch.
-        ignore_index: rows with this class index count for nothing; may be any integer.
+        ignore_index: rows with this class index are ignored; may be any integer.
         reduce: deprecated, overrides reduction as in PyTorch.
         reduction: "none" one loss per row; "sum"; "mean", divided by the sum of w[y_n] over the counted rows (by the
             number of counted rows for probabilities and two labels), whatever sample_weight is; "max", the largest loss of a
@@ -105,7 +129,7 @@ def cross_entropy(
 
 def plan(
     input: Tensor,
-    target: Tensor | tuple[Tensor, Tensor, float | Tensor],
+    target: Target,
     weight: Tensor | None = None,
     *,
     device: DeviceFacts | None = None,

@@ -1,40 +1,85 @@
 """CrossEntropyLoss: torch.nn.CrossEntropyLoss with our function inside."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
+import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar  # with a default, which typing's has from Python 3.13 on; torch requires the package
 
 from fusedloss.functional import cross_entropy
-from fusedloss.plan import EXTRAS
+from fusedloss.plan import EXTRAS, Reduction, Target
+from fusedloss.stats import LossStats
 
 _OWN_EXTRAS = {name: default for name, default in EXTRAS._asdict().items() if name != "sample_weight"}  # which comes with a call
 
+Result = TypeVar("Result", default=Tensor)
 
-class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """Softmax cross-entropy between logits and targets, reduced over the batch in the same kernel.
 
-    Takes all that `torch.nn.CrossEntropyLoss` takes, in the same order, with the same meaning, attributes, repr and
-    state_dict; see `fusedloss.cross_entropy` for the formulas, shapes, dtypes and errors.
+class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
+    r"""Softmax cross-entropy between logits and targets, reduced over the batch in the same kernel.
+
+    Takes all that `torch.nn.CrossEntropyLoss` takes, in the same order, with the same meaning, attributes and state_dict. A row's
+    loss is, with z_n = softcap * tanh(logit_scale * x_n / softcap) (without softcap: logit_scale * x_n),
+
+        sample_weight_n * ( PyTorch's loss of z_n with weight and label_smoothing + z_loss * logsumexp(z_n)**2 )
+
+    and a call returns scale times their reduction. `fusedloss.cross_entropy` has shapes, dtypes and errors in full.
 
     Args:
-        weight: (C,), a factor per class; see `torch.nn.CrossEntropyLoss`.
-        size_average: deprecated, as in PyTorch.
-        ignore_index: class index whose rows count for nothing.
-        reduce: deprecated, as in PyTorch.
-        reduction: "none", "sum", "mean", "max" or "topk".
-        label_smoothing: in [0, 1].
-        top_k: only for "topk": an int, or a fraction of the counted rows as a float.
-        scale: factor of the loss and its gradient: a number or a 0-d tensor, which may live on the GPU.
-        z_loss, logit_scale, softcap, return_stats: as for `fusedloss.cross_entropy`.
+        weight: (C,), a factor per class, in the logits' dtype; a buffer.
+        size_average: deprecated, overrides reduction as in PyTorch.
+        ignore_index: rows with this class index are ignored.
+        reduce: deprecated, overrides reduction as in PyTorch.
+        reduction: "none", one loss per row; "sum"; "mean", over the rows that count; "max", the largest loss; "topk", the average
+            of the top_k largest.
+        label_smoothing: eps in [0, 1]: (1 - eps) of the loss plus eps times the average over all classes.
+        top_k: for reduction "topk" only: an int (rows), or a float in (0, 1], a fraction of the counted rows.
+        scale: factor of the loss and of its gradient: a number, or a 0-d floating point tensor, which is read on its device
+            without synchronisation, and moved and converted with the module by `.to()`; it is no part of the state_dict.
+        z_loss: factor of the squared log-sum-exp.
+        logit_scale: factor of the logits, a number.
+        softcap: positive bound of the logits, after logit_scale.
+        return_stats: calls return (loss, `fusedloss.LossStats`).
+
+    A call takes input and target, and by keyword `sample_weight`, a factor per row, and `scale`, which takes the place of the
+    constructor's.
     """
 
+    if TYPE_CHECKING:  # TorchScript reads a class's annotations, and knows none of these
+        reduction: Reduction
+        __call__: Callable[..., Result]
+
+    # fmt: off
+    @overload
+    def __init__(
+        self: "CrossEntropyLoss[Tensor]", weight: Tensor | None = None, size_average: bool | None = None,
+        ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
+        top_k: int | float | None = None, scale: float | Tensor = 1.0, z_loss: float = 0.0, logit_scale: float = 1.0,
+        softcap: float | None = None, return_stats: Literal[False] = False,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "CrossEntropyLoss[tuple[Tensor, LossStats]]", weight: Tensor | None = None, size_average: bool | None = None,
+        ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
+        top_k: int | float | None = None, scale: float | Tensor = 1.0, z_loss: float = 0.0, logit_scale: float = 1.0,
+        softcap: float | None = None, return_stats: Literal[True],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "CrossEntropyLoss[Tensor | tuple[Tensor, LossStats]]", weight: Tensor | None = None,
+        size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean",
+        label_smoothing: float = 0.0, *, top_k: int | float | None = None, scale: float | Tensor = 1.0, z_loss: float = 0.0,
+        logit_scale: float = 1.0, softcap: float | None = None, return_stats: bool,
+    ) -> None: ...
+    # fmt: on
     def __init__(
         self,
         weight: Tensor | None = None,
         size_average: bool | None = None,
         ignore_index: int = -100,
         reduce: bool | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         label_smoothing: float = 0.0,
         *,
         top_k: int | float | None = EXTRAS.top_k,
@@ -55,7 +100,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     def forward(
         self,
         input: Tensor,
-        target: Tensor | tuple[Tensor, Tensor, float | Tensor],
+        target: Target,
         *,
         scale: float | Tensor | None = None,
         sample_weight: Tensor | None = None,
@@ -76,6 +121,22 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             softcap=self.softcap,
             return_stats=self.return_stats,
         )
+
+    def extra_repr(self) -> str:
+        """The extras that are set; PyTorch's loss shows none of its own options."""
+        extras = {"reduction": self.reduction} if self.reduction in ("max", "topk") else {}
+        extras |= {name: getattr(self, name) for name in _OWN_EXTRAS}
+        return ", ".join(
+            f"{name}={value!r}" for name, value in extras.items() if isinstance(value, Tensor) or value != _OWN_EXTRAS.get(name)
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CrossEntropyLoss[Result]":
+        """A scale that is a tensor follows the buffers, as .to() moves them. It is none: a buffer cannot become a number."""
+        super()._apply(fn, recurse)
+        if isinstance(self.__dict__.get("scale"), Tensor):  # else a number, or a parameter
+            with torch.no_grad():
+                self.scale = fn(self.scale)  # type: ignore[arg-type]
+        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A module pickled or copied from nn.CrossEntropyLoss lacks the extras."""

@@ -3,6 +3,7 @@
 import functools
 import threading
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    options = (size_average, ignore_index, reduce, reduction, label_smoothing)
+    options: tuple[Any, ...] = (size_average, ignore_index, reduce, reduction, label_smoothing)
     # Not for a mode such as `with torch.device(...)`: only for a tensor's own class, which may know PyTorch's function.
     if has_torch_function_variadic(input, target, weight) and any(map(_overrides, (input, target, weight))):
         return handle_torch_function(reference.TORCHS, (input, target, weight), input, target, weight, *options)

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+Reduction = Literal["none", "sum", "mean", "max", "topk"]
+Target = Tensor | tuple[Tensor, Tensor, float | Tensor]  # class indices or probabilities; two labels, the share of the first
 ROW_REDUCTIONS = ("max", "topk")  # reductions that select rows by their loss
 
 

@@ -1,6 +1,7 @@
 """Which path serves a call, and why: decided from all but the tensors' values."""
 
-from functools import lru_cache
+import warnings
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -59,9 +60,20 @@ def _choose(facts: InputFacts, options: Options, has_scale: bool, requested: str
             raise RuntimeError(f"backend {requested!r} was asked for, but {uncovered}")
         return Route(requested, f"asked for by backend({requested!r}) or FUSEDLOSS_BACKEND", out_dtype, world)
     if uncovered:
+        if uncovered == cpu.MISSING and not torch.compiler.is_compiling():  # whose compiler makes PyTorch's loss as fast
+            _warn_of_missing_kernel()
         return Route("torch" if _torch_serves(facts, options, has_scale) else "reference", uncovered, out_dtype, world)
     reason = "the logits are on a GPU" if name == "triton" else f"the logits are on the CPU ({cpu.ISA})"
     return Route(str(name), reason, out_dtype, world)
+
+
+@cache
+def _warn_of_missing_kernel() -> None:
+    warnings.warn(
+        f"fusedloss: {cpu.MISSING}. Losses on the CPU are PyTorch's, at its speed. Install a C++ compiler "
+        "(g++ or clang++), then fusedloss again; or set FUSEDLOSS_BACKEND=reference, which asks for PyTorch's operators.",
+        stacklevel=6,  # the caller of cross_entropy
+    )
 
 
 def _torch_serves(facts: InputFacts, options: Options, has_scale: bool) -> bool:

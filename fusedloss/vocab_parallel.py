@@ -10,7 +10,7 @@ from fusedloss import reference, slices
 from fusedloss.autograd import kernel_inputs
 from fusedloss.checks import Facts, InputFacts, check_class_indices, check_options, check_tensors
 from fusedloss.functional import cross_entropy
-from fusedloss.plan import Extras, Inputs, Options, accumulation_dtype
+from fusedloss.plan import Extras, Inputs, Options, Reduction, accumulation_dtype
 from fusedloss.route import autocast_is_on, dtype_of_loss
 from fusedloss.serving import labels_of, per_row
 from fusedloss.slices import Slice
@@ -29,7 +29,7 @@ def vocab_parallel_cross_entropy(
     first_class: int | None = None,
     n_classes: int | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     top_k: int | float | None = None,
     scale: float | Tensor = 1.0,

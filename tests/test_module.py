@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -40,6 +41,36 @@ def _reloaded(module: nn.Module) -> nn.Module:
 
 def test_19_repr(module_class: type[nn.CrossEntropyLoss]) -> None:
     assert repr(module_class(make_weight(5), label_smoothing=0.1)) == "CrossEntropyLoss()"
+
+
+def test_repr_shows_the_extras_that_are_set() -> None:
+    module = fusedloss.CrossEntropyLoss(reduction="topk", top_k=0.1, z_loss=1e-4, scale=torch.tensor(0.5))
+    assert repr(module) == "CrossEntropyLoss(reduction='topk', top_k=0.1, scale=tensor(0.5000), z_loss=0.0001)"
+    assert repr(fusedloss.CrossEntropyLoss(reduction="sum", scale=2.0, softcap=None)) == "CrossEntropyLoss(scale=2.0)"
+
+
+def test_a_scale_that_is_a_tensor_follows_the_module() -> None:
+    module = fusedloss.CrossEntropyLoss(scale=torch.tensor(0.5))
+    assert module.double().scale.dtype == torch.float64
+    module.scale = 2.0  # and a number may take its place, which no buffer allows
+    assert module.to(torch.float32).scale == 2.0
+    module.scale = torch.tensor(0.25)  # and it the number's
+    container = nn.Sequential(module).to("meta")
+    assert container[0].scale.is_meta
+    assert not container.state_dict()
+    learned = fusedloss.CrossEntropyLoss()
+    del learned.scale
+    learned.scale = nn.Parameter(torch.tensor(3.0))
+    assert isinstance(learned.double().scale, nn.Parameter)
+    assert learned.scale.dtype == torch.float64
+
+
+def test_the_docstring_names_every_argument() -> None:
+    import inspect
+
+    for documented in (fusedloss.CrossEntropyLoss, fusedloss.cross_entropy):
+        for name in inspect.signature(documented).parameters:
+            assert re.search(rf"^ +{name}: ", documented.__doc__ or "", re.MULTILINE), name
 
 
 def test_19_constants(module_class: type[nn.CrossEntropyLoss]) -> None:

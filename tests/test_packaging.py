@@ -149,6 +149,90 @@ def test_the_sdists_tests_have_what_they_need(source: Path, sdist: Path, tmp_pat
     assert "tests/test_accuracy.py" in collected
 
 
+USER = """
+import warnings
+import torch, fusedloss
+from torch.nn.functional import cross_entropy
+
+logits, target = torch.randn(50, 7, requires_grad=True), torch.randint(7, (50,))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for options in ({}, {"reduction": "sum"}, {"label_smoothing": 0.1}):
+        loss = fusedloss.cross_entropy(logits, target, **options)
+        expected = cross_entropy(logits, target, **options)
+        assert loss.equal(expected) and torch.autograd.grad(loss, logits)[0].equal(torch.autograd.grad(expected, logits)[0])
+    fusedloss.cross_entropy(logits, target, reduction="topk", top_k=3)
+print(*[f"{warning.filename}: {warning.message}" for warning in caught], sep="\\n")
+with fusedloss.backend("reference"), warnings.catch_warnings():
+    warnings.simplefilter("error")
+    fusedloss.cross_entropy(logits, target)
+"""
+
+
+def test_without_a_compiler_the_first_call_says_so_and_is_pytorchs(pure_wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(pure_wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    (said,) = _run("-c", USER, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()
+    assert said.startswith("<string>: fusedloss: the compiled CPU kernel is missing")
+    assert "C++ compiler" in said
+    report = _run("-m", "fusedloss", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert "cpu       reference path: the compiled CPU kernel is missing" in report
+
+
+TYPED = """
+import torch
+from torch import Tensor
+import fusedloss
+from fusedloss import CrossEntropyLoss, LossStats, cross_entropy
+
+logits, target = torch.randn(3, 5, requires_grad=True), torch.randint(5, (3,))
+loss: Tensor = cross_entropy(logits, target, label_smoothing=0.1)
+mixed: Tensor = cross_entropy(logits, (target, target, 0.5), reduction="topk", top_k=2)
+pair: tuple[Tensor, LossStats] = cross_entropy(logits, target, return_stats=True)
+criterion: CrossEntropyLoss = CrossEntropyLoss(reduction="max")
+own: Tensor = criterion(logits, target)
+both: tuple[Tensor, LossStats] = CrossEntropyLoss(return_stats=True)(logits, target)
+
+
+class Mine(CrossEntropyLoss):
+    pass
+
+
+inherited: Tensor = Mine(z_loss=1e-4)(logits, target)
+with fusedloss.backend("reference"), fusedloss.patch_torch():
+    print(fusedloss.plan(logits, target), inherited + own + both[0] + pair[0])
+"""
+MISTYPED = """
+import torch
+import fusedloss
+from fusedloss import CrossEntropyLoss, cross_entropy
+
+logits, target = torch.randn(3, 5), torch.randint(5, (3,))
+cross_entropy(logits, target, reduction="maen")
+CrossEntropyLoss(reduction="maen")
+fusedloss.backend("cuda")
+cross_entropy(logits, target, return_stats=True).backward()
+cross_entropy(logits, target).n_correct
+CrossEntropyLoss(return_stats=True)(logits, target).backward()
+"""
+
+
+def test_mypy_understands_a_users_file(pure_wheel: Path, tmp_path: Path) -> None:
+    """Strictly, as installed: what is right has no error, and what is wrong has one on its line."""
+    with zipfile.ZipFile(pure_wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "typed.py").write_text(TYPED)
+    (tmp_path / "mistyped.py").write_text(MISTYPED)
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--cache-dir", str(ROOT / ".mypy_cache" / "users")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    result = subprocess.run([*command, "typed.py", "mistyped.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    wrong = [int(line) for line in re.findall(r"^mistyped\.py:(\d+): error: ", result.stdout, re.MULTILINE)]
+    assert sorted(set(wrong)) == [7, 8, 9, 10, 11, 12], result.stdout
+    assert "typed.py" not in result.stdout.replace("mistyped.py", "")
+    assert not result.stderr
+    _run("typed.py", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))  # and it runs
+
+
 WHERE = """
 import fusedloss, fusedloss.kernels.rowwise, fusedloss.kernels.forward, torch
 logits = torch.tensor([[0.0, 0.0]], requires_grad=True)
@@ -167,7 +251,7 @@ def test_an_installed_wheel_works_by_itself(wheel: Path, tmp_path: Path) -> None
     assert Path(package) == target / "fusedloss" / "__init__.py"
     assert Path(kernels) == target / "fusedloss" / "kernels" / "rowwise.py"
     assert (loss, gradient) == ("0.6931", "[[0.5, -0.5]]")
-    assert plan == "reference True"
+    assert plan == "torch True"
 
 
 def test_a_checkout_works_without_an_installation(source: Path, tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal, get_args
 
-NAMES = ("auto", "triton", "cpu", "reference")
+Name = Literal["auto", "triton", "cpu", "reference"]
 
 
 def _checked(name: str) -> str:
-    if name not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(NAMES)}, but got {name!r}")
+    if name not in get_args(Name):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Name))}, but got {name!r}")
     return name
 
 
@@ -17,7 +18,7 @@ requested = _checked(os.environ.get("FUSEDLOSS_BACKEND", "auto"))  # read as bac
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: Name) -> Iterator[None]:
     """Forces one implementation for the calls inside the `with` block, in every thread of the process.
 
     Args:
