@@ -52,8 +52,19 @@ def serve(
     labels, labels_b, lam = labels_of(target)
     tensors = (input, labels, labels_b, lam if isinstance(lam, Tensor) else None, weight, sample_weight)
     if has_torch_function_variadic(*tensors):
-        positional = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        return handle_torch_function(public, tensors, *positional, **Extras(*extras)._asdict())
+        return handle_torch_function(  # by keyword, as PyTorch does: overrides look there
+            public,
+            tensors,
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            **Extras(*extras)._asdict(),
+        )
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     options = check_options(reduction, ignore_index, label_smoothing, Extras(*extras), lam)

@@ -45,7 +45,7 @@ def test_19_repr(module_class: type[nn.CrossEntropyLoss]) -> None:
 
 def test_repr_shows_the_extras_that_are_set() -> None:
     module = fusedloss.CrossEntropyLoss(reduction="topk", top_k=0.1, z_loss=1e-4, scale=torch.tensor(0.5))
-    assert repr(module) == "CrossEntropyLoss(reduction='topk', top_k=0.1, scale=tensor(0.5000), z_loss=0.0001)"
+    assert repr(module) == "CrossEntropyLoss(reduction='topk', scale=tensor(0.5000), top_k=0.1, z_loss=0.0001)"
     assert repr(fusedloss.CrossEntropyLoss(reduction="sum", scale=2.0, softcap=None)) == "CrossEntropyLoss(scale=2.0)"
 
 
