@@ -1,4 +1,7 @@
-"""The hard cases of the loss, ours and PyTorch's, against 50 digits. Prints a Markdown page and writes benchmarks/ACCURACY.md.
+"""The hard cases of the loss, ours and PyTorch's, against 50 digits. Prints a Markdown page, and writes it to runs/ACCURACY.md.
+
+    make accuracy
+    make accuracy ARGS=--update                # to benchmarks/ACCURACY.md instead
 
 The exact values are mpmath's for the logits as they are in the dtype, so that an error is the computation's own:
 
@@ -20,6 +23,7 @@ import mpmath
 import numpy
 import torch
 import torch.nn.functional as F
+from files import write_atomically
 from torch import Tensor
 
 import fusedloss
@@ -224,7 +228,9 @@ def main() -> None:
     parser.add_argument(
         "--interpreted", type=Path, help="save the Triton kernels' results here (of a process with TRITON_INTERPRET=1)"
     )
-    parser.add_argument("--output", type=Path, default=PAGE, help="the page to write")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, default=Path("runs") / PAGE.name, help="the page to write")
+    where.add_argument("--update", action="store_const", dest="output", const=PAGE, help=f"write {PAGE.name} beside this file")
     arguments = parser.parse_args()
     chosen = [case for case in cases() if not arguments.cases or case.name in arguments.cases]
     if arguments.interpreted:
@@ -235,7 +241,8 @@ def main() -> None:
         return
     text = page(chosen)
     print(text)
-    arguments.output.write_text(text + "\n")
+    write_atomically(arguments.output, text + "\n")
+    print(f"written: {arguments.output}")
 
 
 mpmath.mp.dps = 50

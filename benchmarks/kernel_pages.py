@@ -1,7 +1,10 @@
 """KERNELS.md and its plots from kernel_report.py's numbers: no figure and no verdict here that is not computed from them."""
 
+import io
 from pathlib import Path
 from typing import Any
+
+from files import write_atomically
 
 Record = dict[str, Any]
 
@@ -46,7 +49,7 @@ def write(data: Record, folder: Path) -> str:
         COMPILED_TEXT,
         *(f"### {target}: {device['name']}\n\n{compiled_table(data, target)}" for target, device in data["devices"].items()),
     ]
-    (folder / "KERNELS.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    write_atomically(folder / "KERNELS.md", "\n\n".join(part for part in parts if part) + "\n")
     return table
 
 
@@ -261,13 +264,14 @@ def draw(data: Record, folder: Path) -> dict[str, str]:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
     shown = {}
 
     def save(figure: Any, name: str, title: str) -> None:
         # No Software entry: the file depends on the numbers alone.
-        figure.savefig(folder / f"kernels_{name}.png", bbox_inches="tight", dpi=85, metadata={"Software": None})
+        file = io.BytesIO()
+        figure.savefig(file, format="png", bbox_inches="tight", dpi=85, metadata={"Software": None})
         plt.close(figure)
+        write_atomically(folder / f"kernels_{name}.png", file.getvalue())
         shown[name] = f"![{title}](results/kernels_{name}.png)"
 
     if data["marks"]:

@@ -1,7 +1,8 @@
 """What the kernels are made of, for GPUs that are not here: writes KERNELS.md, its plots, and the numbers they are drawn from.
 
-    make report
-    python benchmarks/kernel_report.py --only-write     # the pages anew from results/kernels.json, nothing compiled
+    make report                                         # to runs/
+    make report ARGS=--update                           # to the tracked files beside this one: needs the emulator
+    python benchmarks/kernel_report.py --update --only-write   # the pages anew from results/kernels.json, nothing compiled
 
 Every launch of every case is cross-compiled by Triton for each target and read back from the machine code; nothing is timed.
 PyTorch's figures are counted from the operators that F.cross_entropy and its backward dispatch. Liger's kernel is compiled the
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from compiled import FACTS, TARGETS, Launch, Report, compile_for, launches, recorded_launches, report
+from files import write_atomically
 from kernel_pages import write
 from torch import Tensor
 from torch_ops import count
@@ -260,14 +262,18 @@ def _liger_version() -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of KERNELS.md and results/")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, default=Path("runs"), help="folder of KERNELS.md and results/")
+    where.add_argument("--update", action="store_const", dest="out", const=FOLDER, help="write those beside this file")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only-write", action="store_true", help="compile and count nothing")
     arguments = parser.parse_args()
     numbers = arguments.out / "results" / "kernels.json"
     if not arguments.only_write:
-        numbers.parent.mkdir(parents=True, exist_ok=True)
-        numbers.write_text(as_json(collect(CASES, arguments.targets, list(emulated.MARKS))))
+        if arguments.out == FOLDER and emulated.emulator() is None:
+            print("--update would lose the columns that the emulator counts, and there is none: nothing was written")
+            sys.exit(2)
+        write_atomically(numbers, as_json(collect(CASES, arguments.targets, list(emulated.MARKS))))
     print(write(json.loads(numbers.read_text()), arguments.out))
 
 

@@ -1,5 +1,6 @@
 """What the commands print and write: `make test`'s three parts, and which tests they leave out; `make bench` on a CPU."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -120,6 +121,37 @@ def test_make_bench_prints_row_by_row_and_writes_a_table_and_a_plot(
     assert text.startswith(bench_cpu.machine())
     assert (tmp_path / "bench_cpu.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench_cpu.md", "bench_cpu.png"]
+
+
+@pytest.mark.parametrize("script", ["accuracy", "kernel_report"])
+def test_tracked_pages_are_written_only_when_asked_to(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(script)
+    tracked = tmp_path / "tracked"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "FOLDER" if script == "kernel_report" else "PAGE", tracked)
+    if script == "kernel_report":
+        monkeypatch.setattr(module, "collect", lambda *_: {"cases": []})
+        monkeypatch.setattr(module, "write", lambda data, folder: f"page of {folder}")
+        monkeypatch.setattr(module.emulated, "emulator", lambda: None)
+    else:
+        monkeypatch.setattr(module, "page", lambda cases: "the page")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    module.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--update"])
+    if script == "accuracy":
+        module.main()
+        assert tracked.read_text() == "the page\n"
+        return
+    with pytest.raises(SystemExit) as stopped:  # without the emulator its columns would be lost
+        module.main()
+    assert stopped.value.code == 2
+    assert "nothing was written" in capsys.readouterr().out
+    monkeypatch.setattr(module.emulated, "emulator", lambda: object())
+    module.main()
+    assert (tracked / "results" / "kernels.json").exists()
 
 
 def test_pytest_benchmark_saves_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
