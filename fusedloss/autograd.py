@@ -1,14 +1,16 @@
-"""The torch.autograd.Function: what is saved and which gradients exist.
+"""The torch.autograd.Function of eager calls: what is saved and which gradients exist.
 
 forward   loss, saved, dlogits = op.forward(logits, ...)   saved: per-row statistics and the reduction's coefficients
-backward  dlogits, scaled by dloss                         fused strategy, the first time: no saved tensor is touched
-          the same from op.forward, run again              fused strategy, a second backward (retain_graph)
+backward  dlogits, scaled by dloss                         fused strategy: every backward of first order
+          op.forward(logits, ...), scaled by dloss         the same where hooks had the say over what is saved
           op.backward(dloss, logits, saved)                recompute strategy
           autograd.grad(reference(logits))                 under create_graph: differentiable to any order
 
-A fused gradient is kept on ctx, outside save_for_backward: it is handed out once and belongs to the caller from then on, who
-may change it in place. The logits are saved besides (a reference, not a copy) but not read, so that a caller who edits them
-in place after the forward is still served, as PyTorch does; only the other paths then meet autograd's version check.
+A call holds one tensor of the logits' size, as PyTorch's loss holds their log-softmax: the fused gradient, or the logits. All of
+it goes through save_for_backward, so that checkpoints and other hooks have it in their hands. While such hooks are active no
+gradient is made before it is asked for: what they would have to keep, or to throw away, is the logits alone.
+
+The fused gradient belongs to the graph until the graph is freed: then it is scaled in place and handed out, before that a copy.
 """
 
 from typing import Any
@@ -20,6 +22,8 @@ from torch.compiler import is_dynamo_compiling
 from fusedloss import ops, reference
 from fusedloss.known import KnownCall
 from fusedloss.plan import Inputs, Options, fuses_gradient, spatial_dims_collapse
+from fusedloss.recover import KEPT_BYTES, recovered
+from fusedloss.world import hooks_are_active, is_batched, nobody_watches
 
 
 def kernel_inputs(inputs: Inputs) -> Inputs:
@@ -27,15 +31,8 @@ def kernel_inputs(inputs: Inputs) -> Inputs:
     logits = inputs.logits
     if logits.dim() == 2:
         return inputs
-    return Inputs(
-        _rows(logits),
-        _rows(inputs.target) if inputs.has_probabilities() else inputs.target.reshape(-1),
-        None if inputs.target_b is None else inputs.target_b.reshape(-1),
-        None if inputs.lam is None else inputs.lam.reshape(-1),
-        inputs.weight,
-        None if inputs.sample_weight is None else inputs.sample_weight.reshape(-1),
-        inputs.scale,
-    )
+    flat = inputs.per_row(lambda values: values.reshape(-1))
+    return flat._replace(logits=_rows(logits), target=_rows(inputs.target) if inputs.has_probabilities() else flat.target)
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -49,48 +46,36 @@ def _rows_shape(logits: Tensor) -> tuple[int, ...]:
     return (logits.shape[0], *logits.shape[2:])
 
 
-def forward_only(
-    inputs: Inputs, options: Options, out_dtype: torch.dtype, backend: str
+def kernel_forward(
+    inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, backend: str
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """The loss, with nothing kept for a backward; with statistics also (2, n_rows) and (3,), as `ops.forward` has them."""
-    outputs = ops.forward(kernel_inputs(inputs), options, out_dtype, False, backend)
+    """The loss; with statistics also (2, n_rows) and (3,), as `ops.forward` has them. No gradient but the operator's own."""
+    outputs = ops.forward(kernel_inputs(inputs), options, out_dtype, needs_grad, backend)
     loss = outputs.loss
     if options.reduction == "none" and inputs.logits.dim() > 2:
         loss = loss.view(_rows_shape(inputs.logits))
     return (loss, outputs.row_stats, outputs.counts) if options.return_stats else loss
 
 
-_NO_GRADIENTS = (None,) * 9  # of all arguments but the logits
-
-
 class CrossEntropyFunction(torch.autograd.Function):
-    """What `forward_only` returns, and the loss's gradient with respect to the logits."""
+    """What `kernel_forward` returns, and the loss's gradient with respect to the logits, which are inputs.logits."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        target_b: Tensor | None,
-        lam: Tensor | None,
-        weight: Tensor | None,
-        sample_weight: Tensor | None,
-        scale: Tensor | None,
-        options: Options,
-        out_dtype: torch.dtype,
-        backend: str,
-    ) -> Any:
-        inputs = Inputs(logits, target, target_b, lam, weight, sample_weight, scale)  # torch.compile traces no tuple of tensors
-        outputs = ops.forward(kernel_inputs(inputs), options, out_dtype, True, backend)
-        loss, dlogits = outputs.loss, outputs.dlogits
+    def forward(ctx: Any, logits: Tensor, inputs: Inputs, options: Options, out_dtype: torch.dtype, backend: str) -> Any:
         fused = fuses_gradient(options.reduction, logits.dtype)
-        ctx.save_for_backward(*inputs, outputs.saved)
-        if logits.dim() > 2:
-            if options.reduction == "none":
-                loss = loss.view(_rows_shape(logits))
-            elif fused:
-                dlogits = dlogits.view(logits.shape)
-        ctx.call, ctx.dlogits = (options, out_dtype, backend), dlogits if fused else None
+        outputs = ops.forward(kernel_inputs(inputs), options, out_dtype, not (fused and hooks_are_active()), backend)
+        loss, dlogits = outputs.loss, outputs.dlogits
+        if logits.dim() > 2 and options.reduction == "none":
+            loss = loss.view(_rows_shape(logits))
+        has_gradient = fused and dlogits is not None and dlogits.numel() == logits.numel()
+        ctx.call, ctx.has_gradient = (options, out_dtype, backend), has_gradient
+        if has_gradient:
+            ctx.place = None if forgets_logits(options, logits) else (logits, logits._version)
+            ctx.names = _present(inputs if ctx.place is None else inputs._replace(logits=None))  # type: ignore[arg-type]
+            ctx.save_for_backward(dlogits.view(logits.shape), *(getattr(inputs, name) for name in ctx.names))
+        else:
+            ctx.names = _present(inputs)
+            ctx.save_for_backward(*(getattr(inputs, name) for name in ctx.names), *([] if fused else [outputs.saved]))
         if not options.return_stats:
             return loss
         ctx.mark_non_differentiable(outputs.row_stats, outputs.counts)
@@ -98,11 +83,7 @@ class CrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        dloss = dlosses[0]  # the others are of statistics
-        if ctx.dlogits is not None and not _is_differentiable(dloss):
-            return _scaled_fused_gradient(ctx, dloss, ctx.call[2]), *_NO_GRADIENTS
-        *tensors, saved = ctx.saved_tensors
-        return _gradient(dloss, Inputs(*tensors), saved, *ctx.call), *_NO_GRADIENTS
+        return _gradient(ctx, dlosses[0], *ctx.call), None, None, None, None  # the other dlosses are of statistics
 
 
 class KnownCrossEntropyFunction(torch.autograd.Function):
@@ -112,61 +93,89 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, rest: tuple[Tensor, Tensor | None, float, KnownCall]) -> Tensor:
         target, weight, scale, known = rest  # one by one they would cost a percent of a small step
         loss, saved, dlogits = known.prepared.forward(logits, target, weight, scale)
-        if weight is None and saved is None:  # each another percent
-            ctx.save_for_backward(logits, target)
+        ctx.known, ctx.scale, ctx.names = known, scale, known.names
+        if dlogits is None:
+            ctx.save_for_backward(logits, target, *(() if weight is None else (weight,)), saved)
+        elif known.forgets:
+            ctx.place = None
+            ctx.save_for_backward(dlogits, logits, target, *(() if weight is None else (weight,)))
         else:
-            ctx.save_for_backward(logits, target, weight, saved)
-        ctx.known, ctx.scale, ctx.dlogits = known, scale, dlogits
+            ctx.place = logits, logits._version
+            if weight is None:  # another percent
+                ctx.save_for_backward(dlogits, target)
+            else:
+                ctx.save_for_backward(dlogits, target, weight)
+        ctx.has_gradient = dlogits is not None
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         known = ctx.known
-        if ctx.dlogits is not None:
-            watched = torch.is_grad_enabled() or is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() != 0
-            if not watched and known.takes_dloss(dloss):
-                dlogits, ctx.dlogits = ctx.dlogits, None
-                known.prepared.scale_gradient(dlogits, dloss)
-                return dlogits, None
-            if not _is_differentiable(dloss):
-                return _scaled_fused_gradient(ctx, dloss, known.backend), None
-        logits, target, *others = ctx.saved_tensors
-        weight, saved = others or (None, None)  # saved: where no gradient was made
-        inputs, options = Inputs(logits, target, weight=weight), known.options._replace(scale=ctx.scale)
-        return _gradient(dloss, inputs, saved, options, known.out_dtype, known.backend), None
+        watched = torch.is_grad_enabled() or is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() != 0
+        if ctx.has_gradient and not watched and known.takes_dloss(dloss) and not _keeps_graph():
+            dlogits = _taken(ctx)
+            known.prepared.scale_gradient(dlogits, dloss)
+            return dlogits, None
+        return _gradient(ctx, dloss, known.options._replace(scale=ctx.scale), known.out_dtype, known.backend), None
 
 
-def _gradient(dloss: Tensor, inputs: Inputs, saved: Any, options: Options, out_dtype: torch.dtype, backend: str) -> Tensor:
-    """The logits' gradient from what was saved: all but the first backward of the fused strategy."""
-    logits = inputs.logits
-    if _is_differentiable(dloss):
-        with torch.enable_grad():
-            loss, _ = reference.cross_entropy(inputs, options, out_dtype)
-            return torch.autograd.grad(loss, logits, dloss, create_graph=True)[0]
-    if fuses_gradient(options.reduction, logits.dtype):
-        # Handed out already: the same bits once more, so that two backwards add up to exactly twice one.
-        dlogits = ops.forward(kernel_inputs(inputs), options, out_dtype, True, backend).dlogits.view(logits.shape)
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # retain_graph, or create_graph
+
+
+def forgets_logits(options: Options, logits: Tensor) -> bool:
+    """Whether a call that made its gradient keeps nothing of the logits but their place in the graph: `forget_logits` is to be
+    called. PyTorch's composition of a z-loss or a softcap keeps them, too; small ones are kept rather than forgotten, which takes
+    as long as their loss."""
+    return options.z_loss == 0 and options.softcap == 0 and logits.numel() * logits.element_size() > KEPT_BYTES
+
+
+def _present(inputs: Inputs) -> tuple[str, ...]:
+    """The tensors that there are: what draws a graph asks each one saved for its shape."""
+    return tuple(name for name, tensor in zip(Inputs._fields, inputs, strict=True) if tensor is not None)
+
+
+def _taken(ctx: Any) -> Tensor:
+    """The gradient, for whoever frees the graph, once: atomic, since another thread may free it as well."""
+    dlogits = ctx.saved_tensors[0]
+    if ctx.__dict__.pop("place", _taken) is _taken:
+        raise RuntimeError("Trying to backward through the graph a second time, in another thread at the same time")
+    return dlogits
+
+
+def _gradient(ctx: Any, dloss: Tensor, options: Options, out_dtype: torch.dtype, backend: str) -> Tensor:
+    if ctx.has_gradient and not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or is_batched(dloss):  # a compiler owns the buffers of its graphs
+            dlogits = ctx.saved_tensors[0]
+            return (dlogits * dloss).to(dlogits.dtype)
+        dlogits = ctx.saved_tensors[0].clone() if _keeps_graph() or not nobody_watches(dloss) else _taken(ctx)
         ops.scale_gradient(dlogits, dloss, backend)
         return dlogits
-    dlogits = ops.backward(dloss, kernel_inputs(inputs), saved, options, backend)
-    return dlogits.view(logits.shape) if logits.dim() > 2 else dlogits
+    tensors = ctx.saved_tensors
+    dlogits, tensors = (tensors[0], tensors[1:]) if ctx.has_gradient else (None, tensors)
+    by_name = dict(zip(ctx.names, tensors, strict=False))
+    if torch.is_grad_enabled() or is_batched(dloss):
+        return _differentiable_gradient(ctx, dloss, by_name, dlogits, options, out_dtype)
+    inputs = Inputs(**by_name)
+    if fuses_gradient(options.reduction, inputs.logits.dtype):
+        dlogits = ops.forward(kernel_inputs(inputs), options, out_dtype, True, backend).dlogits.view(inputs.logits.shape)
+        ops.scale_gradient(dlogits, dloss, backend)
+        return dlogits
+    return ops.backward(dloss, kernel_inputs(inputs), tensors[-1], options, backend).view(inputs.logits.shape)
 
 
-def _is_differentiable(dloss: Tensor) -> bool:
-    """Whether a kernel's gradient would not do: under create_graph=True it must be differentiable itself, under vmap
-    (is_grads_batched) no kernel serves dloss."""
-    return torch.is_grad_enabled() or _is_batched(dloss)
-
-
-def _is_batched(dloss: Tensor) -> bool:
-    # torch.func.vmap has one kind of batched tensor, autograd.grad(is_grads_batched=True) another.
-    functorch = torch._C._functorch
-    return not torch.compiler.is_compiling() and (functorch.is_batchedtensor(dloss) or functorch.is_legacy_batchedtensor(dloss))
-
-
-def _scaled_fused_gradient(ctx: Any, dloss: Tensor, backend: str) -> Tensor:
-    if torch.compiler.is_compiling():
-        return ctx.dlogits * dloss  # the compiler owns the buffers of its graphs, and may have to run the backward again
-    dlogits, ctx.dlogits = ctx.dlogits, None
-    ops.scale_gradient(dlogits, dloss, backend)
-    return dlogits
+def _differentiable_gradient(
+    ctx: Any, dloss: Tensor, by_name: dict[str, Tensor], dlogits: Tensor | None, options: Options, out_dtype: torch.dtype
+) -> Tensor:
+    """From PyTorch's operators: under create_graph the gradient must be differentiable itself, under vmap (is_grads_batched) no
+    kernel serves dloss."""
+    with torch.enable_grad():
+        if dlogits is None:
+            place = values = by_name["logits"]
+        else:
+            place, version = ctx.place or (by_name["logits"], None)
+            values = place
+            inputs = Inputs(**{**by_name, "logits": place})
+            if version != place._version:  # forgotten, or edited since, as it may be
+                values = recovered(inputs, options, out_dtype, dlogits)
+        loss, _ = reference.cross_entropy(Inputs(**{**by_name, "logits": values}), options, out_dtype)
+        return torch.autograd.grad(loss, place, dloss, create_graph=True)[0]

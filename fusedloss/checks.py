@@ -76,7 +76,8 @@ def _options(
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if type(ignore_index) is not int:
         ignore_index = _index("ignore_index", ignore_index)
-    if not -(2**63) <= ignore_index < 2**63:
+    # A compiler's numbers fit, and of some it knows no more.
+    if not torch.compiler.is_compiling() and not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit 64 bits, but got {ignore_index}: Overflow when unpacking long long")
     if type(label_smoothing) is not float:
         label_smoothing = _float("label_smoothing", label_smoothing)
@@ -250,12 +251,12 @@ def _check_indices(input: Facts, target: Facts, weight: Facts | None, n_classes:
             raise RuntimeError("0D or 1D target tensor expected, multi-target not supported")
         if len(target.shape) == 1 and target.shape[0] != 1:
             raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.shape[0]}")
-    elif len(target.shape) == 0 or input.shape[0] != target.shape[0]:
+    elif len(target.shape) == 0 or not _same_sizes(input.shape[:1], target.shape[:1]):
         found = target.shape[0] if target.shape else "none, a 0-d target"
         raise ValueError(f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({found}).")
     elif len(input.shape) == 2 and len(target.shape) != 1:
         raise RuntimeError(f"0D or 1D target tensor expected, multi-target not supported: got target size {list(target.shape)}")
-    elif len(input.shape) > 2 and input.shape[2:] != target.shape[1:]:
+    elif len(input.shape) > 2 and not _same_sizes(input.shape[2:], target.shape[1:]):
         expected = [input.shape[0], *input.shape[2:]]
         raise RuntimeError(f"Expected target size {expected}, got {list(target.shape)}")
     if target.dtype != torch.int64:
@@ -275,6 +276,19 @@ def _check_indices(input: Facts, target: Facts, weight: Facts | None, n_classes:
             "The function 'cross_entropy' is not differentiable with respect to argument 'weight' for class index "
             "targets. This input cannot have requires_grad True."
         )
+
+
+def _same_sizes(sizes: torch.Size, others: torch.Size) -> bool:
+    """Whether they are equal; sizes that a compiler knows only when it runs, as of x[mask], are asserted to be."""
+    if not torch.compiler.is_compiling() or len(sizes) != len(others):
+        return sizes == others
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # loaded with a compiler only
+
+    for size, other in zip(sizes, others, strict=True):
+        if guard_or_false(size != other):
+            return False
+        torch._check(size == other)
+    return True
 
 
 def check_class_indices(target: Tensor, n_classes: int, ignore_index: int) -> None:

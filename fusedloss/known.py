@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from fusedloss import backends
 from fusedloss.plan import Options
+from fusedloss.world import hooks_are_active
 
 MAX_KEYS = 256
 MAX_CALLS = 8  # of one key: each that is another costs a tenth of a microsecond
@@ -34,6 +35,8 @@ class KnownCall:
     options: Options  # but the scale
     out_dtype: torch.dtype
     backend: str
+    names: tuple[str, ...]  # of the tensors that are saved, besides what the kernel made
+    forgets: bool  # whether logits are only saved for their place in the graph
     prepared: Any  # the backend's: forward(logits, target, weight, scale), scale_gradient(dlogits, dloss)
 
 
@@ -59,6 +62,7 @@ def key_of(
         or not size_average is reduce is top_k is sample_weight is None
         or return_stats
         or type(target) is tuple
+        or hooks_are_active()
     ):
         return None
     return (

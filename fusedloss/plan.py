@@ -1,5 +1,6 @@
 """What a call asks for (Options) and which path it takes (Plan): data, common to all backends."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -69,6 +70,16 @@ class Inputs(NamedTuple):
     weight: Tensor | None = None  # (C,), a factor per class
     sample_weight: Tensor | None = None  # (N, d1, ...), a factor per row; for the kernels (n_rows,)
     scale: Tensor | None = None  # 0-d, on top of Options.scale
+
+    def per_row(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        """The same, each tensor of a value per row changed."""
+        _, target, target_b, lam, _, sample_weight, _ = self
+        return self._replace(
+            target=change(target),
+            target_b=None if target_b is None else change(target_b),
+            lam=None if lam is None else change(lam),
+            sample_weight=None if sample_weight is None else change(sample_weight),
+        )
 
     def has_probabilities(self) -> bool:
         return self.target.dim() == self.logits.dim()

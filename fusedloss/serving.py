@@ -11,17 +11,18 @@ from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusedloss import known, ops, reference
-from fusedloss.autograd import CrossEntropyFunction, KnownCrossEntropyFunction, forward_only, kernel_inputs
+from fusedloss.autograd import CrossEntropyFunction, KnownCrossEntropyFunction, forgets_logits, kernel_forward, kernel_inputs
 from fusedloss.backends.outputs import contiguous_strides
 from fusedloss.backends.triton import device_facts
 from fusedloss.checks import check_class_indices, check_options
 from fusedloss.geometry import DeviceFacts
-from fusedloss.plan import Extras, Inputs, Options, Plan
+from fusedloss.plan import Extras, Inputs, Options, Plan, fuses_gradient
 from fusedloss.plan_cpu import cpu_plan
 from fusedloss.plan_triton import triton_plan
+from fusedloss.recover import forget_logits
 from fusedloss.route import Route, route_of
 from fusedloss.stats import LossStats
-from fusedloss.world import PLAIN
+from fusedloss.world import PLAIN, Kind
 
 _CHECK_TARGETS = os.environ.get("FUSEDLOSS_CHECK_TARGETS", "0") not in ("", "0")
 
@@ -46,7 +47,10 @@ def serve(
             call = known.find(key, input, target, weight)
             if call is not None:
                 if call.needs_grad:
-                    return KnownCrossEntropyFunction.apply(input, (target, weight, extras[0], call))
+                    loss = KnownCrossEntropyFunction.apply(input, (target, weight, extras[0], call))
+                    if call.forgets:
+                        forget_logits(loss)
+                    return loss
                 return call.prepared.forward(input, target, weight, extras[0])[0]
     scale, sample_weight, *_ = extras
     labels, labels_b, lam = labels_of(target)
@@ -71,8 +75,13 @@ def serve(
     scale = scale if isinstance(scale, Tensor) else None
     inputs = Inputs(*tensors, scale)
     route = route_of(inputs, options)
-    factor = None  # of the loss, outside the kernel
-    if scale is not None:
+    factor: Any = None  # of the loss, outside the kernel
+    out_dtype = route.out_dtype
+    if route.world.kind is Kind.COMPILED:
+        inputs, options, factor = _without_numbers(inputs, options)
+        if factor is not None:  # the sum of float16 losses may overflow before it is scaled
+            route = route._replace(out_dtype=torch.promote_types(route.out_dtype, torch.float32))
+    elif scale is not None:
         if scale.requires_grad and torch.is_grad_enabled():
             factor, inputs = scale, inputs._replace(scale=None)
         elif scale.device != input.device:
@@ -81,8 +90,18 @@ def serve(
     if key is not None and not isinstance(label_smoothing, Tensor):
         _remember(key, inputs, options, route, loss)
     if factor is not None:
-        loss = loss * factor.to(loss)
+        loss = (loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)).to(out_dtype)
     return (loss, stats) if options.return_stats else loss
+
+
+def _without_numbers(inputs: Inputs, options: Options) -> tuple[Inputs, Options, float | Tensor | None]:
+    """The same with no number that is another in every step: a compiler takes an operator's numbers for constants, and compiles
+    anew for each. The scale becomes a factor of the loss, which is fused into what follows; the share of two labels a tensor."""
+    factor = inputs.scale if inputs.scale is not None else options.scale
+    if inputs.target_b is not None and inputs.lam is None:
+        inputs = inputs._replace(lam=inputs.logits.new_ones((), dtype=torch.float64) * options.lam)
+    unscaled = type(factor) is float and factor == 1
+    return inputs._replace(scale=None), options._replace(scale=1.0, lam=1.0), None if unscaled else factor
 
 
 def labels_of(target: Any) -> tuple[Tensor, Tensor | None, float | Tensor]:
@@ -107,8 +126,13 @@ def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Rou
     prepared = ops.prepare(kernel_inputs(inputs), options, route.out_dtype, needs_grad, route.backend, logits.shape)
     takes = known.same_kind(logits, target) if weight is None else known.same_kind(logits, target, weight)
     takes_dloss = known.same_kind(loss.detach())
-    if prepared is not None and takes is not None and takes_dloss is not None:
-        known.remember(key, known.KnownCall(takes, takes_dloss, needs_grad, options, route.out_dtype, route.backend, prepared))
+    if prepared is None or takes is None or takes_dloss is None:
+        return
+    fused = needs_grad and fuses_gradient(options.reduction, logits.dtype)
+    forgets = fused and forgets_logits(options, logits)
+    names = (() if fused and not forgets else ("logits",)) + (("target",) if weight is None else ("target", "weight"))
+    settings = (needs_grad, options, route.out_dtype, route.backend, names, forgets)
+    known.remember(key, known.KnownCall(takes, takes_dloss, *settings, prepared))
 
 
 def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, LossStats | None]:
@@ -130,10 +154,14 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
         for target in (inputs.target, inputs.target_b):
             if target is not None:
                 check_class_indices(target, inputs.logits.shape[1], options.ignore_index)
-    if inputs.logits.requires_grad and torch.is_grad_enabled():
-        result = CrossEntropyFunction.apply(*inputs, options, route.out_dtype, route.backend)
+    needs_grad = inputs.logits.requires_grad and torch.is_grad_enabled()
+    if needs_grad and route.world.kind is not Kind.COMPILED:
+        result = CrossEntropyFunction.apply(inputs.logits, inputs, options, route.out_dtype, route.backend)
+        loss = result[0] if options.return_stats else result
+        if loss.grad_fn.has_gradient and loss.grad_fn.place is None:
+            forget_logits(loss)
     else:
-        result = forward_only(inputs, options, route.out_dtype, route.backend)
+        result = kernel_forward(inputs, options, route.out_dtype, needs_grad, route.backend)
     if not options.return_stats:
         return result, None
     loss, row_stats, counts = result
@@ -143,17 +171,10 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
 
 def _as_one_row(inputs: Inputs) -> Inputs:
     """(C,) as (1, C)."""
-    logits, target, target_b, lam, weight, sample_weight, scale = inputs
-    has_probabilities = target_b is None and target.shape == logits.shape
-    return Inputs(
-        logits.unsqueeze(0),
-        target.reshape(1, -1) if has_probabilities else target.reshape(1),
-        None if target_b is None else target_b.reshape(1),
-        None if lam is None else lam.reshape(1),
-        weight,
-        None if sample_weight is None else sample_weight.reshape(1),
-        scale,
-    )
+    logits, target = inputs.logits, inputs.target
+    if inputs.target_b is None and target.shape == logits.shape:
+        return inputs.per_row(lambda values: values.reshape(1, -1))._replace(logits=logits.unsqueeze(0))
+    return inputs.per_row(lambda values: values.reshape(1))._replace(logits=logits.unsqueeze(0))
 
 
 def per_row(values: Tensor | None, logits: Tensor) -> Tensor | None:

@@ -76,3 +76,14 @@ def nobody_watches(*tensors: Tensor | None) -> bool:
         if tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or tensor.is_meta):
             return False
     return True
+
+
+def hooks_are_active() -> bool:
+    """Whether somebody else has the say over what autograd saves: a checkpoint, save_on_cpu, any saved_tensors_hooks."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def is_batched(tensor: Tensor) -> bool:
+    # torch.func.vmap has one kind of batched tensor, autograd.grad(is_grads_batched=True) another.
+    functorch = torch._C._functorch
+    return not torch.compiler.is_compiling() and (functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))

@@ -1,0 +1,204 @@
+"""The loss inside compilers: torch.func under torch.compile, export, ONNX, what is compiled anew; F.cross_entropy beside it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import make_logits, make_probabilities, make_target, make_weight
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fusedloss
+
+# torch.func.jvp makes PyTorch script its decompositions; torch.onnx warns of its own future.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+
+Call = Callable[..., Any]
+BOTH = (fusedloss.cross_entropy, F.cross_entropy)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(function: Call) -> Call:
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def problem(n_rows: int = 6, n_classes: int = 5) -> tuple[Tensor, Tensor]:
+    return make_logits(n_rows, n_classes), make_target(n_rows, n_classes=n_classes, ignored=-100)
+
+
+def close(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(ours, theirs)
+
+
+TRANSFORMS: dict[str, Callable[[Call, Tensor, Tensor], Any]] = {
+    "grad": lambda call, x, t: torch.func.grad(call)(x, t),
+    "vjp": lambda call, x, t: torch.func.vjp(lambda y: call(y, t), x)[1](torch.tensor(2.0)),
+    "jvp": lambda call, x, t: torch.func.jvp(lambda y: call(y, t), (x,), (x.cos(),)),
+    "vmap of grad": lambda call, x, t: torch.func.vmap(torch.func.grad(call))(x[:, None], t.clamp(min=0)[:, None]),
+    "grad of sums without a mean": lambda call, x, t: torch.func.grad(lambda y: call(y, t, reduction="none").sum())(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_transform_under_compile(transform: Callable[[Call, Tensor, Tensor], Any]) -> None:
+    ours, theirs = (compiled(lambda x, t, call=call: transform(call, x, t))(*problem()) for call in BOTH)
+    close(ours, theirs)
+    assert max(tensor.abs().max() for tensor in torch.utils._pytree.tree_leaves(ours)) > 1e-3
+
+
+def test_compile_under_a_transform() -> None:
+    """The transform is there before the compiler is."""
+    ours, theirs = (torch.func.grad(torch.compile(call, backend="aot_eager"))(*problem()) for call in BOTH)
+    close(ours, theirs)
+
+
+class Model(nn.Module):
+    """One that returns its own loss."""
+
+    def __init__(self, call: Call, **options: Any) -> None:
+        super().__init__()
+        self.factor, self.call, self.options = nn.Parameter(torch.linspace(0.5, 1.5, 5)), call, options
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return self.call(logits * self.factor, target, **self.options)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "reduction": "sum"}], ids=str)
+def test_what_is_exported_trains(options: dict[str, Any], strict: bool) -> None:
+    """PyTorch's operators only: a process that loads the program need not have fusedloss."""
+    results = []
+    for call in BOTH:
+        program = torch.export.export(Model(call, **options), problem(), strict=strict)
+        operators = {node.target for node in program.graph.nodes if node.op == "call_function"}
+        assert all(operator.namespace == "aten" for operator in operators if isinstance(operator, torch._ops.OpOverload))
+        module = program.module()
+        loss = module(*problem())
+        loss.backward()
+        results.append((loss.detach(), module.factor.grad))
+    close(*results)
+
+
+@pytest.mark.parametrize("options", [{"z_loss": 0.1}, {"reduction": "topk", "top_k": 2}, {"softcap": 3.0, "scale": 0.5}], ids=str)
+def test_what_is_exported_with_extras_trains(options: dict[str, Any]) -> None:
+    model = Model(fusedloss.cross_entropy, **options)
+    module = torch.export.export(model, problem()).module()
+    results = []
+    for each in (model, module):
+        loss = each(*problem())
+        results.append((loss.detach(), torch.autograd.grad(loss, each.factor)[0]))
+    close(*results)
+
+
+def test_onnx_export() -> None:
+    pytest.importorskip("onnxscript")
+    programs = [torch.onnx.export(Model(call), problem(), dynamo=True, verbose=False) for call in BOTH]
+    ours, theirs = ([node.op_type for node in program.model.graph] for program in programs)
+    assert ours == theirs
+
+
+THEIRS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
+    "scale": lambda x, t, number: number * F.cross_entropy(x, t),
+    "lam": lambda x, t, number: number * F.cross_entropy(x, t) + (1 - number) * F.cross_entropy(x, t.flip(0)),
+    "ignore_index": lambda x, t, number: F.cross_entropy(x, t, ignore_index=number),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_new_number_in_every_step_compiles_twice(name: str) -> None:
+    ours: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
+        "scale": lambda x, t, number: fusedloss.cross_entropy(x, t, scale=number),
+        "lam": lambda x, t, number: fusedloss.cross_entropy(x, (t, t.flip(0), number)),
+        "ignore_index": lambda x, t, number: fusedloss.cross_entropy(x, t, ignore_index=number),
+    }
+    counter = CompileCounterWithBackend("aot_eager")
+    call = torch.compile(ours[name], fullgraph=True, backend=counter)
+    logits, target = problem()[0].requires_grad_(), make_target(6, n_classes=5)
+    for number in range(5):
+        value = number if name == "ignore_index" else 0.15 + number / 10
+        loss, expected = call(logits, target, value), THEIRS[name](logits, target, value)
+        close(loss, expected)
+        close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
+    assert counter.frame_count <= 2
+
+
+def test_a_scale_under_compile_does_not_overflow_before_it_is_applied() -> None:
+    """Sum of 2**17 in float16, times 2**-10: PyTorch's sum would be infinite."""
+    logits = torch.zeros(2**15, 64, dtype=torch.float16)
+    target = torch.zeros(2**15, dtype=torch.int64)
+    loss = compiled(lambda x, t: fusedloss.cross_entropy(x, t, reduction="sum", scale=2.0**-10))(logits, target)
+    close(loss, fusedloss.cross_entropy(logits, target, reduction="sum", scale=2.0**-10))
+    assert loss.isfinite()
+
+
+def _masked(call: Call, x: Tensor, t: Tensor) -> Tensor:
+    return call(x[t != -100], t[t != -100])
+
+
+def _item(call: Call, x: Tensor, t: Tensor) -> Tensor:
+    return call(x, t.clamp(min=0), ignore_index=t.max().item())
+
+
+@pytest.mark.parametrize("function", [_masked, _item])
+def test_sizes_and_numbers_that_only_the_data_tell(function: Callable[[Call, Tensor, Tensor], Tensor]) -> None:
+    results = []
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        for call in BOTH:
+            logits, target = problem()[0].requires_grad_(), problem()[1]
+            loss = compiled(lambda x, t, call=call: function(call, x, t))(logits, target)
+            results.append((loss.detach(), *torch.autograd.grad(loss, logits)))
+    close(*results)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_compiled_autograd(reduction: str) -> None:
+    results = []
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        for call in BOTH:
+            logits, target = problem()[0].requires_grad_(), problem()[1]
+
+            @torch.compile(backend="aot_eager")
+            def step(logits: Tensor, target: Tensor, call: Call = call) -> Tensor:
+                loss = call(logits, target, reduction=reduction).sum()
+                loss.backward()
+                return loss.detach()
+
+            results.append((step(logits, target), logits.grad))
+    close(*results)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_operator_differentiates_itself(reduction: str) -> None:
+    """Whoever calls it directly has a right gradient, or an error; one of second order is an error."""
+    logits, target = problem()[0].requires_grad_(), problem()[1]
+    options = (reduction, -100, 0.0, 0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, False)
+    arguments = (logits, target, None, None, None, None, None, *options, torch.float32)
+    backend = "cpu" if fusedloss.plan(logits, target).backend == "cpu" else pytest.skip("no C++ kernel")
+    loss = torch.ops.fusedloss.forward(*arguments, True, backend)[0].sum()
+    close(
+        *(
+            torch.autograd.grad(each, logits, retain_graph=True)
+            for each in (loss, F.cross_entropy(*arguments[:2], reduction=reduction).sum())
+        )
+    )
+    with pytest.raises(RuntimeError, match="gradient of first order"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="needs_grad=True"):
+        torch.ops.fusedloss.forward(*arguments, False, backend)[0].sum().backward()
+
+
+def test_probabilities_and_weights_under_compile() -> None:
+    results = []
+    for call in BOTH:
+        tensors = [tensor.requires_grad_() for tensor in (make_logits(4, 5), make_probabilities(4, 5), make_weight(5))]
+        loss = compiled(call)(*tensors)
+        results.append((loss.detach(), torch.autograd.grad(loss, tensors)))
+    close(*results)
