@@ -134,8 +134,17 @@ class Plan:
     launches: int | None = None
     threads: int | None = None
 
+    def holds(self) -> str:
+        """What of the logits' size a loss keeps until its backward. PyTorch's keeps their log-softmax."""
+        return {
+            "forward only": "nothing",
+            "fused": "the gradient; also the logits, where they are at most 1 MiB, or with z_loss or softcap",
+            "recompute": "the logits",
+            "autograd": "what PyTorch's operators save",
+        }[self.strategy]
+
     def __str__(self) -> str:
-        lines = [f"{self.backend}: {self.reason}", f"  strategy  {self.strategy}"]
+        lines = [f"{self.backend}: {self.reason}", f"  strategy  {self.strategy}", f"  holds     {self.holds()}"]
         for name, cut in (("forward", self.forward), ("backward", self.backward)):
             if cut is not None:
                 size = f"{cut.shape.rows} x {cut.shape.cols}"

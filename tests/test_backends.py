@@ -80,7 +80,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_the_plan_of_a_cpu_call(options: dict[str, Any]) -> None:
     plan = fusedloss.plan(make_logits(4, 5), make_target(4, n_classes=5), **options)
     if cpu.MISSING is None:
-        assert (plan.backend, plan.strategy, plan.write_bytes) == ("cpu", "forward only", 0)
+        assert (plan.backend, plan.strategy, plan.write_bytes, plan.holds()) == ("cpu", "forward only", 0, "nothing")
     else:
         served = "reference" if options.get("reduction") in ("max", "topk") else "torch"
         assert (plan.backend, plan.reason) == (served, cpu.MISSING)
