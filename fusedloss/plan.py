@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -116,10 +116,10 @@ class Plan:
         backend: "triton", "cpu", "torch" (PyTorch's own function) or "reference" (PyTorch's operators).
         reason: why this backend, in words.
         strategy: "forward only", "fused", "recompute", or "autograd" where PyTorch's operators serve the call.
-        forward, backward: the launches; None where no GPU kernel is launched.
+        forward, backward: the launches that touch the logits or their gradient; None where no GPU kernel is launched.
+        kernels: what is launched, in order, forward and backward together; none where no kernel serves the call.
         copies_logits: the logits are copied once because no pair of strides describes their rows.
         read_bytes, write_bytes: predicted traffic of the logits and their gradient, forward and backward together.
-        launches: predicted kernel launches, forward and backward together; None where no kernel serves the call.
         threads: of the CPU kernel.
     """
 
@@ -131,8 +131,13 @@ class Plan:
     copies_logits: bool = False
     read_bytes: int | None = None
     write_bytes: int | None = None
-    launches: int | None = None
+    kernels: tuple[str, ...] = ()
     threads: int | None = None
+
+    @property
+    def launches(self) -> int:
+        """Predicted kernel launches, forward and backward together."""
+        return len(self.kernels)
 
     def holds(self) -> str:
         """What of the logits' size a loss keeps until its backward. PyTorch's keeps their log-softmax."""
@@ -153,7 +158,10 @@ class Plan:
             lines.append("  copy      the logits are copied: their spatial dimensions do not collapse into one stride")
         if self.read_bytes is not None and self.write_bytes is not None:
             lines.append(f"  traffic   {self.read_bytes:,} bytes read, {self.write_bytes:,} bytes written")
-            lines.append(f"  launches  {self.launches}")
+        if self.kernels:
+            counted = ((name, len(list(group))) for name, group in groupby(self.kernels))
+            named = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in counted)
+            lines.append(f"  launches  {self.launches}: {named}")
         if self.threads is not None:
             lines.append(f"  threads   {self.threads}")
         return "\n".join(lines)

@@ -49,11 +49,17 @@ def cpu_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool) ->
         copies_logits=logits.dim() > 3 and not spatial_dims_collapse(logits),
         read_bytes=one_pass,
         write_bytes=0,
-        launches=1,
+        kernels=("fusedloss_forward",),
         threads=min(max_threads(logits.numel()), torch.get_num_threads()),
     )
     if not needs_grad:
         return plan
     if fuses_gradient(options.reduction, logits.dtype):
         return replace(plan, strategy="fused", write_bytes=one_pass)
-    return replace(plan, strategy="recompute", read_bytes=2 * one_pass, write_bytes=one_pass, launches=2)
+    return replace(
+        plan,
+        strategy="recompute",
+        read_bytes=2 * one_pass,
+        write_bytes=one_pass,
+        kernels=("fusedloss_forward", "fusedloss_backward"),
+    )

@@ -31,8 +31,10 @@ class ForwardCuts(NamedTuple):
     selection: tuple[Cut, ...] = ()  # after it, where rows are too many for its last program to select among
     clears: bool = False  # before all: the slices' counters, which no launch of ours clears
 
-    def n_launches(self) -> int:
-        return self.clears + (self.counting is not None) + 1 + len(self.selection)
+    def kernels(self) -> tuple[str, ...]:
+        """What is launched, by name."""
+        before = ("zeros",) if self.clears else () if self.counting is None else (self.counting.kernel,)
+        return (*before, self.main.kernel, *(cut.kernel for cut in self.selection))
 
 
 def holds_more(options: Options, itemsize: int) -> bool:
@@ -136,5 +138,5 @@ def triton_plan(reason: str, inputs: Inputs, options: Options, needs_grad: bool,
         copies_logits=logits.dim() > 3 and not spatial_dims_collapse(logits),
         read_bytes=passes * one_read,
         write_bytes=one_pass if needs_grad else 0,
-        launches=forward.n_launches() + (backward is not None),
+        kernels=forward.kernels() + (() if backward is None else (backward.kernel,)),
     )

@@ -1,6 +1,7 @@
 """Which path a call takes: what is asked for, what is refused, what the plan says."""
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -116,6 +117,11 @@ def test_the_plan_of_a_gpu_needs_no_gpu_and_no_data(shape: tuple[int, ...], redu
     assert (forward_only.strategy, forward_only.read_bytes, forward_only.write_bytes) == ("forward only", one_pass, 0)
     selects_apart = reduction == "max" and target.numel() > ROWS_SELECTED_ALONE  # a launch for each of 4 digits, and one more
     assert forward_only.launches == (6 if selects_apart else 1)
+    # Every launch is named, those too that touch no logits.
+    (launches,) = re.findall(r"^  launches  (\d+): (.+)$", str(plan), re.MULTILINE)
+    counts = [int(count or 1) for count in re.findall(r"(?:(\d+) x )?\w+_kernel", launches[1])]
+    assert int(launches[0]) == sum(counts) == plan.launches == len(plan.kernels)
+    assert {plan.forward.kernel, plan.backward.kernel} <= set(plan.kernels)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
