@@ -1,7 +1,6 @@
 """How a problem is laid out and shared among threads by the CPU kernel: pure functions of shapes, dtypes and options."""
 
 from dataclasses import replace
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -19,19 +18,18 @@ class Rows(NamedTuple):
     n_outer: int
     n_inner: int
     n_cols: int
-    strides: tuple[int, ...]  # of outer block, row and class; for each tensor
+    strides: tuple[tuple[int, int, int], ...]  # of outer block, row and class; for each tensor
 
 
 def rows(shape: tuple[int, ...], *strides: tuple[int, ...] | None) -> Rows:
     """The rows of logits (N, C) or (N, C, S), and where they lie in tensors of that shape with these strides; None: no tensor."""
     if len(shape) == 2:
-        places = [(0, *of_tensor) if of_tensor is not None else (0, 0, 0) for of_tensor in strides]
-        return Rows(1, shape[0], shape[1], tuple(chain.from_iterable(places)))
+        places = [(0, of_tensor[0], of_tensor[1]) if of_tensor is not None else (0, 0, 0) for of_tensor in strides]
+        return Rows(1, shape[0], shape[1], tuple(places))
     n_outer, n_cols, n_inner = shape
     places = [(of_tensor[0], of_tensor[2], of_tensor[1]) if of_tensor is not None else (0, 0, 0) for of_tensor in strides]
     one_block = all(outer == n_inner * row for outer, row, _ in places)  # channels_last: the outer blocks' rows are one sequence
-    flat = tuple(chain.from_iterable(places))
-    return Rows(1, n_outer * n_inner, n_cols, flat) if one_block else Rows(n_outer, n_inner, n_cols, flat)
+    return Rows(*((1, n_outer * n_inner) if one_block else (n_outer, n_inner)), n_cols, tuple(places))
 
 
 def max_threads(n_elements: int) -> int:

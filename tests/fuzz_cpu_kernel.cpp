@@ -1,8 +1,9 @@
 // Random problems for the CPU kernel, to be run under AddressSanitizer and UBSan: `make sanitize`.
 //
 // Every buffer has exactly the size that the problem describes, so that one element too far is caught. Each problem runs on every
-// instruction set of the machine, with one thread and with three, which must agree to the last bit; a class index out of range
-// must be reported and nothing written; rows that do not count must get a gradient of exactly zero although their logits are NaN.
+// instruction set of the machine, with one thread and with three, which must agree to the last bit and write all that they return;
+// a class index out of range must be reported and nothing written; rows that do not count must get a gradient of exactly zero
+// although their logits are NaN.
 // What is computed is tested in Python (tests/test_values.py and others).
 #include <cmath>
 #include <cstdio>
@@ -16,8 +17,8 @@
 
 using namespace fusedloss;
 
-extern "C" int64_t fusedloss_forward(const Call*, const Kind*);
-extern "C" void fusedloss_backward(const Call*, const Kind*);
+extern "C" int64_t fusedloss_forward(const Call*, const Rest*);
+extern "C" void fusedloss_backward(const Call*, const Rest*);
 extern "C" int64_t fusedloss_best_isa();
 
 namespace {
@@ -35,7 +36,7 @@ X pick(const X (&values)[N]) {
 struct Buffer {
   std::unique_ptr<unsigned char[]> bytes;
   size_t size;
-  explicit Buffer(size_t size) : bytes(new unsigned char[size]), size(size) { std::memset(bytes.get(), 0xa5, size); }
+  explicit Buffer(size_t size, int fill = 0xa5) : bytes(new unsigned char[size]), size(size) { std::memset(bytes.get(), fill, size); }
   bool operator==(const Buffer& other) const { return size == other.size && std::memcmp(bytes.get(), other.bytes.get(), size) == 0; }
   template <class X>
   X* as() {
@@ -93,7 +94,6 @@ void one_problem(int number) {
   p.target_kind = pick<int64_t>(
       {int64_t(kInt64), int64_t(kInt64), int64_t(kUint8), int64_t(kProbabilities), int64_t(kProbabilitiesAsLogits)});
   p.reduction = uniform(0, 4);
-  p.save = 1;
   p.scale = coin() ? 1 : 0.25;
   p.smoothing = coin() ? 0 : 0.1;
   p.z_loss = coin(0.7) ? 0 : 1e-3;
@@ -153,11 +153,13 @@ void one_problem(int number) {
     std::vector<Buffer> results[2];
     for (int round = 0; round < 2; ++round) {
       p.n_threads = round == 0 ? 1 : 3;
-      Buffer loss((p.reduction == kNone ? n_rows : 1) * item_size(p.loss_dtype)), saved((size_t(kState) + (soft ? 4 : 3) * n_rows) * wide);
-      Buffer row_stats(2 * n_rows * wide), counts(3 * sizeof(int64_t));
+      const int fill = round == 0 ? 0xa5 : 0x5a;  // what nobody writes differs between the rounds
+      Buffer loss((p.reduction == kNone ? n_rows : 1) * item_size(p.loss_dtype), fill);
+      Buffer saved((size_t(kState) + (soft ? 4 : 3) * n_rows) * wide, fill);
+      Buffer row_stats(2 * n_rows * wide, has_stats ? fill : 0), counts(3 * sizeof(int64_t), has_stats ? fill : 0);
       Buffer gradient(gradient_elements * item_size(p.logits_dtype)), again(gradient.size);
-      const Buffer untouched_loss(loss.size), untouched_saved(saved.size), untouched_gradient(gradient.size);
-      const Buffer untouched_stats(row_stats.size), untouched_counts(counts.size);
+      const Buffer untouched_loss(loss.size, fill), untouched_saved(saved.size, fill), untouched_gradient(gradient.size);
+      const Buffer untouched_stats(row_stats.size, has_stats ? fill : 0), untouched_counts(counts.size, has_stats ? fill : 0);
       p.row_stats = has_stats ? row_stats.bytes.get() : nullptr, p.counts = has_stats ? counts.as<int64_t>() : nullptr;
       p.loss = loss.bytes.get(), p.saved = saved.bytes.get(), p.dloss = nullptr;
       p.dlogits = fused ? gradient.bytes.get() : nullptr;
@@ -191,10 +193,11 @@ void one_problem(int number) {
       }
       results[round].push_back(std::move(row_stats)), results[round].push_back(std::move(counts));
       results[round].push_back(std::move(loss)), results[round].push_back(std::move(gradient));
+      results[round].push_back(std::move(saved));
       results[round].push_back(std::move(again));
     }
     for (size_t i = 0; i < results[0].size(); ++i)
-      require(results[0][i] == results[1][i], "the number of threads does not change a bit", number);
+      require(results[0][i] == results[1][i], "all is written, and the number of threads does not change a bit", number);
   }
 }
 

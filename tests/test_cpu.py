@@ -5,21 +5,25 @@ Values, gradients and semantics are tested with all other paths in test_values.p
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compare import check_against_torch
 from problems import make_logits, make_probabilities, make_target, make_weight
 
 import fusedloss
-from fusedloss.backends import cpu
-from fusedloss.backends.outputs import Outputs
+from fusedloss.backends import cpu, cpu_abi
+from fusedloss.backends.outputs import STATE, Outputs
 from fusedloss.plan import Inputs, Options
+from fusedloss.reference import FRACTION_BITS
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"no C++ kernel: {cpu.MISSING}")
 
@@ -62,10 +66,10 @@ def test_small_problems_wake_no_thread(two_threads: None) -> None:
     assert fusedloss.plan(make_logits(128, 10), make_target(128, n_classes=10)).threads == 1
 
 
-@pytest.fixture(params=[name for name, number in cpu.ISA_NAMES.items() if 0 < number <= cpu.ISA_NAMES.get(cpu.ISA, 0)])
+@pytest.fixture(params=cpu_abi.ISA_NAMES[1 : cpu_abi.ISA_NAMES.index(cpu.ISA) + 1] if cpu.LIBRARY else [])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     assert cpu.LIBRARY is not None
-    monkeypatch.setattr(cpu, "LIBRARY", replace(cpu.LIBRARY, requested_isa=cpu.ISA_NAMES[request.param]))
+    monkeypatch.setattr(cpu, "LIBRARY", replace(cpu.LIBRARY, requested_isa=cpu_abi.ISA_NAMES.index(request.param)))
     return request.param
 
 
@@ -87,7 +91,7 @@ def test_every_instruction_set(isa: str, shape: tuple[int, ...], dtype: torch.dt
 def test_special_logits(monkeypatch: pytest.MonkeyPatch, isa_of_specials: str) -> None:
     """Infinities and NaN in any position of a row, in both layouts, end where PyTorch's do."""
     assert cpu.LIBRARY is not None
-    monkeypatch.setattr(cpu, "LIBRARY", replace(cpu.LIBRARY, requested_isa=cpu.ISA_NAMES[isa_of_specials]))
+    monkeypatch.setattr(cpu, "LIBRARY", replace(cpu.LIBRARY, requested_isa=cpu_abi.ISA_NAMES.index(isa_of_specials)))
     for n_cols in (10, 70, 5000):
         for value in (float("inf"), float("-inf"), float("nan"), 1e4, -1e4):
             for column in (0, 3, n_cols - 1):
@@ -180,7 +184,7 @@ def test_any_strides(shape: tuple[int, ...]) -> None:
 def test_without_the_library_the_reference_serves_and_says_why() -> None:
     program = """
 import importlib.util, torch
-from fusedloss.backends import cpu
+from fusedloss.backends import cpu, cpu_abi
 cpu.MISSING, cpu.LIBRARY = "the compiled CPU kernel is missing: a test", None
 import fusedloss
 from fusedloss.__main__ import report
@@ -197,3 +201,90 @@ except RuntimeError as error:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env={**os.environ})
     assert result.returncode == 0, result.stderr
     assert "backend 'cpu' was asked for, but the compiled CPU kernel is missing" in result.stdout
+
+
+def _body(source: str, start: str) -> str:
+    return source.split(start, 1)[1].split("}", 1)[0]
+
+
+def _fields(source: str, struct: str) -> list[tuple[str, str]]:
+    """Names and types of a C++ struct's fields in order, as cpu_abi.py has them."""
+    code = re.sub(r"//[^\n]*", "", _body(source, f"struct {struct} {{"))
+    code = re.sub(r"void \(\*(\w+)\)\([^;]*;", r"void* \1;", code)
+    fields = []
+    for declaration in filter(None, map(str.strip, code.split(";"))):
+        kind, names = re.fullmatch(r"((?:const )?\w+\*?)\s+(.*)", declaration, re.DOTALL).groups()  # type: ignore[union-attr]
+        for name in map(str.strip, names.split(",")):
+            if kind == "Strides":
+                fields += [(f"{name.removesuffix('_strides')}_{dim}", "int") for dim in ("outer", "row", "col")]
+            else:
+                fields.append((name, {"double": "float", "int64_t": "int"}.get(kind, "Address")))
+    return fields
+
+
+def test_python_and_the_header_agree() -> None:
+    """One order of fields and of names on both sides: nothing else would notice."""
+    source = (Path(__file__).parent.parent / "kernels" / "cpu" / "problem.h").read_text()
+    for fields in (cpu_abi.Call, cpu_abi.Extras, cpu_abi.Kind):
+        here = [(name, kind.__name__) for name, kind in get_type_hints(fields).items()]
+        assert here == _fields(source, fields.__name__)
+    enumerators = {
+        "Dtype": [str(dtype).removeprefix("torch.") for dtype in cpu_abi.DTYPES],
+        "Reduction": cpu_abi.REDUCTIONS,
+        "TargetKind": cpu_abi.TARGET_KINDS,
+        "Isa": ("best", *cpu_abi.ISA_NAMES[1:]),
+    }
+    for name, here in enumerators.items():
+        there = [word.strip().removeprefix("k").lower() for word in _body(source, f"enum {name} : int64_t {{").split(",")]
+        assert there == [word.replace("_", "") for word in here]
+    constants = {"Abi": cpu_abi.ABI, "State": STATE, "FractionBits": FRACTION_BITS}
+    for name, value in constants.items():
+        assert f"constexpr int64_t k{name} = {value};" in source
+
+
+@pytest.mark.parametrize("shape", [(4000, 10), (400, 100), (4, 100, 500)], ids=str)
+def test_denormals_are_flushed_by_all_threads_or_none(two_threads: None, shape: tuple[int, ...]) -> None:
+    """The setting is a thread's own, and which thread runs which rows is chance."""
+    logits = make_logits(*shape, spread=60.0)
+    target = make_target(shape[0], *shape[2:], n_classes=shape[1])
+    found = []
+    try:
+        for flush in (True, False):
+            torch.set_flush_denormal(flush)
+            for threads in (2, 1):
+                torch.set_num_threads(threads)
+                results = [_value_and_gradient(logits, target) for _ in range(20)]
+                found += [(flush, loss, gradient.view(torch.int32)) for loss, gradient in results]
+    finally:
+        torch.set_flush_denormal(False)
+    for flush in (True, False):
+        (loss, gradient), *others = [result[1:] for result in found if result[0] is flush]
+        assert all(torch.equal(loss, other[0]) and torch.equal(gradient, other[1]) for other in others)
+    assert not torch.equal(found[0][2], found[-1][2])  # else there was nothing to flush
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_sum_beyond_float64_is_infinite(reduction: str) -> None:
+    logits = torch.zeros(2, 2, dtype=torch.float64)
+    logits[:, 0] = 1.6e308
+    target = torch.ones(2, dtype=torch.long)
+    assert F.cross_entropy(logits, target, reduction=reduction) == torch.inf
+    assert fusedloss.cross_entropy(logits, target, reduction=reduction) == torch.inf
+    assert F.cross_entropy(logits, target, torch.tensor([1.0, -1.0]).double(), reduction="sum") == -torch.inf
+    assert fusedloss.cross_entropy(logits, target, torch.tensor([1.0, -1.0]).double(), reduction="sum") == -torch.inf
+
+
+@pytest.mark.parametrize("value", ["AVX2", "avx", "", "baseline"])
+def test_the_instruction_set_asked_for(value: str) -> None:
+    program = "from fusedloss.backends import cpu; print(cpu.ISA)"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "FUSEDLOSS_CPU_ISA": value},
+    )
+    if value in ("", "baseline"):
+        assert result.stdout.strip() == (value or cpu.ISA)
+    else:
+        assert f"FUSEDLOSS_CPU_ISA must be one of auto, baseline, avx2, avx512, avx512bf16, but is {value!r}" in result.stderr

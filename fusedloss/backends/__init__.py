@@ -1,9 +1,10 @@
 """Which implementation serves a call: the caller's request, from FUSEDLOSS_BACKEND or `with backend(...)`."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
+
+from fusedloss import environment
 
 Name = Literal["auto", "triton", "cpu", "reference"]
 
@@ -14,7 +15,7 @@ def _checked(name: str) -> str:
     return name
 
 
-requested = _checked(os.environ.get("FUSEDLOSS_BACKEND", "auto"))  # read as backends.requested: it changes
+requested = environment.choice("FUSEDLOSS_BACKEND", get_args(Name))  # read as backends.requested: it changes
 
 
 @contextmanager

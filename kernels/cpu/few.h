@@ -174,7 +174,7 @@ RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double c
   using Rows = FewRows<T, A>;
   using I = typename Rows::I;
   const Terms<A> terms(problem, weight_total);
-  A* saved = problem.save ? static_cast<A*>(problem.saved) + kState : nullptr;
+  A* saved = problem.saved ? static_cast<A*>(problem.saved) + kState : nullptr;
   RowSums sums = {};
   for_few<T>(problem, begin, end, [&](Rows& rows, T* dx) {
     const I target = rows.targets(), counted = I(target >= 0);
@@ -207,7 +207,11 @@ RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double c
     alignas(64) A loss[Rows::W];
     store(loss, V(counted ? losses : V{}));
     problem.reduction == kNone ? store_losses(problem, row, loss, rows.n) : add_losses(sums.loss, loss, rows.n);
-    if (saved) rows.keep(saved + row, max), rows.keep(saved + problem.n_rows() + row, rest);
+    if (saved) {
+      const int64_t n_rows = problem.n_rows();
+      rows.keep(saved + row, max), rows.keep(saved + n_rows + row, rest);
+      rows.keep(saved + 2 * n_rows + row, V(counted ? losses : broadcast(-kInfinity<A>)));
+    }
     if (dx) rows.store_gradients(dx, row_factors<A>(s, terms, g), target, counted, V{});
   });
   return sums;

@@ -155,7 +155,8 @@ int64_t forward(const Problem& problem) {
   // As in PyTorch: no row counts, or only rows of weight 0, whose loss label smoothing may make positive.
   if (denominator == 0) denominator = std::nan("");
   const double coefficient = problem.scale / denominator;
-  if (A* saved = static_cast<A*>(problem.saved)) saved[0] = A(coefficient), saved[3] = A(weight_total);
+  if (A* saved = static_cast<A*>(problem.saved))  // of the two in the middle select_rows makes others
+    saved[0] = A(coefficient), saved[1] = saved[2] = 0, saved[3] = A(weight_total);
 
   const Chunks chunks = row_chunks(problem);
   RowSums* sums = row_sums;
@@ -178,24 +179,24 @@ int64_t forward(const Problem& problem) {
 }  // namespace
 
 void* thread_scratch() {
-  alignas(64) static thread_local unsigned char bytes[kKeptBytes];  // not on the stack, which may be smaller
+  alignas(64) static thread_local unsigned char bytes[kScratchBytes];
   return bytes;
 }
 
 }  // namespace fusedloss
 
 using fusedloss::Call;
-using fusedloss::Kind;
 using fusedloss::Problem;
+using fusedloss::Rest;
 
 // Returns 0, or 1 + the first row whose class index is out of range; nothing is written then.
-extern "C" __attribute__((visibility("default"))) int64_t fusedloss_forward(const Call* call, const Kind* kind) {
-  const Problem problem{*call, *kind};
+extern "C" __attribute__((visibility("default"))) int64_t fusedloss_forward(const Call* call, const Rest* rest) {
+  const Problem problem{*call, *rest};
   return problem.logits_dtype == fusedloss::kFloat64 ? fusedloss::forward<double>(problem) : fusedloss::forward<float>(problem);
 }
 
-extern "C" __attribute__((visibility("default"))) void fusedloss_backward(const Call* call, const Kind* kind) {
-  const Problem problem{*call, *kind};
+extern "C" __attribute__((visibility("default"))) void fusedloss_backward(const Call* call, const Rest* rest) {
+  const Problem problem{*call, *rest};
   fusedloss::advise_fresh_gradient(problem);
   const fusedloss::Chunks chunks = fusedloss::row_chunks(problem);
   const fusedloss::BackwardRows rows = fusedloss::kernels_for(problem).backward;

@@ -23,6 +23,7 @@ struct Tile {
   static bool has(int64_t col, int64_t start, int64_t n) { return col >= start && col < start + n; }
 
   alignas(64) A z[TILE], q[TILE], dz[TILE];
+  GroupState<A> state;
 };
 
 // Asks for the lanes of a class some way ahead of class c. Classes lie a page or more apart, where the hardware looks for
@@ -218,13 +219,6 @@ INLINE int64_t lanes_per_group(const Problem& problem) {
   return lanes < WIDE_LANES ? WIDE_LANES : lanes > MAX_LANES ? MAX_LANES : lanes;
 }
 
-// The calling thread's tile, whatever is in it.
-template <class A>
-INLINE Tile<A>& thread_tile() {
-  static_assert(sizeof(Tile<A>) <= kKeptBytes, "");
-  return *static_cast<Tile<A>*>(thread_scratch());
-}
-
 template <class A>
 INLINE void shape_tile(Tile<A>& tile, int n_lanes) {
   tile.lanes = int(padded<A>(n_lanes)), tile.cols = TILE / tile.lanes;
@@ -234,8 +228,8 @@ template <class T>
 RowSums forward_lanes(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
   using A = typename Accumulate<T>::type;
   const Terms<A> terms(problem, weight_total);
-  Tile<A>& tile = thread_tile<A>();
-  GroupState<A> s;
+  Tile<A>& tile = thread_scratch_as<Tile<A>>();
+  GroupState<A>& s = tile.state;
   RowSums sums = {};
   for_groups(problem, begin, end, lanes_per_group<A>(problem), [&](int64_t row, int n_lanes) {
     const GroupPointers<T, A> at(problem, row);
@@ -259,8 +253,8 @@ template <class T>
 void backward_lanes(const Problem& problem, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   const Terms<A> terms(problem, static_cast<const A*>(problem.saved)[3]);
-  Tile<A>& tile = thread_tile<A>();
-  GroupState<A> s;
+  Tile<A>& tile = thread_scratch_as<Tile<A>>();
+  GroupState<A>& s = tile.state;
   for_groups(problem, begin, end, lanes_per_group<A>(problem), [&](int64_t row, int n_lanes) {
     const GroupPointers<T, A> at(problem, row);
     shape_tile(tile, n_lanes);

@@ -1,14 +1,18 @@
-// The C ABI between fusedloss/backends/cpu.py and the kernel: two packed structs of 8-byte fields, all pointers owned by the
-// caller. What shapes, dtypes and options decide is a Kind, packed once for all calls alike; the rest is a Call.
+// The C ABI between fusedloss/backends/cpu.py and the kernel: packed structs of 8-byte fields, all pointers owned by the caller.
+// What shapes, dtypes and options decide is a Kind, packed once for all calls alike. What every call has of its own is a Call, and
+// what few calls have besides is Extras, all zeros for the others: Extras and Kind are passed as one.
+//
+// The fields, the enumerators and kAbi stand in cpu.py in the same order; tests/test_cpu.py compares the two files.
 //
 // Nothing here is validated but the class indices, and nothing is allocated.
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 namespace fusedloss {
 
-constexpr int64_t kAbi = 2;  // raised with every change of what follows; cpu.py refuses a library of another number
+constexpr int64_t kAbi = 3;  // raised with every change of what follows; cpu.py refuses a library of another number
 
 enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16 };
 enum Reduction : int64_t { kNone, kSum, kMean, kMax, kTopK };
@@ -22,34 +26,38 @@ struct Strides {
 
 struct Call {
   // outputs; "A" is the accumulation type: double for kFloat64, else float
-  void* loss;       // (n_rows,) of loss_dtype for kNone, else ()
-  void* saved;      // A: 4 + 3 n_rows values, described in kernels/rowwise.py, and n_rows times Q for probabilities; null where
-                    // neither save nor the reduction needs rows
-  void* dlogits;    // logits_dtype; forward: null unless the strategy is fused; may be the logits themselves, with their strides
+  void* loss;     // (n_rows,) of loss_dtype for kNone, else ()
+  void* saved;    // A: 4 + 3 n_rows values, described in kernels/rowwise.py, and n_rows times Q for probabilities, all of which the
+                  // forward writes; null where neither a backward nor the reduction needs rows
+  void* dlogits;  // logits_dtype; forward: null unless the strategy is fused; may be the logits themselves, with their strides
+  // inputs
+  const void* logits;
+  const void* target;  // int64 or uint8 (n_rows,); with target_strides A for kProbabilities, or the logits' type
+  const void* weight;  // A (n_cols,), or null
+  // scalars
+  double scale;
+  int64_t n_threads;
+};
+
+struct Extras {
+  // outputs
   void* row_stats;  // A (2, n_rows): log-sum-exp and loss of every row, or null
   int64_t* counts;  // (3,): rows counted, rows correct, the row of the largest loss or -1; or null, with row_stats
   // inputs
-  const void* logits;
-  const void* target;         // int64 or uint8 (n_rows,); with target_strides A for kProbabilities, or the logits' type
   const void* target_b;       // the second of two labels, like target; or null
   const void* lam;            // A (n_rows,), the first label's share of each row; or null: lam_factor is the share
-  const void* weight;         // A (n_cols,), or null
   const void* sample_weight;  // A (n_rows,), or null
   const void* dloss;          // backward: A, (n_rows,) for kNone, else ()
-  // scalars
-  double scale;
   double lam_factor;
-  int64_t n_threads;
 };
 
 struct Kind {
   double smoothing, z_loss, logit_scale;
   double softcap;          // 0: none
   int64_t ignore_index;
-  int64_t top_k;           // rows, or with top_k_is_fraction units of 2**-32 of the counted rows
+  int64_t top_k;           // rows, or with top_k_is_fraction units of 2**-kFractionBits of the counted rows
   int64_t top_k_is_fraction;
   int64_t logits_dtype, loss_dtype, target_kind, reduction;
-  int64_t save;            // forward: whether fusedloss_backward may follow
   int64_t isa;             // kBest, or a lower one for tests
   int64_t fresh_bytes;     // of dlogits, if its memory was allocated for this call; else 0
   // shapes and strides
@@ -59,7 +67,9 @@ struct Kind {
   void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned);
 };
 
-struct Problem : Call, Kind {
+struct Rest : Extras, Kind {};
+
+struct Problem : Call, Rest {
   int64_t n_rows() const { return n_outer * n_inner; }
   bool has_probabilities() const { return target_kind == kProbabilities || target_kind == kProbabilitiesAsLogits; }
   bool has_contiguous_classes() const {
@@ -80,11 +90,34 @@ struct Problem : Call, Kind {
   }
 };
 
-constexpr int64_t kState = 4;  // scalars at the head of `saved`
+constexpr int64_t kState = 4;          // scalars at the head of `saved`
+constexpr int64_t kFractionBits = 32;  // a fractional top_k is in units of 2**-32 of the counted rows
 
-// Memory of the calling thread for the rows that it works on: one of 262144 float32, the largest common vocabulary; or a tile.
+// A row of 262144 float32, the largest common vocabulary.
 constexpr int64_t kKeptBytes = 1 << 20;
+// Memory of the calling thread for the rows that it works on, such a row among them. Not on its stack: one of 32 KB is enough for
+// PyTorch's operators.
+constexpr int64_t kScratchBytes = kKeptBytes + (1 << 17);
 void* thread_scratch();
+template <class Scratch>
+Scratch& thread_scratch_as() {
+  static_assert(sizeof(Scratch) <= kScratchBytes, "");
+  return *static_cast<Scratch*>(thread_scratch());
+}
+
+// Unsigned integers in the order of the losses, NaN the greatest, -0.0 equal to 0.0.
+inline uint32_t sortable_bits(float loss) {
+  uint32_t bits;
+  loss += 0.0f;
+  std::memcpy(&bits, &loss, sizeof bits);
+  return loss != loss ? ~uint32_t(0) : bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+inline uint64_t sortable_bits(double loss) {
+  uint64_t bits;
+  loss += 0.0;
+  std::memcpy(&bits, &loss, sizeof bits);
+  return loss != loss ? ~uint64_t(0) : bits >> 63 ? ~bits : bits | 0x8000000000000000u;
+}
 
 // A sum and what rounding took from it (Neumaier 1974): without, a thousand float64 losses would lose three digits.
 struct CompensatedSum {
@@ -94,7 +127,7 @@ struct CompensatedSum {
     lost += std::fabs(sum) >= std::fabs(x) ? (sum - next) + x : (x - next) + sum;
     sum = next;
   }
-  double value() const { return lost == lost ? sum + lost : sum; }  // of an infinite sum nothing finite is lost
+  double value() const { return std::isfinite(lost) ? sum + lost : sum; }  // of an infinite sum nothing finite is lost
 };
 
 struct RowSums {

@@ -140,16 +140,6 @@ INLINE RowFactors<A> row_factors(const RowStats<A>& s, const Terms<A>& terms, Ve
   return f;
 }
 
-// Unsigned integers in the order of the losses, NaN the greatest, -0.0 equal to 0.0.
-INLINE uint32_t sortable_bits(float loss) {
-  uint32_t bits = bit_cast<uint32_t>(loss + 0.0f);
-  return loss != loss ? ~uint32_t(0) : bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-INLINE uint64_t sortable_bits(double loss) {
-  uint64_t bits = bit_cast<uint64_t>(loss + 0.0);
-  return loss != loss ? ~uint64_t(0) : bits >> 63 ? ~bits : bits | 0x8000000000000000u;
-}
-
 // Values of rows from lane on, 0 from row n on; values: that of row 0.
 template <class A>
 INLINE Vector<A> load_rows(const A* values, int lane, int n) {
@@ -363,13 +353,12 @@ struct GroupState {
   // What is kept of the rows for the backward, and for reductions that select among them; or their losses.
   void store_rows(const Problem& problem, int64_t row, int n) const {
     const int64_t n_rows = problem.n_rows();
-    A* saved = problem.saved ? static_cast<A*>(problem.saved) + kState + row : nullptr;
-    if (problem.save) {
+    if (problem.saved) {
+      A* saved = static_cast<A*>(problem.saved) + kState + row;
       copy(saved, max, n), copy(saved + n_rows, rest, n);
+      for (int lane = 0; lane < n; ++lane) saved[2 * n_rows + lane] = live[lane] != 0 ? loss[lane] : -kInfinity<A>;
       if (problem.has_probabilities()) copy(saved + 3 * n_rows, q_total, n);
     }
-    if (problem.selects_rows())
-      for (int lane = 0; lane < n; ++lane) saved[2 * n_rows + lane] = live[lane] != 0 ? loss[lane] : -kInfinity<A>;
     if (problem.reduction == kNone) store_losses(problem, row, loss, n);
   }
   // Whether the label with the larger share has the largest logit. A NaN is in `rest`, which infinite logits make NaN too.

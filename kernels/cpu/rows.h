@@ -187,6 +187,8 @@ struct Scratch {
   A* kept;
   alignas(64) A z[BLOCK], q[BLOCK], dz[BLOCK];
   A block_maxima[kKeptCols<A> / BLOCK];  // of one row: a group of several has one block each, whose maximum is the row's
+  GroupState<A> state;
+  alignas(64) A kept_rows[kKeptCols<A>];
 
   A* kept_row(const Problem& problem, int lane) { return kept ? kept + lane * padded<A>(problem.n_cols) : nullptr; }
 };
@@ -311,10 +313,9 @@ template <class T>
 RowSums forward_rows(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
   using A = typename Accumulate<T>::type;
   const Terms<A> terms(problem, weight_total);
-  Scratch<A> scratch;
-  const bool keeps = problem.dlogits && problem.n_cols <= kKeptCols<A>;
-  scratch.kept = keeps ? static_cast<A*>(thread_scratch()) : nullptr;
-  GroupState<A> s;
+  Scratch<A>& scratch = thread_scratch_as<Scratch<A>>();
+  scratch.kept = problem.dlogits && problem.n_cols <= kKeptCols<A> ? scratch.kept_rows : nullptr;
+  GroupState<A>& s = scratch.state;
   RowSums sums = {};
   for_groups(problem, begin, end, rows_per_group<A>(problem), [&](int64_t row, int n) {
     const GroupPointers<T, A> at(problem, row);
@@ -333,9 +334,9 @@ template <class T>
 void backward_rows(const Problem& problem, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   const Terms<A> terms(problem, static_cast<const A*>(problem.saved)[3]);
-  Scratch<A> scratch;
+  Scratch<A>& scratch = thread_scratch_as<Scratch<A>>();
   scratch.kept = nullptr;
-  GroupState<A> s;
+  GroupState<A>& s = scratch.state;
   for_groups(problem, begin, end, rows_per_group<A>(problem), [&](int64_t row, int n) {
     const GroupPointers<T, A> at(problem, row);
     s.begin_backward(problem, terms, at.x, row, n, Simd<A>::W);

@@ -4,30 +4,17 @@
 // row losses per digit, no memory but a histogram. Rows that tie with it share what is left of k evenly.
 #pragma once
 #include <cstdint>
-#include <cstring>
 
 #include "problem.h"
 
 namespace fusedloss {
 
-inline uint32_t selection_key(float loss) {
-  uint32_t bits;
-  loss += 0.0f;  // -0.0 equals 0.0
-  std::memcpy(&bits, &loss, sizeof bits);
-  return loss != loss ? ~uint32_t(0) : bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-inline uint64_t selection_key(double loss) {
-  uint64_t bits;
-  loss += 0.0;
-  std::memcpy(&bits, &loss, sizeof bits);
-  return loss != loss ? ~uint64_t(0) : bits >> 63 ? ~bits : bits | 0x8000000000000000u;
-}
-
 inline int64_t rows_to_select(const Problem& problem, int64_t n_counted) {
   if (problem.reduction == kMax) return n_counted < 1 ? n_counted : 1;
   int64_t k = problem.top_k;
   if (problem.top_k_is_fraction) {  // integers, so that every backend agrees to the last row
-    k = int64_t((static_cast<unsigned __int128>(n_counted) * uint64_t(problem.top_k) + (uint64_t(1) << 31)) >> 32);
+    k = int64_t((static_cast<unsigned __int128>(n_counted) * uint64_t(problem.top_k) + (uint64_t(1) << (kFractionBits - 1))) >>
+                kFractionBits);
     if (k < 1) k = 1;
   }
   return k < n_counted ? k : n_counted;
@@ -35,12 +22,12 @@ inline int64_t rows_to_select(const Problem& problem, int64_t n_counted) {
 
 template <class A>
 auto kth_largest_key(const A* losses, int64_t n_rows, int64_t k) {
-  using Key = decltype(selection_key(A()));
+  using Key = decltype(sortable_bits(A()));
   Key prefix = 0, prefix_mask = 0;
   for (int shift = int(sizeof(Key)) * 8 - 8; shift >= 0; shift -= 8) {
     int64_t histogram[256] = {};
     for (int64_t row = 0; row < n_rows; ++row) {
-      Key key = selection_key(losses[row]);
+      Key key = sortable_bits(losses[row]);
       if ((key & prefix_mask) == prefix) ++histogram[(key >> shift) & 255];
     }
     int digit = 255;
@@ -56,7 +43,7 @@ template <class A>
 int64_t worst_row(const Problem& problem, const A* losses) {
   int64_t worst = -1;
   for (int64_t row = 0; row < problem.n_rows(); ++row)
-    if (problem.is_counted(row) && (worst < 0 || selection_key(losses[row]) > selection_key(losses[worst]))) worst = row;
+    if (problem.is_counted(row) && (worst < 0 || sortable_bits(losses[row]) > sortable_bits(losses[worst]))) worst = row;
   return worst;
 }
 
@@ -72,7 +59,7 @@ double select_rows(const Problem& problem, int64_t n_counted) {
   if (k > 0) {
     const auto key = kth_largest_key(losses, n_rows, k);
     for (int64_t row = 0; row < n_rows; ++row) {
-      const auto row_key = selection_key(losses[row]);
+      const auto row_key = sortable_bits(losses[row]);
       if (row_key > key) above_sum += double(losses[row]), ++n_above;
       // A negative weight can make -inf of a loss that counts: the rows that do not count must not tie with it.
       if (row_key == key && problem.is_counted(row)) threshold = double(losses[row]), ++n_tied;

@@ -1,0 +1,192 @@
+"""One call of the C++ kernel: its arguments packed, its addresses checked against the memory that is there."""
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedloss import plan_cpu
+from fusedloss.backends.cpu_abi import (
+    CALL,
+    DTYPES,
+    EXTRAS,
+    KIND,
+    NULL,
+    REDUCTIONS,
+    TARGET_KINDS,
+    Address,
+    Call,
+    Extras,
+    Functions,
+    Kind,
+    Library,
+)
+from fusedloss.backends.outputs import Outputs
+from fusedloss.plan import Inputs, Options, accumulation_dtype
+from fusedloss.reference import FRACTION_BITS
+
+
+class Prepacked(NamedTuple):
+    """`Kind` and what else is the same for all calls alike."""
+
+    functions: Functions
+    packed: bytes  # Kind
+    max_threads: int  # that are worth waking
+    logits_bytes: int  # from the first to the end of the last
+    dlogits_bytes: int
+    target_bytes: int
+
+
+def run(
+    function: Any,
+    kind: Prepacked,
+    outputs: Outputs,
+    dloss: Tensor | None,
+    inputs: Inputs,  # as `_as_read` has them
+    options: Options,
+) -> int:
+    logits, target, target_b, lam, weight, sample_weight, scale = inputs
+    call = Call(
+        loss=_contiguous_address(outputs.loss),
+        saved=_contiguous_address(outputs.saved),
+        dlogits=address(outputs.dlogits, kind.dlogits_bytes),
+        logits=address(logits, kind.logits_bytes),
+        target=address(target, kind.target_bytes),
+        weight=_contiguous_address(weight),
+        scale=options.scale if scale is None else options.scale * scale.item(),
+        n_threads=1 if kind.max_threads == 1 else min(kind.max_threads, torch.get_num_threads()),
+    )
+    extras = Extras(
+        row_stats=_contiguous_address(outputs.row_stats),
+        counts=_contiguous_address(outputs.counts),
+        target_b=_contiguous_address(target_b),
+        lam=_contiguous_address(lam),
+        sample_weight=_contiguous_address(sample_weight),
+        dloss=_contiguous_address(dloss),
+        lam_factor=options.lam,
+    )
+    return function(CALL.pack(*call), EXTRAS.pack(*extras) + kind.packed)
+
+
+def as_read(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of this dtype, the same one if it is that already."""
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    address(tensor, _spanned(tensor.shape, tensor.stride()) * tensor.itemsize)  # what converts it would not ask
+    return tensor.to(dtype).contiguous()
+
+
+def _contiguous_address(tensor: Tensor | None) -> Address:
+    return NULL if tensor is None else address(tensor, tensor.nbytes)
+
+
+def address(tensor: Tensor | None, n_bytes: int) -> Address:
+    """Where a tensor's values begin, NULL without one. n_bytes: from the first to the end of the last.
+
+    Raises RuntimeError where the memory is not there: `tensor.untyped_storage().resize_(0)` frees what a tensor lies in, and FSDP
+    does that to logits between forward and backward.
+    """
+    if tensor is None:
+        return NULL
+    needed = n_bytes + tensor.storage_offset() * tensor.itemsize
+    if tensor.untyped_storage().nbytes() < needed and n_bytes > 0:
+        raise RuntimeError(
+            f"a tensor of shape {list(tensor.shape)} and strides {list(tensor.stride())} needs {needed} bytes of memory, but "
+            f"has {tensor.untyped_storage().nbytes()}: its data is not allocated yet, or was freed"
+        )
+    return Address(tensor.data_ptr())
+
+
+def prepack(
+    inputs: Inputs,
+    gradient_strides: tuple[int, ...] | None,
+    loss_dtype: torch.dtype | None,
+    options: Options,
+    library: Library,
+    fresh: bool = True,  # the gradient's memory, which nobody has touched
+) -> Prepacked:
+    logits, target = inputs.logits, inputs.target
+    return _kind(
+        logits.shape,
+        logits.stride(),
+        gradient_strides,
+        target.stride() if inputs.has_probabilities() else None,
+        logits.dtype,
+        loss_dtype,
+        target.dtype,
+        options.kind(),
+        fresh,
+        library,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _kind(
+    shape: tuple[int, ...],
+    logits_strides: tuple[int, ...],
+    dlogits_strides: tuple[int, ...] | None,
+    probabilities_strides: tuple[int, ...] | None,
+    logits_dtype: torch.dtype,
+    loss_dtype: torch.dtype | None,
+    target_dtype: torch.dtype,
+    options: Options,
+    fresh: bool,
+    library: Library,
+) -> Prepacked:
+    n_elements, itemsize = math.prod(shape), logits_dtype.itemsize
+    rows = plan_cpu.rows(shape, logits_strides, dlogits_strides, probabilities_strides)
+    if probabilities_strides is None:
+        target_kind = "uint8" if target_dtype == torch.uint8 else "int64"
+    else:
+        target_kind = "probabilities" if target_dtype == accumulation_dtype(logits_dtype) else "probabilities_as_logits"
+    gradient_bytes = 0 if dlogits_strides is None else _spanned(shape, dlogits_strides) * itemsize
+    (logits_outer, logits_row, logits_col), (dlogits_outer, dlogits_row, dlogits_col), (target_outer, target_row, target_col) = (
+        rows.strides
+    )
+    kind = Kind(
+        smoothing=options.label_smoothing,
+        z_loss=options.z_loss,
+        logit_scale=options.logit_scale,
+        softcap=options.softcap,
+        ignore_index=options.ignore_index,
+        top_k=options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS),
+        top_k_is_fraction=options.top_k == 0,
+        logits_dtype=DTYPES.index(logits_dtype),
+        loss_dtype=DTYPES.index(loss_dtype) if loss_dtype is not None else 0,
+        target_kind=TARGET_KINDS.index(target_kind),
+        reduction=REDUCTIONS.index(options.reduction),
+        isa=library.requested_isa,
+        fresh_bytes=gradient_bytes if fresh else 0,
+        n_outer=rows.n_outer,
+        n_inner=rows.n_inner,
+        n_cols=rows.n_cols,
+        logits_outer=logits_outer,
+        logits_row=logits_row,
+        logits_col=logits_col,
+        dlogits_outer=dlogits_outer,
+        dlogits_row=dlogits_row,
+        dlogits_col=dlogits_col,
+        target_outer=target_outer,
+        target_row=target_row,
+        target_col=target_col,
+        gomp_parallel=Address(library.gomp_parallel),
+    )
+    n_values = n_elements // max(rows.n_cols, 1) if probabilities_strides is None else _spanned(shape, probabilities_strides)
+    max_threads = plan_cpu.max_threads(n_elements)
+    return Prepacked(
+        library.functions if max_threads > 1 else library.holding_gil,
+        KIND.pack(*kind),
+        max_threads,
+        _spanned(shape, logits_strides) * itemsize,
+        gradient_bytes,
+        n_values * target_dtype.itemsize,
+    )
+
+
+def _spanned(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last, both included."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

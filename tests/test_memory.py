@@ -1,0 +1,204 @@
+"""Memory that is not there, or too little of it: what a kernel that takes addresses must never meet.
+
+What ended the process before is tried in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import make_logits, make_probabilities, make_target, make_weight
+from torch import Tensor
+
+import fusedloss
+from fusedloss.backends import cpu
+from fusedloss.plan import Inputs, Options
+
+pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"no C++ kernel: {cpu.MISSING}")
+
+
+def _run(program: str, **environment: str) -> str:
+    """What a program prints, which must not end by a signal."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join((str(here), str(here.parent), os.environ.get("PYTHONPATH", "")))
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "2", **environment},
+    )
+    assert result.returncode == 0, (result.returncode, result.stderr)
+    return result.stdout
+
+
+def freed(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def freed_view(tensor: Tensor) -> Tensor:
+    both = torch.cat([tensor, tensor])
+    both.untyped_storage().resize_(0)
+    return both[len(tensor) :]
+
+
+def cut(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(tensor.nbytes - 1)
+    return tensor
+
+
+def outcome(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__
+    return "served"
+
+
+def freed_before_the_call() -> None:
+    """Each tensor of a call in turn; a known call, too. Where only the end of it is gone PyTorch reads what is not its own, and
+    so does a known call; its mean of class probabilities crashes where all is gone."""
+    logits, target, weight = make_logits(8, 10), make_target(8, n_classes=10), make_weight(10)
+    ours = fusedloss.cross_entropy
+    for take in (cut, freed, freed_view):
+        for _ in range(1 if take is cut else 4):
+            assert outcome(lambda: ours(take(logits), target)) == "RuntimeError"  # noqa: B023
+            assert outcome(lambda: ours(logits, take(target), weight)) == "RuntimeError"  # noqa: B023
+            assert outcome(lambda: ours(logits, target, take(weight))) == "RuntimeError"  # noqa: B023
+            ours(logits, target), ours(logits, target, weight)
+        if take is not cut:  # there PyTorch reads what is not its own
+            assert outcome(lambda: F.cross_entropy(take(logits), target)) == "RuntimeError"  # noqa: B023
+            assert outcome(lambda: F.cross_entropy(logits, take(target))) == "RuntimeError"  # noqa: B023
+        probabilities, rows = make_probabilities(8, 10), torch.rand(8)
+        assert outcome(lambda: ours(logits, take(probabilities))) == "RuntimeError"  # noqa: B023
+        assert outcome(lambda: ours(logits, (target, take(target), 0.5))) == "RuntimeError"  # noqa: B023
+        assert outcome(lambda: ours(logits, (target, target, take(rows)))) == "RuntimeError"  # noqa: B023
+        assert outcome(lambda: ours(logits, target, sample_weight=take(rows))) == "RuntimeError"  # noqa: B023
+        assert outcome(lambda: ours(logits.bfloat16(), target, take(weight.bfloat16()))) == "RuntimeError"  # noqa: B023
+    for strided in (make_logits(8, 20)[:, ::2], make_logits(10, 8).t(), make_logits(8, 3, 10).transpose(1, 2)):
+        strided.untyped_storage().resize_(strided.untyped_storage().nbytes() - 8)  # the last two values
+        labels = target if strided.dim() == 2 else target.unsqueeze(1).expand(8, 3)
+        assert outcome(lambda: ours(strided, labels)) == "RuntimeError"  # noqa: B023
+    print("done")
+
+
+def test_memory_that_was_freed_before_the_call() -> None:
+    assert _run("import test_memory; test_memory.freed_before_the_call()") == "done\n"
+
+
+def freed_before_the_backward() -> None:
+    """PyTorch has what it needs in a tensor of its own; ours is served where the gradient is made already, or raises."""
+    for reduction, dtype in (("mean", torch.float32), ("none", torch.float32), ("mean", torch.float16)):
+        for _ in range(4):
+            leaf, target = make_logits(8, 10, dtype=dtype).requires_grad_(), make_target(8, n_classes=10)
+            logits = leaf * 1
+            loss = fusedloss.cross_entropy(logits, target, reduction=reduction).sum()
+            logits.untyped_storage().resize_(0)
+            found = outcome(loss.backward)
+            assert found == ("served" if (reduction, dtype) == ("mean", torch.float32) else "RuntimeError")
+            if found == "served":
+                expected = leaf.detach().clone().requires_grad_()
+                F.cross_entropy(expected, target).backward()
+                assert leaf.grad is not None
+                assert expected.grad is not None
+                torch.testing.assert_close(leaf.grad, expected.grad)
+        upstream = torch.ones((), dtype=dtype)
+        upstream.untyped_storage().resize_(0)
+        for function in (fusedloss.cross_entropy, F.cross_entropy):
+            loss = function(leaf, target)
+            assert outcome(lambda: loss.backward(upstream)) == "RuntimeError"  # noqa: B023
+    print("done")
+
+
+def test_memory_that_was_freed_before_the_backward() -> None:
+    assert _run("import test_memory; test_memory.freed_before_the_backward()") == "done\n"
+
+
+_ON_A_SMALL_STACK = """
+import threading, torch, torch.nn.functional as F, fusedloss
+torch.set_num_threads({threads})
+function, found = {function}, []
+
+def calls():
+    for shape in ((16, 10), (64, 10, 30), (4, 40), (20, 3000), (2, 300, 100)):
+        for dtype in (torch.float32, torch.float64):
+            for reduction in ("mean", "none"):
+                logits = torch.randn(shape, dtype=dtype).requires_grad_()
+                target = torch.randint(shape[1], (shape[0], *shape[2:]))
+                function(logits, target, reduction=reduction).sum().backward()
+                found.append(bool(logits.grad.isfinite().all()))
+
+if {stack}:
+    calls()  # what Python and autograd do once needs more
+    found.clear()
+    threading.stack_size({stack})
+    thread = threading.Thread(target=calls)
+    thread.start()
+    thread.join()
+else:
+    calls()
+print(len(found), all(found))
+"""
+
+
+@pytest.mark.parametrize("function", ["F.cross_entropy", "fusedloss.cross_entropy"])
+@pytest.mark.parametrize(("stack", "threads"), [(32 << 10, 1), (0, 2)], ids=["a Python thread", "workers"])
+def test_small_stacks(function: str, stack: int, threads: int) -> None:
+    program = _ON_A_SMALL_STACK.format(function=function, stack=stack, threads=threads)
+    assert _run(program, OMP_STACKSIZE="32k") == "20 True\n"
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """What is allocated holds NaN, and the largest integer, until it is written."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(),
+        Options("sum", label_smoothing=0.1),
+        Options("none"),
+        Options("max"),
+        Options("topk", top_k_fraction=0.5),
+        Options("none", return_stats=True, z_loss=0.1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(6, 3), (6, 70), (2, 9, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_operators_write_all_that_they_return(
+    poisoned_memory: None, dtype: torch.dtype, shape: tuple[int, ...], options: Options
+) -> None:
+    """An ignored row included, whose gradient is 0 and of which nothing is known."""
+    assert torch.empty(4).isnan().all()  # poisoned
+    logits, rows = make_logits(*shape, dtype=dtype), (shape[0], *shape[2:])
+    indices = make_target(*rows, n_classes=shape[1], ignored=-100).reshape(-1)
+    for target in (indices, make_probabilities(*shape, dtype=dtype)):
+        inputs = Inputs(logits, target)
+        if options.return_stats and inputs.has_probabilities():
+            continue
+        for needs_grad in (False, True):
+            outputs = torch.ops.fusedloss.forward(*inputs, *options, dtype, needs_grad, "cpu")
+            assert all(output.isfinite().all() or output is outputs[1] for output in outputs)
+            assert not outputs[1].isnan().any()
+            assert (outputs[4].abs() < 100).all()
+        saved = outputs[1]
+        if saved.numel() > 0:
+            gradient = torch.ops.fusedloss.backward(torch.ones_like(outputs[0]), *inputs, saved, *options, "cpu")
+            assert gradient.isfinite().all()
