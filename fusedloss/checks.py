@@ -42,6 +42,8 @@ def check_options(
 ) -> Options:
     """Raises on options that no tensor could make right. Tensors for scale and lam stay with the caller, and are 1.0 here."""
     scale, _, top_k, return_stats, z_loss, logit_scale, softcap = extras
+    if not isinstance(reduction, str):
+        raise ValueError(f"{reduction} is not a valid value for reduction")
     if reduction == "elementwise_mean":
         _reduction.get_enum(reduction)  # warns
         reduction = "mean"
@@ -51,15 +53,22 @@ def check_options(
                 f"scale must be a number or a 0-d floating point tensor, but got shape {list(scale.shape)}, {scale.dtype}"
             )
         scale = 1.0
-    if isinstance(label_smoothing, Tensor):
-        label_smoothing = _float("label_smoothing", label_smoothing)
     if isinstance(lam, Tensor):
         lam = 1.0
+    # Python's own numbers from here on: not all that pass for a number can be looked up.
+    if type(ignore_index) is not int:
+        ignore_index = _index("ignore_index", ignore_index)
+    if type(label_smoothing) is not float:
+        label_smoothing = _smoothing(label_smoothing)
+    if top_k is not None and not isinstance(top_k, float):
+        top_k = _index("top_k", top_k)
+    scale, z_loss, lam = _float("scale", scale), _number("z_loss", z_loss), _float("lam", lam)
+    logit_scale, softcap = _number("logit_scale", logit_scale), None if softcap is None else _number("softcap", softcap)
     options = _options.__wrapped__ if torch.compiler.is_compiling() else _options  # Dynamo traces no cache
     return options(reduction, ignore_index, label_smoothing, top_k, scale, z_loss, logit_scale, softcap, lam, return_stats)
 
 
-@lru_cache(maxsize=256, typed=True)  # typed: True is no ignore_index, but equal to 1
+@lru_cache(maxsize=256, typed=True)  # typed: a top_k of 1 is a row, one of 1.0 all of them
 def _options(
     reduction: str,
     ignore_index: int,
@@ -74,23 +83,15 @@ def _options(
 ) -> Options:
     if reduction not in ("mean", "sum", "none", *ROW_REDUCTIONS):
         raise ValueError(f"{reduction} is not a valid value for reduction")
-    if type(ignore_index) is not int:
-        ignore_index = _index("ignore_index", ignore_index)
     # A compiler's numbers fit, and of some it knows no more.
     if not torch.compiler.is_compiling() and not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit 64 bits, but got {ignore_index}: Overflow when unpacking long long")
-    if type(label_smoothing) is not float:
-        label_smoothing = _float("label_smoothing", label_smoothing)
     k, fraction = _check_top_k(reduction, top_k)
-    if type(scale) is not float:
-        scale = _float("scale", scale)
     z_loss, logit_scale = _finite("z_loss", z_loss), _finite("logit_scale", logit_scale)
     if softcap is None:
         softcap = 0.0
     elif not _finite("softcap", softcap) > 0:
         raise ValueError(f"softcap must be positive, but got {softcap}")
-    if type(lam) is not float:
-        lam = _float("lam", lam)
     if not 0 <= lam <= 1:
         raise ValueError(f"lam, the share of the first of two labels, must be in [0, 1], but got {lam}")
     # nan and negative smoothing act as 0, as in PyTorch; more than 1 is an error once the shapes are known.
@@ -107,6 +108,8 @@ def _index(name: str, value: Any) -> int:
 
 
 def _float(name: str, value: Any) -> float:
+    if type(value) is float:
+        return value
     if isinstance(value, Tensor) and value.dim() == 0:
         return float(value.item())
     if isinstance(value, (str, bytes, Tensor)) or not hasattr(value, "__float__"):
@@ -114,10 +117,20 @@ def _float(name: str, value: Any) -> float:
     return float(value)
 
 
-def _finite(name: str, value: Any) -> float:
+def _smoothing(value: Any) -> float:
+    """What PyTorch takes for a number: no array, and of the tensors those whose gradient would not be lost."""
+    if hasattr(value, "__setitem__") and (not isinstance(value, Tensor) or value.requires_grad):
+        raise TypeError(f"cross_entropy(): argument 'label_smoothing' must be float, not {type(value).__name__}")
+    return _float("label_smoothing", value)
+
+
+def _number(name: str, value: Any) -> float:
     if isinstance(value, Tensor):  # whose gradient would be lost, and which would have to be waited for
         raise TypeError(f"cross_entropy(): argument '{name}' must be float, not Tensor")
-    number = value if type(value) is float else _float(name, value)
+    return _float(name, value)
+
+
+def _finite(name: str, number: float) -> float:
     if not -math.inf < number < math.inf:  # not math.isfinite: numbers are symbols to a compiler
         raise ValueError(f"{name} must be finite, but got {number}")
     return number
@@ -293,6 +306,7 @@ def _same_sizes(sizes: torch.Size, others: torch.Size) -> bool:
 
 def check_class_indices(target: Tensor, n_classes: int, ignore_index: int) -> None:
     """Raises IndexError naming the first class index out of range and its position. Reads the values: on a GPU this waits."""
+    target = target.long()  # -100 is 156 to bytes, and 256 classes are none
     outside = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
     if outside.any():
         position = outside.nonzero()[0].tolist()

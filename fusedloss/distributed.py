@@ -1,6 +1,7 @@
 """One mean over many calls: the factor of the sum when a batch is spread over micro-batches, ranks, or both."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,9 +9,11 @@ from torch import Tensor
 
 from fusedloss.vocab_parallel import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
 
+Labels = Tensor | tuple[Tensor, Tensor, float | Tensor]
+
 
 def global_scale(
-    target: Tensor | Sequence[Tensor],
+    target: Labels | Sequence[Labels],
     ignore_index: int = -100,
     group: "dist.ProcessGroup | None" = None,
     *,
@@ -28,7 +31,8 @@ def global_scale(
         cross_entropy(model(images), target, reduction="sum", scale=scale).backward()
 
     Args:
-        target: this rank's targets as `cross_entropy` takes them, or a sequence with one tensor per micro-batch.
+        target: this rank's targets as `cross_entropy` takes them, two labels and a share included, or a sequence with those of
+            each micro-batch.
         ignore_index: targets that count for nothing.
         group: the ranks that gradients are averaged over; by default all. Without an initialised process group: this process.
         weight: (C,), the class weights given to `cross_entropy`; they do not count for class probabilities, as in the mean.
@@ -43,7 +47,7 @@ def global_scale(
     References:
         Goyal et al. 2017, arXiv:1706.02677, section 3, remark 3: normalise by the total minibatch, not by the worker's.
     """
-    targets = [target] if isinstance(target, Tensor) else list(target)
+    targets: Sequence[Any] = [target] if isinstance(target, Tensor) or _are_two_labels(target) else list(target)
     if not targets:
         raise ValueError("global_scale() needs the targets of at least one micro-batch")
     total = torch.stack([_denominator(part, ignore_index, weight) for part in targets]).sum()
@@ -54,16 +58,30 @@ def global_scale(
     return n_ranks / total
 
 
-def _denominator(target: Tensor, ignore_index: int, weight: Tensor | None) -> Tensor:
+def _are_two_labels(target: Any) -> bool:
+    """(target_a, target_b, lam), and no three micro-batches: class indices are no floating point numbers, shares are."""
+    if not isinstance(target, (tuple, list)) or len(target) != 3:
+        return False
+    *labels, lam = target
+    is_share = lam.is_floating_point() if isinstance(lam, Tensor) else not isinstance(lam, (tuple, list))
+    return is_share and not any(isinstance(label, (tuple, list)) or label.is_floating_point() for label in labels)
+
+
+def _denominator(target: Any, ignore_index: int, weight: Tensor | None) -> Tensor:
     """What PyTorch's mean divides by, 0-d: as a float, because float32 counts only to 2**24 and integers do not divide."""
+    if _are_two_labels(target):  # class weights do not count, as for probabilities
+        a, b, _ = target
+        dtype = torch.float32 if a.device.type == "mps" else torch.float64
+        return ((a.long() != ignore_index) & (b.long() != ignore_index)).sum(dtype=dtype)
     dtype = torch.float32 if target.device.type == "mps" else torch.float64
     if target.is_floating_point():  # class probabilities: (C,) or (N, C, d1, ...)
         n_classes = target.shape[min(1, target.dim() - 1)]
         return torch.full((), target.numel() // max(n_classes, 1), dtype=dtype, device=target.device)
+    target = target.long()  # -100 is 156 to bytes, and 300 classes are 44
     counted = target != ignore_index
     if weight is None:
         return counted.sum(dtype=dtype)
     # A class out of range makes the loss itself fail, or nan on a GPU; here it must only not be read.
     inside = (target >= 0) & (target < len(weight))
-    weights = weight.detach().to(target.device, dtype)[torch.where(inside, target, 0).long()]
+    weights = weight.detach().to(target.device, dtype)[torch.where(inside, target, 0)]
     return torch.where(counted, weights, 0).sum()

@@ -66,8 +66,8 @@ def cross_entropy(
     Args:
         input: logits (C,), (N, C) or (N, C, d1, ...); float16, bfloat16, float32 or float64, any strides.
         target: class indices (), (N,) or (N, d1, ...), int64 (uint8 for 1-D); or class probabilities of input's shape; or two
-            labels of MixUp or CutMix, a tuple (target_a, target_b, lam) of class indices and the share of the first, a number
-            or a tensor (), (N,) or of target_a's shape: the loss of the class probabilities
+            labels of MixUp or CutMix, (target_a, target_b, lam), a tuple or list of class indices and the share of the first, a
+            number or a tensor (), (N,) or of target_a's shape: the loss of the class probabilities
             lam * one_hot(target_a) + (1 - lam) * one_hot(target_b), which are never built: a class whose share is 0 does not
             enter, though its logit be -inf. A row with either label ignored is ignored.
         weight: (C,), a factor per class, in input's dtype.
@@ -85,7 +85,8 @@ def cross_entropy(
             tensor, on any device, read there without synchronisation. With reduction="sum" it stands for every
             normalisation that is not PyTorch's mean: scale=1/number_of_targets_in_the_global_batch.
         sample_weight: a factor per row, floating point: (N,), or (N, d1, ...) like class indices.
-        z_loss: factor of the squared log-sum-exp, which keeps logits from drifting.
+        z_loss: factor of the squared log-sum-exp, which keeps logits from drifting. It is part of a row's loss and divided by
+            what the mean divides by: with class weights the sum of w[y_n], so that weights ten times as large make a tenth of it.
         logit_scale: factor of the logits, a number. (One that is learned is a multiplication before the call.)
         softcap: positive bound of the logits, after logit_scale.
         return_stats: also return `fusedloss.LossStats`, made in the same launch.

@@ -80,7 +80,10 @@ def key_of(
 
 
 def find(key: tuple[Any, ...], input: Tensor, target: Tensor, weight: Tensor | None) -> KnownCall | None:
-    for call in KNOWN.get(key, ()):
+    calls = KNOWN.get(key)
+    if calls is None or input.is_nested or target.is_nested or (weight is not None and weight.is_nested):
+        return None  # nested tensors end the process when they are asked for their strides
+    for call in calls:
         if call.takes(input, target) if weight is None else call.takes(input, target, weight):
             return call
     return None

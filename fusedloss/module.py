@@ -138,6 +138,18 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
                 self.scale = fn(self.scale)  # type: ignore[arg-type]
         return self
 
+    def __prepare_scriptable__(self) -> nn.CrossEntropyLoss:
+        """What torch.jit.script compiles in place of this module: PyTorch's own, for it sees no kernel."""
+        asked = [name for name, default in _OWN_EXTRAS.items() if getattr(self, name) != default]
+        if asked or self.reduction not in ("none", "sum", "mean"):
+            raise NotImplementedError(
+                f"torch.jit.script compiles PyTorch's loss only, which has no {', '.join(asked) or self.reduction}"
+            )
+        loss = nn.CrossEntropyLoss(
+            self.weight, ignore_index=self.ignore_index, reduction=self.reduction, label_smoothing=self.label_smoothing
+        )
+        return loss.train(self.training)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A module pickled or copied from nn.CrossEntropyLoss lacks the extras."""
         super().__setstate__(state)

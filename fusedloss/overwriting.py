@@ -42,7 +42,8 @@ def cross_entropy_overwriting_logits(
         The loss, 0-d.
 
     Raises:
-        RuntimeError: the logits are a leaf, overlap themselves, or no kernel can do this here; never a silent copy.
+        RuntimeError: the logits are a leaf, may overlap themselves or lie where target or weight does, or no kernel can do this
+            here; never a silent copy.
         What `fusedloss.cross_entropy` raises.
     """
     arguments: dict[str, Any] = {
@@ -66,13 +67,25 @@ def cross_entropy_overwriting_logits(
     if input.is_leaf:
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
     strided = input.dim() >= 2 and (input.dim() <= 3 or spatial_dims_collapse(input))
-    if not strided or input.is_neg() or torch._debug_has_internal_overlap(input) == 1:
+    if not strided or input.is_neg() or _may_overlap(input):
         raise RuntimeError(
             f"logits of shape {list(input.shape)} and strides {list(input.stride())} cannot be overwritten in place"
         )
     if target.is_neg() or (weight is not None and weight.is_neg()):
         raise RuntimeError("target or weight is a negative view, which the kernel cannot read")
+    if any(tensor is not None and torch._C._is_alias_of(input, tensor) for tensor in (target, weight)):
+        raise RuntimeError("target or weight lies in the memory of the logits, which are overwritten while it is read")
     return _Overwriting.apply(input, inputs, options, route.out_dtype)
+
+
+def _may_overlap(logits: Tensor) -> bool:
+    """Whether two elements may lie at one place: if a step of some dimension is no longer than all shorter ones together."""
+    end = 0  # of the elements so far, from the first
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride <= end:
+            return True
+        end += (size - 1) * stride
+    return False
 
 
 class _Overwriting(torch.autograd.Function):

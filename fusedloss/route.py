@@ -11,7 +11,7 @@ from fusedloss import backends
 from fusedloss.backends import cpu
 from fusedloss.checks import Facts, InputFacts, autocast_dtype, check_tensors
 from fusedloss.plan import Inputs, Options
-from fusedloss.world import PLAIN, Kind, World, world_of
+from fusedloss.world import PLAIN, Kind, World, is_strided, world_of
 
 
 class Route(NamedTuple):
@@ -26,6 +26,9 @@ class Route(NamedTuple):
 def route_of(inputs: Inputs, options: Options) -> Route:
     """Checks the tensors and chooses the path."""
     logits, target, target_b, lam, weight, sample_weight, scale = inputs
+    for tensor in inputs:
+        if isinstance(tensor, Tensor) and not is_strided(tensor):
+            return _unstrided(tensor, inputs, options)
     facts = InputFacts(
         Facts.of("input", logits),
         Facts.of("target", target),
@@ -38,6 +41,16 @@ def route_of(inputs: Inputs, options: Options) -> Route:
     # Once per kind of call, unless somebody traces it, with sizes that are symbols.
     choose = _choose if world is PLAIN else _choose.__wrapped__
     return choose(facts, options.kind(), scale is not None, backends.requested, world, autocast_is_on(logits))
+
+
+def _unstrided(tensor: Tensor, inputs: Inputs, options: Options) -> Route:
+    """What PyTorch makes of such tensors, it makes of them here; most of it is a NotImplementedError."""
+    reason = f"a {'quantised' if tensor.is_quantized else 'nested' if tensor.is_nested else tensor.layout} tensor has no strides"
+    others = inputs.target_b, inputs.lam, inputs.sample_weight, inputs.scale
+    is_plain = options.reduction in ("none", "sum", "mean") and not options.has_extras()
+    if backends.requested != "auto" or not is_plain or any(other is not None for other in others):
+        raise NotImplementedError(f"{reason}, and only PyTorch's own loss, without extras, could serve it")
+    return Route("torch", reason, inputs.logits.dtype, World(Kind.COMPOSED, reason))
 
 
 @lru_cache(maxsize=1024)

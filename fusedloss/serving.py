@@ -1,6 +1,5 @@
 """A call, from the arguments to the loss: known already; or checked, routed, and served by a kernel or by PyTorch's operators."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fusedloss import known, ops, reference
+from fusedloss import environment, known, ops, reference
 from fusedloss.autograd import CrossEntropyFunction, KnownCrossEntropyFunction, forgets_logits, kernel_forward, kernel_inputs
 from fusedloss.backends.outputs import contiguous_strides
 from fusedloss.backends.triton import device_facts
@@ -24,7 +23,7 @@ from fusedloss.route import Route, route_of
 from fusedloss.stats import LossStats
 from fusedloss.world import PLAIN, Kind
 
-_CHECK_TARGETS = os.environ.get("FUSEDLOSS_CHECK_TARGETS", "0") not in ("", "0")
+_CHECK_TARGETS = environment.choice("FUSEDLOSS_CHECK_TARGETS", ("0", "1")) == "1"
 
 
 def serve(
@@ -44,7 +43,10 @@ def serve(
     if not is_dynamo_compiling():
         key = known.key_of(target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, extras)
         if key is not None:
-            call = known.find(key, input, target, weight)
+            try:
+                call = known.find(key, input, target, weight)
+            except (TypeError, AttributeError):  # what cannot be looked up: the checks take it, or say what it is
+                key = call = None
             if call is not None:
                 if call.needs_grad:
                     loss = KnownCrossEntropyFunction.apply(input, (target, weight, extras[0], call))
@@ -85,7 +87,7 @@ def serve(
         if scale.requires_grad and torch.is_grad_enabled():
             factor, inputs = scale, inputs._replace(scale=None)
         elif scale.device != input.device:
-            inputs = inputs._replace(scale=scale.to(input.device, non_blocking=True))
+            inputs = inputs._replace(scale=scale.to(input.device, non_blocking=input.device.type != "cpu"))
     loss, stats = compute(inputs, options, route)
     if key is not None and not isinstance(label_smoothing, Tensor):
         _remember(key, inputs, options, route, loss)
@@ -106,8 +108,9 @@ def _without_numbers(inputs: Inputs, options: Options) -> tuple[Inputs, Options,
 
 def labels_of(target: Any) -> tuple[Tensor, Tensor | None, float | Tensor]:
     """The target, or the two labels and the share of the first."""
-    if isinstance(target, tuple) and len(target) == 3:
-        return target
+    if isinstance(target, (tuple, list)) and len(target) == 3:  # a list: what a DataLoader makes of tuples
+        labels, labels_b, lam = target
+        return labels, labels_b, lam
     return target, None, 1.0
 
 

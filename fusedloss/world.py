@@ -47,6 +47,8 @@ def world_of(*tensors: Tensor | None) -> World:
             return World(Kind.COMPOSED, f"{type(tensor).__name__} has a __torch_dispatch__ that knows PyTorch's operators only")
     if torch.compiler.is_compiling():
         return COMPILED
+    if any(tensor is not None and tensor._is_zerotensor() for tensor in tensors):
+        return World(Kind.COMPOSED, "a tensor of zeros has no memory")
     if forward_ad._current_level >= 0:
         return World(Kind.COMPOSED, "forward-mode differentiation is active")
     if torch.jit.is_tracing():
@@ -57,6 +59,11 @@ def world_of(*tensors: Tensor | None) -> World:
 @torch.compiler.assume_constant_result  # while a transform is compiled, it is active, too
 def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_strided(tensor: Tensor) -> bool:
+    """Whether its values lie in memory one by one, by strides: not those of a sparse, mkldnn, nested or quantised tensor."""
+    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
 
 
 def takes_operators_apart(tensor: Tensor) -> bool:

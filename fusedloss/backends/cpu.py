@@ -17,7 +17,6 @@ from torch import Tensor
 from fusedloss.backends.cpu_abi import CALL, NO_EXTRAS, Library, load
 from fusedloss.backends.cpu_call import Prepacked, address, as_read, prepack, run
 from fusedloss.backends.outputs import Allocators, Outputs, allocate_forward, allocate_gradient, forward_allocators
-from fusedloss.kernels.constants import FRACTION_BITS
 from fusedloss.plan import Inputs, Options, accumulation_dtype
 
 _BITS = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}  # by the size of a floating point number
