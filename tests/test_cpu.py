@@ -17,13 +17,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import check_against_torch
+from fusedloss.kernels.constants import FRACTION_BITS, STATE
 from problems import make_logits, make_probabilities, make_target, make_weight
 
 import fusedloss
 from fusedloss.backends import cpu, cpu_abi
-from fusedloss.backends.outputs import STATE, Outputs
+from fusedloss.backends.outputs import Outputs
 from fusedloss.plan import Inputs, Options
-from fusedloss.reference import FRACTION_BITS
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"no C++ kernel: {cpu.MISSING}")
 

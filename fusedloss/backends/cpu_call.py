@@ -24,8 +24,8 @@ from fusedloss.backends.cpu_abi import (
     Library,
 )
 from fusedloss.backends.outputs import Outputs
+from fusedloss.kernels.constants import FRACTION_BITS
 from fusedloss.plan import Inputs, Options, accumulation_dtype
-from fusedloss.reference import FRACTION_BITS
 
 
 class Prepacked(NamedTuple):
