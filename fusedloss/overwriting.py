@@ -73,7 +73,8 @@ def cross_entropy_overwriting_logits(
         )
     if target.is_neg() or (weight is not None and weight.is_neg()):
         raise RuntimeError("target or weight is a negative view, which the kernel cannot read")
-    if any(tensor is not None and torch._C._is_alias_of(input, tensor) for tensor in (target, weight)):
+    memory = input.untyped_storage().data_ptr()
+    if any(tensor is not None and tensor.untyped_storage().data_ptr() == memory for tensor in (target, weight)):
         raise RuntimeError("target or weight lies in the memory of the logits, which are overwritten while it is read")
     return _Overwriting.apply(input, inputs, options, route.out_dtype)
 
