@@ -183,8 +183,8 @@ def reduce_batch(
             if _finishes_last(work.partial, work.ticket, program, n_programs, 2):
                 if out.row_stats is not None:
                     count_rows(out, work, n_rows)
-                total, count = _sum_left(work.partial, n_programs), _sum_left(work.partial + n_programs, n_programs)
-                _write_loss(out, work, total, count, scale, top_k, n_rows, asks)
+                total, counted = _sum_left(work.partial, n_programs), _sum_left(work.partial + n_programs, n_programs)
+                _write_loss(out, work, total, counted, scale, top_k, n_rows, asks)
 
 
 @triton.jit
