@@ -21,7 +21,7 @@ _replaced = reference.TORCHS  # what the first of them replaced
 def patch_torch() -> ExitStack:
     """Makes every call of `torch.nn.functional.cross_entropy` a call of `fusedloss.cross_entropy`, from now on or for a `with`.
 
-        fusedloss.patch_torch()  # for good
+        fusedloss.patch_torch()  # permanently
 
         with fusedloss.patch_torch():  # until the end of the block, also when it ends by an exception
             trainer.train()
@@ -29,8 +29,8 @@ def patch_torch() -> ExitStack:
     Reached is whatever looks the function up when it is called: `F.cross_entropy(...)`, and `torch.nn.CrossEntropyLoss`, whose
     forward does that, in modules built before, during and after. They stay what they are: a module pickled while patched is a
     plain `torch.nn.CrossEntropyLoss`. What torch.compile made of a call it makes anew when the patch comes or goes. Not reached
-    are a name bound before (`from torch.nn.functional import cross_entropy`), losses written with `log_softmax` or `nll_loss`,
-    tensors whose class has a `__torch_function__`, and torch.jit.script, which compiles PyTorch's.
+    are a name imported earlier (`from torch.nn.functional import cross_entropy`), losses written with `log_softmax` or
+    `nll_loss`, tensors whose class has a `__torch_function__`, and torch.jit.script, which compiles PyTorch's.
 
     The patch is in force in all threads of this process and in forked ones; a spawned process calls `patch_torch` itself. Blocks
     may nest and overlap: the last to end brings PyTorch's function back. What fusedloss hands to PyTorch goes to the original.

@@ -1,5 +1,7 @@
-"""The README's code runs, and its links and names exist."""
+"""The README's code runs, block by block; its numbers are those of the files they come from; its links and names exist."""
 
+import inspect
+import json
 import re
 from pathlib import Path
 
@@ -10,30 +12,75 @@ import fusedloss
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def test_the_readmes_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """In order, in one namespace, as a reader would."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 3
+def _block(word: str) -> str:
+    (block,) = (block for block in BLOCKS if word in block)
+    return block
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[re.sub(r"\W+", "-", block[:40]) for block in BLOCKS])
+def test_every_block_of_the_readme_runs_by_itself(block: str) -> None:
     names: dict[str, object] = {}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md, block {number}", "exec"), names)
-    loss = names["loss"]
-    assert isinstance(loss, torch.Tensor)
-    assert loss.item() > 0
+    exec(compile(block, "README.md", "exec"), names)
+    assert "logits" in names
+
+
+def test_the_readmes_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(_block("fusedloss.plan("), {})
     assert re.search(r"^triton: .*programs", capsys.readouterr().out, re.DOTALL | re.MULTILINE)
 
 
 def test_the_readmes_accumulation_is_the_mean_over_all() -> None:
     names: dict[str, object] = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    exec("\n".join(blocks[:2]), names)
+    exec(_block("micro_batches"), names)
     micro_batches = names["micro_batches"]
     assert isinstance(micro_batches, list)
     logits = torch.cat([logits.detach() for logits, _ in micro_batches]).requires_grad_()
     torch.nn.functional.cross_entropy(logits, torch.cat([target for _, target in micro_batches])).backward()
     torch.testing.assert_close(torch.cat([part.grad for part, _ in micro_batches]), logits.grad)
+
+
+def _table(first_header: str) -> list[list[str]]:
+    """The rows of the README's table whose header starts so."""
+    lines = README[README.index(f"| {first_header} |") :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_readmes_defaults_are_those_of_the_function() -> None:
+    parameters = inspect.signature(fusedloss.cross_entropy).parameters
+    named = {name.strip("`"): default.strip("`") for name, default, _ in _table("argument")}
+    assert named == {
+        name: repr(parameter.default).replace("'", '"')
+        for name, parameter in parameters.items()
+        if name not in ("input", "target", "size_average", "reduce")  # the last two are deprecated
+    }
+
+
+def test_the_readmes_counts_are_those_of_the_report() -> None:
+    import sys
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from kernel_pages import BEST_PEERS
+
+    marks = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())["marks"]
+    rows = _table("logits | instructions: ours")
+    assert [row[0] for row in rows] == list(marks)
+    for name, instructions, best_instructions, passes, best_passes, best in rows:
+        ours, peer = marks[name]["ours"], BEST_PEERS[name]
+        assert (instructions, passes) == (f"{ours['instructions']:.1f}", f"{ours['passes']:.2f}")
+        assert (best, best_instructions, best_passes) == (peer[0], str(peer[1]), str(peer[2]))
+
+
+def test_the_readmes_worst_cases_are_those_of_the_experiments() -> None:
+    """Rows of EXPERIMENTS.md: noise, loss, rate, accuracy, worst class, percentile, largest loss."""
+    lines = (ROOT / "benchmarks" / "EXPERIMENTS.md").read_text().splitlines()
+    measured = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| \d+ % \| ", line)]
+    cells = {(row[0], row[1]): (row[6].split(" ±")[0], row[4].split(" ±")[0] + " %") for row in measured}
+    for name, *found in _table("minimised"):
+        assert tuple(found) == cells["0 %", name] + cells["10 %", name]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
