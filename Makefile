@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-interpreted test-native test-emulated test-all test-clients test-oldest check fuzz sanitize accuracy bench report gpu experiments
+.PHONY: help setup train test test-interpreted test-native test-emulated test-all test-noise test-clients test-oldest check fuzz sanitize accuracy bench report gpu experiments
 
 help:
 	@echo "make setup     create $(VENV) and install fusedloss with what the other targets need"
@@ -14,6 +14,7 @@ help:
 	@echo "make test      the test suite in three processes, of which two run at a time (options: ARGS='-k accuracy -x')"
 	@echo "make test-all  the same with the whole sweep"
 	@echo "make test-oldest  the same as make test with the oldest PyTorch that is supported, in .venv-oldest"
+	@echo "make test-noise  the tests under Triton's interpreter, with twice the errors that a GPU's exp and division may have"
 	@echo "make test-clients  transformers, timm, Lightning and torchvision with the fused loss; installs them into $(VENV)"
 	@echo "make check     lint, format and type checks"
 	@echo "make fuzz      100,000 random problems against float64, and 1,000 under the interpreter (options: N=5000 SEED=1)"
@@ -48,6 +49,10 @@ test-all: test
 # No later numpy: Triton 3.5's interpreter does not run with it.
 test-oldest:
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest VERSIONS="'torch==2.9.*' 'numpy<2.4'"
+
+# Triton's interpreter with twice the errors that a GPU's exp and division may have: tests/noise.py.
+test-noise: $(READY)
+	$(PY) tests/parts.py --part interpreted --noise 2 $(ARGS)
 
 test-clients: $(READY)
 	$(PY) -m pip install --disable-pip-version-check --quiet -e '.[clients]'

@@ -26,6 +26,7 @@ from typing import Any
 
 import gpu_pages
 import torch
+from files import write_atomically
 from gpu_stages import ON_REQUEST, STAGES, Stage
 
 FOLDER = Path(__file__).parent
@@ -80,8 +81,6 @@ def main() -> None:
     end = time.monotonic() + 60 * arguments.minutes
     chosen = [name for name in STAGES if name in arguments.only]
     data: dict[str, Any] = {"machine": machine(), "stages": {}}
-    log = arguments.out / "log"
-    log.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         seconds = share(STAGES, name, chosen, end - time.monotonic())
         print(f"{name}: at most {seconds:.0f} s", flush=True)
@@ -92,7 +91,7 @@ def main() -> None:
 
         progress([])
         result = STAGES[name].run(seconds, progress)
-        gpu_pages.replace(log / f"{name}.txt", result.pop("output").encode())
+        write_atomically(arguments.out / "log" / f"{name}.txt", result.pop("output"))
         data["stages"][name] = result
         gpu_pages.write(data, arguments.out, draws=True)
         print(f"{name}: {result['verdict']}: {result['outcome']} ({result['seconds']:.0f} s)", flush=True)

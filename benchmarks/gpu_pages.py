@@ -4,11 +4,13 @@ A plot, results/gpu.png, comes at the end of a stage, where matplotlib is instal
 """
 
 import importlib.util
+import io
 import json
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from files import write_atomically
 
 Record = dict[str, Any]
 OURS = "fusedloss"
@@ -26,20 +28,13 @@ ONCE = 1.05  # of the floor's bytes: "once read, once written"
 def write(data: Record, folder: Path, draws: bool = False) -> None:
     """All files, each replaced whole or not at all."""
     results = folder / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    replace(results / "gpu.json", (json.dumps(data, indent=1) + "\n").encode())
+    write_atomically(results / "gpu.json", json.dumps(data, indent=1) + "\n")
     plot = results / "gpu.png"
     if not records_of(data, "benchmarks"):
         plot.unlink(missing_ok=True)  # of another run
     elif draws and importlib.util.find_spec("matplotlib") is not None:
         draw(records_of(data, "benchmarks"), plot)
-    replace(folder / "RESULTS.md", page(data, plot.exists()).encode())
-
-
-def replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    write_atomically(folder / "RESULTS.md", page(data, plot.exists()))
 
 
 def records_of(data: Record, stage: str) -> list[Record]:
@@ -249,7 +244,7 @@ def draw(records: list[Record], path: Path) -> None:
     panel.invert_yaxis()
     panel.set_xlabel("forward + backward: the floor's bytes over time, in % of a copy's bandwidth")
     panel.legend(fontsize=7)
-    temporary = path.with_name("gpu.new.png")
-    figure.savefig(temporary, bbox_inches="tight", dpi=90, metadata={"Software": None})
+    image = io.BytesIO()
+    figure.savefig(image, format="png", bbox_inches="tight", dpi=90, metadata={"Software": None})
     plt.close(figure)
-    os.replace(temporary, path)
+    write_atomically(path, image.getvalue())

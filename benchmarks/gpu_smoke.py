@@ -50,10 +50,10 @@ SANITIZED = (
 )
 
 
-def check(case: str, device: str) -> None:
-    """Raises an AssertionError that names the worst element."""
-    shape, dtype, options = CASES[case]
-    options = dict(options)
+def problem(case: str, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, Any]]:
+    """Logits, target, weight and options; dloss, the upstream gradient, may be among these."""
+    shape, dtype, given = CASES[case]
+    options = dict(given)
     with torch.device(device):
         logits = make_logits(*shape, dtype=dtype)
         if options.pop("probabilities", False):
@@ -61,7 +61,13 @@ def check(case: str, device: str) -> None:
         else:
             target = make_target(shape[0], *shape[2:], n_classes=shape[1], ignored=-100)
         weight = make_weight(shape[1], dtype) if options.pop("weight", False) else None
-        check_against_torch(logits, target, weight, roundings=4 if dtype == FP32 else 1, **options)
+    return logits, target, weight, options
+
+
+def check(case: str, device: str) -> None:
+    """Raises an AssertionError that names the worst element."""
+    logits, target, weight, options = problem(case, device)
+    check_against_torch(logits, target, weight, roundings=4 if logits.dtype == FP32 else 1, **options)
 
 
 def main(cases: list[str], device: str = "cuda") -> int:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from budget import assert_within_budget
+from budget import approximation, assert_within_budget
 from exact import exact_loss_and_gradient
 from oracle import exact_loss, torch_loss
 from torch import Tensor
@@ -30,7 +30,9 @@ def check_against_torch(
     (torch_gradient,) = torch.autograd.grad((torchs * dloss).sum(), theirs)
     expected, exact_gradient = _exact(logits.detach(), target, weight, dloss, options)
     assert_within_budget(loss, torchs, expected, "loss", roundings)
-    assert_within_budget(gradient, torch_gradient, exact_gradient, "gradient", roundings)
+    # Of one class, each element is the difference of two equals, of which one may come from a division.
+    terms = float(torch.as_tensor(dloss).abs().max()) if approximation(gradient) and not exact_gradient.any() else 0.0
+    assert_within_budget(gradient, torch_gradient, exact_gradient, "gradient", roundings, terms)
 
 
 def _exact(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
+import budget
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,17 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sweep", action="store_true", help="also run the tests marked `sweep` (make test-all)")
+    help_noise = "times the error that a GPU's exp and division may have, under the interpreter: noise.py (make test-noise)"
+    parser.addoption("--noise", type=float, default=0.0, help=help_noise)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if noise := config.getoption("--noise"):
+        assert INTERPRETED, "--noise is for tests under the interpreter: set TRITON_INTERPRET=1"
+        import noise as of_the_interpreter
+
+        of_the_interpreter.install(noise)
+        budget.noise = noise
 
 
 def _cannot_run(item: pytest.Item, config: pytest.Config) -> str | None:
@@ -144,6 +156,6 @@ def no_waits() -> Iterator[None]:
 def _waiting_is_allowed() -> Iterator[None]:
     """No test leaves the mode of `no_waits` to all that follow: most of them would fail."""
     yield
-    if HAS_GPU and torch.cuda.get_sync_debug_mode():
+    if torch.cuda.is_initialized() and torch.cuda.get_sync_debug_mode():
         torch.cuda.set_sync_debug_mode("default")
         pytest.fail("the test left torch.cuda.set_sync_debug_mode() on")

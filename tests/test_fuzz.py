@@ -71,9 +71,8 @@ def _check(problem: Problem, path: Path) -> None:
         return
     (gradient,) = torch.autograd.grad(loss, ours, problem.dloss.to(loss))
     (torch_gradient,) = torch.autograd.grad(torchs, theirs, problem.dloss.to(torchs))
-    gradient = gradient.cpu()
     if options["reduction"] in ("sum", "mean") or backend == "reference":  # 0 times NaN, where the kernels do not look
-        gradient = gradient.where(~(exact.unknown & gradient.isnan()), 0)
+        gradient = gradient.where(~(exact.unknown.to(gradient.device) & gradient.isnan()), 0)
     assert_within_budget(gradient, torch_gradient, exact.gradient, "gradient", ROUNDINGS[logits.dtype], exact.terms)
 
 

@@ -111,7 +111,7 @@ def test_all_stages_in_order_and_a_page_after_each(gpu_with_stubs: Any, tmp_path
     ):
         assert line in first_page, line
     assert sorted(path.name for path in (tmp_path / "log").iterdir()) == sorted(f"{name}.txt" for name in usual)
-    assert not list(tmp_path.rglob("*.new*"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_what_fails_is_named_and_the_other_stages_run(gpu_with_stubs: Any, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiled import launches
 from gpu_stub import LAUNCHED, NCU, PYTEST, finished, smoke_records, stub_run
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -15,6 +17,9 @@ import gpu_run
 import gpu_smoke
 import gpu_stages
 import gpu_traffic
+
+import fusedloss
+from fusedloss.backends.triton.launching import kernels
 
 PYTHON = [sys.executable, "-c"]
 
@@ -197,3 +202,14 @@ def test_options_of_ncu_name_both_metrics() -> None:
     metrics = next(option for option in gpu_traffic.OPTIONS if option.startswith("--metrics="))
     assert gpu_traffic.READ in metrics
     assert gpu_traffic.WRITTEN in metrics
+
+
+@pytest.mark.parametrize("cases", [gpu_smoke.CASES, gpu_smoke.SANITIZED], ids=["smoke", "memcheck"])
+def test_every_kernel_is_among_the_cases(monkeypatch: pytest.MonkeyPatch, cases: Any) -> None:
+    launched = set()
+    for case in cases:
+        logits, target, weight, options = gpu_smoke.problem(case, "cpu")
+        options.pop("dloss", None)
+        call = partial(fusedloss.cross_entropy, logits.requires_grad_(), target, weight, **options)
+        launched |= {launch.kernel for launch in launches(monkeypatch, "sm_90", call)}
+    assert launched == set(kernels())
