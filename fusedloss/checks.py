@@ -179,7 +179,8 @@ class InputFacts(NamedTuple):
     sample_weight: Facts | None
 
     def has_probabilities(self) -> bool:
-        return self.logits.shape == self.target.shape and self.target_b is None
+        logits, target = self.logits.shape, self.target.shape  # ranks first: a compiler may not know the sizes
+        return len(logits) == len(target) and logits == target and self.target_b is None
 
     def n_classes(self) -> int:
         shape = self.logits.shape

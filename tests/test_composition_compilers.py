@@ -151,9 +151,14 @@ def _item(call: Call, x: Tensor, t: Tensor) -> Tensor:
 def test_sizes_and_numbers_that_only_the_data_tell(function: Callable[[Call, Tensor, Tensor], Tensor]) -> None:
     results = []
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
-        for call in BOTH:
+        for call in reversed(BOTH):
             logits, target = problem()[0].requires_grad_(), problem()[1]
-            loss = compiled(lambda x, t, call=call: function(call, x, t))(logits, target)
+            try:
+                loss = compiled(lambda x, t, call=call: function(call, x, t))(logits, target)
+            except torch._dynamo.exc.UserError:
+                if call is F.cross_entropy:
+                    pytest.skip("this PyTorch cannot, either")
+                raise
             results.append((loss.detach(), *torch.autograd.grad(loss, logits)))
     close(*results)
 
