@@ -92,6 +92,13 @@ class Block(NamedTuple):
     cols: int
 
 
+class Slice(NamedTuple):
+    """Which classes the logits hold, where a row's classes lie in several places: their own number, from first_class on."""
+
+    first_class: int
+    n_classes: int  # of the whole row
+
+
 @dataclass(frozen=True)
 class Cut:
     """One launch: how the work is cut among programs."""

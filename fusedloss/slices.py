@@ -27,14 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedloss.plan import Inputs, Options, accumulation_dtype
-
-
-class Slice(NamedTuple):
-    """The classes that one place holds: those of its logits, from first_class on."""
-
-    first_class: int
-    n_classes: int  # of the whole row
+from fusedloss.backends.outputs import n_statistics
+from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
 
 
 class SliceStats(NamedTuple):
@@ -46,13 +40,6 @@ class SliceStats(NamedTuple):
     q_total: Any = None  # Tensor | None: with label smoothing or class probabilities
     q_sum: Any = None
     x_b: Any = None  # Tensor | None: of two labels
-
-
-def n_statistics(inputs: Inputs, options: Options) -> int:
-    """How many numbers a slice publishes for a row."""
-    if inputs.target_b is not None:
-        return 6
-    return 5 if options.label_smoothing > 0 or inputs.has_probabilities() else 3
 
 
 class Rows(NamedTuple):
@@ -180,8 +167,13 @@ def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
     return torch.stack([*found, *logits_of[1:]]).flatten(1)
 
 
-def slice_gradient(g: Tensor, inputs: Inputs, stats: SliceStats, options: Options, part: Slice) -> Tensor:
-    """The gradient of a slice's logits in PyTorch's operators; g: that of the row losses, stats: of whole rows, (n_rows,)."""
+def slice_gradient(drows: Tensor, inputs: Inputs, merged: Tensor, weight_total: float, options: Options, part: Slice) -> Tensor:
+    """The gradient of a slice's logits in PyTorch's operators.
+
+    drows: (n_rows,), the gradient of the row losses; merged: (n_statistics, n_rows), of whole rows; weight_total: the sum of all
+    class weights, n_classes without them.
+    """
+    g, stats = drows, SliceStats(*merged.unbind())
     z, derivative = _transformed(inputs.logits, options)
     rows = describe_rows(inputs, options, part, z.dtype)
     shape = (z.shape[0], 1, *z.shape[2:])

@@ -6,14 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedloss import reference, slices
+from fusedloss import backends, reference, slices
 from fusedloss.autograd import kernel_inputs
+from fusedloss.backends import cpu
 from fusedloss.checks import Facts, InputFacts, check_class_indices, check_options, check_tensors
 from fusedloss.functional import cross_entropy
-from fusedloss.plan import Extras, Inputs, Options, Reduction, accumulation_dtype
+from fusedloss.plan import Extras, Inputs, Options, Reduction, Slice, accumulation_dtype
 from fusedloss.route import autocast_is_on, dtype_of_loss
 from fusedloss.serving import labels_of, per_row
-from fusedloss.slices import Slice
 from fusedloss.stats import LossStats
 
 # PyTorch 2.14 renamed it and warns of the old name.
@@ -175,8 +175,9 @@ def _call(
     logits = inputs.logits
     row_shape = (logits.shape[0], *logits.shape[2:])
     lam = per_row(inputs.lam, logits)
+    of_rows = options._replace(reduction="none", scale=1.0, return_stats=False)
     rows, lse, correct = _SlicedRowLosses.apply(
-        logits, inputs._replace(lam=lam, sample_weight=None, scale=None), options, part, group
+        logits, inputs._replace(lam=lam, sample_weight=None, scale=None), of_rows, part, group
     )
     if inputs.has_probabilities():
         counted, row_weights = torch.ones_like(rows, dtype=torch.bool), torch.ones_like(rows)
@@ -214,16 +215,18 @@ class _SlicedRowLosses(torch.autograd.Function):
         ctx: Any, logits: Tensor, inputs: Inputs, options: Options, part: Slice, group: "dist.ProcessGroup | None"
     ) -> tuple[Tensor, Tensor, Tensor]:
         local = _local(kernel_inputs(inputs._replace(logits=logits)), part)
-        published = slices.slice_statistics(local, options, part).contiguous()
+        backend = _backend(local)
+        published = backend.slice_statistics(local, options, part)
         n_ranks, (n_statistics, n_rows) = dist.get_world_size(group), published.shape
         gathered = published.new_empty((n_ranks * n_statistics, n_rows))
         _all_gather(gathered, published, group=group)
         stats = slices.merge(gathered.view(n_ranks, n_statistics, n_rows).to(torch.float64))
         rows = slices.describe_rows(local, options, part, torch.float64)
         losses, lse = slices.row_losses(stats, rows, options, part)
-        ctx.call, ctx.n_inputs = (options, part), len(local)
-        ctx.present = [tensor is not None for tensor in (*local, *stats)]
-        ctx.save_for_backward(logits, *(tensor for tensor in (*local[1:], *stats) if tensor is not None))
+        ctx.call = backend, float(rows.weight_total), options, part
+        ctx.present = [tensor is not None for tensor in local]
+        merged = torch.stack([tensor for tensor in stats if tensor is not None]).to(published.dtype)
+        ctx.save_for_backward(logits, merged, *(tensor for tensor in local[1:] if tensor is not None))
         correct = slices.is_correct(stats, rows, local, options)
         ctx.mark_non_differentiable(lse, correct)
         return losses, lse, correct
@@ -232,13 +235,21 @@ class _SlicedRowLosses(torch.autograd.Function):
     def backward(ctx: Any, dlosses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("vocab_parallel_cross_entropy has no second derivative (create_graph=True)")
-        logits, *saved = ctx.saved_tensors
+        logits, merged, *saved = ctx.saved_tensors
         rest = iter(saved)
         tensors: list[Any] = [next(rest) if present else None for present in ctx.present[1:]]
-        inputs = Inputs(kernel_inputs(Inputs(logits, logits)).logits, *tensors[: ctx.n_inputs - 1])
-        stats = slices.SliceStats(*tensors[ctx.n_inputs - 1 :])
-        dlogits = slices.slice_gradient(dlosses, inputs, stats, *ctx.call)
+        inputs = Inputs(kernel_inputs(Inputs(logits, logits)).logits, *tensors)
+        backend, *call = ctx.call
+        dlogits = backend.slice_gradient(dlosses.to(merged.dtype), inputs, merged, *call)
         return dlogits.view(logits.shape), None, None, None, None
+
+
+def _backend(inputs: Inputs) -> Any:
+    """What makes a slice's statistics and gradient: a kernel, or PyTorch's operators."""
+    logits = inputs.logits
+    if backends.requested in ("auto", "cpu") and logits.device.type == "cpu" and cpu.MISSING is None and logits.shape[1] > 0:
+        return cpu
+    return slices
 
 
 def _local(inputs: Inputs, part: Slice) -> Inputs:

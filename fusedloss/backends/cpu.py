@@ -16,8 +16,16 @@ from torch import Tensor
 
 from fusedloss.backends.cpu_abi import CALL, NO_EXTRAS, Library, load
 from fusedloss.backends.cpu_call import Prepacked, address, as_read, prepack, run
-from fusedloss.backends.outputs import Allocators, Outputs, allocate_forward, allocate_gradient, forward_allocators
-from fusedloss.plan import Inputs, Options, accumulation_dtype
+from fusedloss.backends.outputs import (
+    NO_OUTPUTS,
+    Allocators,
+    Outputs,
+    allocate_forward,
+    allocate_gradient,
+    forward_allocators,
+    n_statistics,
+)
+from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
 
 _BITS = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}  # by the size of a floating point number
 
@@ -73,8 +81,33 @@ def backward(
             dloss = dloss.to(saved.dtype)
         inputs = _as_read(inputs)
         kind = prepack(inputs, dlogits.stride(), None, options, _library())
-        outputs = Outputs(None, saved, dlogits, None, None)
+        outputs = NO_OUTPUTS._replace(saved=saved, dlogits=dlogits)
         run(kind.functions.backward, kind, outputs, dloss.contiguous(), inputs, options)
+    return dlogits
+
+
+def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
+    """What a slice publishes of its rows, as `slices.slice_statistics` has it."""
+    inputs, logits = _as_read(inputs), inputs.logits
+    n_rows = logits.numel() // logits.shape[1]
+    stats = logits.new_empty((n_statistics(inputs, options), n_rows), dtype=accumulation_dtype(logits.dtype))
+    if logits.numel() > 0:
+        kind = prepack(inputs, None, None, options, _library())
+        bad_row = run(kind.functions.forward, kind, NO_OUTPUTS, None, inputs, options, part, stats)
+        if bad_row:
+            _raise_out_of_bounds(bad_row - 1, part.n_classes, inputs.target, inputs.target_b)
+    return stats
+
+
+def slice_gradient(drows: Tensor, inputs: Inputs, stats: Tensor, weight_total: float, options: Options, part: Slice) -> Tensor:
+    """The gradient of a slice's logits, as `slices.slice_gradient` has it."""
+    dlogits = allocate_gradient(inputs.logits)
+    if dlogits.numel() > 0:
+        inputs = _as_read(inputs)
+        kind = prepack(inputs, dlogits.stride(), None, options, _library())
+        head = stats.new_tensor([1.0, 0.0, 0.0, weight_total])
+        outputs = NO_OUTPUTS._replace(saved=head, dlogits=dlogits)
+        run(kind.functions.backward, kind, outputs, drows.contiguous(), inputs, options, part, stats)
     return dlogits
 
 

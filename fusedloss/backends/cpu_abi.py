@@ -17,7 +17,7 @@ from fusedloss import environment
 
 LIBRARY_NAME = "fusedloss_cpu.so"
 
-ABI = 3
+ABI = 4
 ISA_NAMES = ("auto", "baseline", "avx2", "avx512", "avx512bf16")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean", "max", "topk")
@@ -50,6 +50,9 @@ class Extras(NamedTuple):
     sample_weight: Address = NULL
     dloss: Address = NULL
     lam_factor: float = 1.0
+    slice_stats: Address = NULL
+    first_class: int = 0
+    n_classes: int = 0
 
 
 class Kind(NamedTuple):

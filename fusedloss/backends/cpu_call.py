@@ -25,7 +25,7 @@ from fusedloss.backends.cpu_abi import (
 )
 from fusedloss.backends.outputs import Outputs
 from fusedloss.kernels.constants import FRACTION_BITS
-from fusedloss.plan import Inputs, Options, accumulation_dtype
+from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
 
 
 class Prepacked(NamedTuple):
@@ -46,6 +46,8 @@ def run(
     dloss: Tensor | None,
     inputs: Inputs,  # as `_as_read` has them
     options: Options,
+    part: Slice | None = None,
+    slice_stats: Tensor | None = None,
 ) -> int:
     logits, target, target_b, lam, weight, sample_weight, scale = inputs
     call = Call(
@@ -66,6 +68,9 @@ def run(
         sample_weight=_contiguous_address(sample_weight),
         dloss=_contiguous_address(dloss),
         lam_factor=options.lam,
+        slice_stats=_contiguous_address(slice_stats),
+        first_class=0 if part is None else part.first_class,
+        n_classes=0 if part is None else part.n_classes,
     )
     return function(CALL.pack(*call), EXTRAS.pack(*extras) + kind.packed)
 

@@ -23,6 +23,9 @@ class Outputs(NamedTuple):
     counts: Any  # Tensor | None, int64, (3,): rows counted, rows correct, index of the worst; with return_stats
 
 
+NO_OUTPUTS = Outputs(*(None,) * 5)
+
+
 class Sizes(NamedTuple):
     """Of what a forward returns; None: it does not."""
 
@@ -44,6 +47,13 @@ def output_sizes(inputs: Inputs, options: Options, needs_grad: bool) -> Sizes:
         fused,
         (2, n_rows) if options.return_stats else None,
     )
+
+
+def n_statistics(inputs: Inputs, options: Options) -> int:
+    """How many numbers a slice publishes for a row (`fusedloss.slices.SliceStats`)."""
+    if inputs.target_b is not None:
+        return 6
+    return 5 if options.label_smoothing > 0 or inputs.has_probabilities() else 3
 
 
 def allocate_forward(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool) -> Outputs:

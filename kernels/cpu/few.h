@@ -13,7 +13,7 @@ constexpr int64_t MAX_FEW_COLS_OF_PIXELS = 8;
 INLINE bool takes_few(const Problem& problem) {
   const bool are_few = problem.n_cols <= MAX_FEW_COLS && problem.has_contiguous_classes();
   const bool are_pixels = problem.n_cols <= MAX_FEW_COLS_OF_PIXELS && problem.has_contiguous_rows();
-  return (are_few || are_pixels) && !problem.has_probabilities() && !problem.target_b && !problem.row_stats &&
+  return (are_few || are_pixels) && !problem.has_probabilities() && !problem.slice_stats && !problem.target_b && !problem.row_stats &&
          !(problem.weight && problem.smoothing > 0) && !problem.selects_rows() && problem.logit_scale == 1 &&
          problem.softcap == 0;
 }

@@ -12,7 +12,7 @@
 
 namespace fusedloss {
 
-constexpr int64_t kAbi = 3;  // raised with every change of what follows; cpu.py refuses a library of another number
+constexpr int64_t kAbi = 4;  // raised with every change of what follows; cpu.py refuses a library of another number
 
 enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16 };
 enum Reduction : int64_t { kNone, kSum, kMean, kMax, kTopK };
@@ -49,6 +49,10 @@ struct Extras {
   const void* sample_weight;  // A (n_rows,), or null
   const void* dloss;          // backward: A, (n_rows,) for kNone, else ()
   double lam_factor;
+  // Where the logits are a slice of the row's classes, and target and weight are of all of them; else null, and 0.
+  void* slice_stats;  // A (n_statistics, n_rows), fusedloss/slices.py: the forward writes those of the slice and nothing else, the
+                      // backward reads those of whole rows, and of `saved` the first four values
+  int64_t first_class, n_classes;
 };
 
 struct Kind {
@@ -76,6 +80,7 @@ struct Problem : Call, Rest {
     return logits_strides.col == 1 && (!dlogits || dlogits_strides.col == 1) && (!has_probabilities() || target_strides.col == 1);
   }
   bool has_contiguous_rows() const { return logits_strides.row == 1 && (!dlogits || dlogits_strides.row == 1); }
+  int64_t n_row_cols() const { return slice_stats ? n_classes : n_cols; }  // classes of a whole row
   bool selects_rows() const { return reduction == kMax || reduction == kTopK; }
   int64_t offset(const Strides& s, int64_t row) const {
     return n_outer == 1 ? row * s.row : row / n_inner * s.outer + row % n_inner * s.row;

@@ -40,11 +40,11 @@ struct Terms {
         two_labels(problem.target_b),
         transformed(problem.logit_scale != 1 || problem.softcap > 0),
         capped(problem.softcap > 0),
-        weight(static_cast<const A*>(problem.weight)),
+        weight(problem.weight ? static_cast<const A*>(problem.weight) + problem.first_class : nullptr),
         sample_weight(static_cast<const A*>(problem.sample_weight)),
         lam(static_cast<const A*>(problem.lam)),
         smoothing(A(problem.smoothing)),
-        smoothing_per_class(A(problem.smoothing) / A(problem.n_cols)),
+        smoothing_per_class(A(problem.smoothing) / A(problem.n_row_cols())),
         weight_total(A(weight_total)),
         z_loss(A(problem.z_loss)),
         lam_factor(A(problem.lam_factor)),
@@ -193,12 +193,14 @@ constexpr int MAX_LANES = 256;
 template <class A>
 struct GroupState {
   static constexpr int N = MAX_LANES, W = Simd<A>::W;
+  static constexpr int64_t NO_COL = INT64_MIN;
   using V = Vector<A>;
 
   alignas(64) A max[N], rest[N], x_t[N], x_b[N], w_t[N], w_b[N], k_t[N], k_b[N], shift[N], q_sum[N], q_total[N];
   alignas(64) A g[N], loss[N], lse[N], p[N], constant[N], q[N], at_t[N], at_b[N];
   alignas(64) A live[N];           // 1: the row counts, and in the backward has a coefficient other than 0; else 0
-  int64_t target[N], target_b[N];  // -1: none, for soft targets and lanes that are not live
+  // Columns of the labels, which may lie outside a slice; NO_COL: none, for soft targets and lanes that are not live.
+  int64_t target[N], target_b[N];
 
   // Lanes [0, lanes) for rows [row, row + n): their targets and coefficients.
   void begin_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n, int lanes, A coefficient) {
@@ -214,7 +216,8 @@ struct GroupState {
   template <class T>
   void begin_backward(const Problem& problem, const Terms<A>& terms, const T* x, int64_t row, int n, int lanes) {
     const int64_t n_rows = problem.n_rows(), col = problem.logits_strides.col;
-    const A *head = static_cast<const A*>(problem.saved), *saved = head + kState + row;
+    const A *head = static_cast<const A*>(problem.saved), *whole_rows = static_cast<const A*>(problem.slice_stats);
+    const A* saved = (whole_rows ? whole_rows : head + kState) + row;
     const A* dloss = static_cast<const A*>(problem.dloss);
     read_targets(problem, terms, row, n, lanes);
     for (int lane = 0; lane < lanes; lane += W) {
@@ -228,7 +231,7 @@ struct GroupState {
     }
     for (int lane = 0; lane < lanes && !terms.soft; ++lane) {  // an index that changed since the forward is never an address
       if (!is_class(problem, target[lane]) || (terms.two_labels && !is_class(problem, target_b[lane]))) live[lane] = 0;
-      if (live[lane] == 0) target[lane] = target_b[lane] = -1;
+      if (live[lane] == 0) target[lane] = target_b[lane] = NO_COL;
     }
     for (int lane = 0; lane < lanes; lane += W) {
       const auto is_live = V(load(live + lane)) != V{};
@@ -237,11 +240,19 @@ struct GroupState {
       if (terms.soft) store(q_total + lane, is_live ? load_rows<A>(saved + 3 * n_rows, lane, n) : V{});
     }
     weigh_targets(terms, row, lanes);
+    if (whole_rows && !terms.soft) {
+      copy(x_t, saved + 2 * n_rows, n);
+      if (terms.two_labels) copy(x_b, saved + 5 * n_rows, n);
+      return;
+    }
     for (int lane = 0; lane < n; ++lane, x += problem.logits_strides.row) {
-      if (target[lane] >= 0) x_t[lane] = logit(terms, x + target[lane] * col);
-      if (terms.two_labels && target_b[lane] >= 0) x_b[lane] = logit(terms, x + target_b[lane] * col);
+      if (is_here(problem, target[lane])) x_t[lane] = logit(terms, x + target[lane] * col);
+      if (terms.two_labels && is_here(problem, target_b[lane])) x_b[lane] = logit(terms, x + target_b[lane] * col);
     }
   }
+
+  // Whether this slice of the row, which is all of it but for sharded classes, has that column.
+  static INLINE bool is_here(const Problem& problem, int64_t col) { return col >= 0 && col < problem.n_cols; }
 
   INLINE RowStats<A> stats(const Terms<A>& terms, int lane) const {
     auto of_b = [&](const A* values) { return terms.two_labels ? Vector<A>(load(values + lane)) : Vector<A>{}; };
@@ -251,6 +262,7 @@ struct GroupState {
   }
   // Losses of all rows from their statistics, and what else the caller wants to know of them.
   void finish_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n, RowSums& sums) {
+    if (problem.slice_stats) return store_slice(problem, terms, row, n);
     for (int lane = 0; lane < n; lane += W) {
       const RowStats<A> s = stats(terms, lane);
       const V log_d = log_sum(s, terms), counted = load(live + lane);
@@ -297,7 +309,9 @@ struct GroupState {
     return factor;
   }
 
-  static bool is_class(const Problem& problem, int64_t t) { return t >= 0 && t < problem.n_cols; }
+  static bool is_class(const Problem& problem, int64_t col) {
+    return uint64_t(col) + uint64_t(problem.first_class) < uint64_t(problem.n_row_cols());
+  }
   template <class T>
   static A logit(const Terms<A>& terms, const T* x) {
     return terms.transformed ? terms.transform(broadcast(A(load1(x))))[0] : A(load1(x));
@@ -306,28 +320,29 @@ struct GroupState {
   // The labels, and which rows count; zeros where statistics are added up, or are not known.
   void read_targets(const Problem& problem, const Terms<A>& terms, int64_t row, int n, int lanes) {
     if (terms.soft) {
-      for (int lane = 0; lane < n; ++lane) target[lane] = -1, live[lane] = 1;
+      for (int lane = 0; lane < n; ++lane) target[lane] = NO_COL, live[lane] = 1;
     } else {
       problem.target_kind == kUint8 ? read_labels<uint8_t>(problem, row, n) : read_labels<int64_t>(problem, row, n);
     }
-    for (int lane = n; lane < lanes; ++lane) target[lane] = target_b[lane] = -1, live[lane] = 0;
+    for (int lane = n; lane < lanes; ++lane) target[lane] = target_b[lane] = NO_COL, live[lane] = 0;
     for (int lane = 0; lane < lanes; lane += W)
       store(q_sum + lane, V{}), store(q_total + lane, V{}), store(x_t + lane, V{}), store(shift + lane, V{});
   }
   template <class Label>
   void read_labels(const Problem& problem, int64_t row, int n) {
     const Label* a = static_cast<const Label*>(problem.target) + row;
-    const int64_t ignored = problem.ignore_index;
+    const int64_t ignored = problem.ignore_index, first = problem.first_class;
     for (int lane = 0; lane < n; ++lane) {
       const int64_t t = int64_t(a[lane]);
-      target[lane] = t == ignored ? -1 : t, live[lane] = A(t != ignored);
+      target[lane] = t == ignored ? NO_COL : t - first, live[lane] = A(t != ignored);
     }
     if (!problem.target_b) return;
     const Label* b = static_cast<const Label*>(problem.target_b) + row;
     for (int lane = 0; lane < n; ++lane) {
-      target_b[lane] = int64_t(b[lane]);
-      if (target_b[lane] == ignored) live[lane] = 0;
-      if (live[lane] == 0) target[lane] = target_b[lane] = -1;
+      const int64_t t = int64_t(b[lane]);
+      target_b[lane] = t - first;
+      if (t == ignored) live[lane] = 0;
+      if (live[lane] == 0) target[lane] = target_b[lane] = NO_COL;
     }
   }
   // The labels' class weights and shares.
@@ -336,12 +351,12 @@ struct GroupState {
     for (int lane = 0; lane < lanes; lane += W) store(w_t + lane, one), store(k_t + lane, one);
     if (terms.weight)
       for (int lane = 0; lane < lanes; ++lane)
-        if (target[lane] >= 0) w_t[lane] = k_t[lane] = terms.weight[target[lane]];
+        if (target[lane] != NO_COL) w_t[lane] = k_t[lane] = terms.weight[target[lane]];
     if (!terms.two_labels) return;
     for (int lane = 0; lane < lanes; ++lane) {
       x_b[lane] = k_b[lane] = 0, w_b[lane] = 1;
       if (target_b[lane] == target[lane]) {  // one label: its whole share counts for a, whose gradient does not cancel
-        target_b[lane] = -1;
+        target_b[lane] = NO_COL;
         continue;
       }
       const A share = terms.share(row + lane);
@@ -361,10 +376,23 @@ struct GroupState {
     }
     if (problem.reduction == kNone) store_losses(problem, row, loss, n);
   }
+  // The statistics of a slice, q_sum around its own maximum, as fusedloss/slices.py merges them.
+  void store_slice(const Problem& problem, const Terms<A>& terms, int64_t row, int n) {
+    const int64_t n_rows = problem.n_rows();
+    A* to = static_cast<A*>(problem.slice_stats) + row;
+    for (int lane = 0; lane < n; lane += W) {
+      const V total = terms.uniform ? broadcast(A(problem.n_cols)) : V(load(q_total + lane));
+      store(q_total + lane, total);
+      store(q_sum + lane, V(load(q_sum + lane)) + total * (finite_max_vector<A>(load(max + lane)) - V(load(shift + lane))));
+    }
+    copy(to, max, n), copy(to + n_rows, rest, n), copy(to + 2 * n_rows, x_t, n);
+    if (terms.uniform || terms.per_class || terms.two_labels) copy(to + 3 * n_rows, q_total, n), copy(to + 4 * n_rows, q_sum, n);
+    if (terms.two_labels) copy(to + 5 * n_rows, x_b, n);
+  }
   // Whether the label with the larger share has the largest logit. A NaN is in `rest`, which infinite logits make NaN too.
   bool is_correct(const Terms<A>& terms, int lane, int64_t row) const {
     if (rest[lane] != rest[lane] && max[lane] < kInfinity<A>) return false;
-    const bool two = terms.two_labels && target_b[lane] >= 0;
+    const bool two = terms.two_labels && target_b[lane] != NO_COL;
     const A share = two ? terms.share(row) : A(1);
     return (x_t[lane] == max[lane] && share >= A(0.5)) || (two && x_b[lane] == max[lane] && share <= A(0.5));
   }

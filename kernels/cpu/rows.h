@@ -285,8 +285,8 @@ void row_gradient(const Problem& problem, const Terms<A>& terms, const GroupStat
     store_gradient<T, A>(at.dx + start, e, columns.n, factor, constant);
   }
   if (terms.soft) return;
-  store1(at.dx + s.target[lane], s.at_t[lane]);
-  if (terms.two_labels && s.target_b[lane] >= 0) store1(at.dx + s.target_b[lane], s.at_b[lane]);
+  if (s.is_here(problem, s.target[lane])) store1(at.dx + s.target[lane], s.at_t[lane]);
+  if (terms.two_labels && s.is_here(problem, s.target_b[lane])) store1(at.dx + s.target_b[lane], s.at_b[lane]);
 }
 
 // Rows of a group: their logs and divisions share vectors, and their exponentials stay in L1 until they are needed again.

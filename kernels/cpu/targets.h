@@ -21,7 +21,7 @@ TargetSummary summarise_as(const Problem& problem, int64_t begin, int64_t end) {
   const Target *a = static_cast<const Target*>(problem.target), *b = static_cast<const Target*>(problem.target_b);
   // Of two labels the class weights are not in the denominator, as of probabilities.
   const A* weight = problem.reduction == kMean && !b ? static_cast<const A*>(problem.weight) : nullptr;
-  const int64_t n_cols = problem.n_cols, ignored = problem.ignore_index;
+  const int64_t n_cols = problem.n_row_cols(), ignored = problem.ignore_index;
   Labels bad{}, counted{};
   int64_t row = begin;
   for (; row + W <= end; row += W) {
