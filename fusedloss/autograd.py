@@ -35,6 +35,16 @@ def kernel_inputs(inputs: Inputs) -> Inputs:
     return flat._replace(logits=_rows(logits), target=_rows(inputs.target) if inputs.has_probabilities() else flat.target)
 
 
+def per_row(values: Tensor | None, logits: Tensor) -> Tensor | None:
+    """One value per example as one per row, (N, d1, ...)."""
+    if values is None:
+        return None
+    rows = logits.shape[:1] + logits.shape[2:]
+    if 0 < values.dim() < len(rows):
+        values = values.reshape(-1, *[1] * (len(rows) - 1))
+    return values.expand(rows)
+
+
 def _rows(logits: Tensor) -> Tensor:
     """(N, C, S); `Plan.copies_logits` tells where strides do not allow a view."""
     if logits.dim() > 3 and not spatial_dims_collapse(logits):

@@ -11,11 +11,12 @@ from fusedloss import backends
 from fusedloss.backends import cpu
 from fusedloss.checks import Facts, InputFacts, autocast_dtype, check_tensors
 from fusedloss.plan import Inputs, Options
-from fusedloss.world import PLAIN, Kind, World, is_strided, world_of
+from fusedloss.world import PLAIN, Kind, World, is_dtensor, is_strided, world_of
 
 
 class Route(NamedTuple):
-    """The decision. backend: "triton", "cpu", "reference" or "torch", which is torch.nn.functional.cross_entropy itself."""
+    """The decision. backend: "triton", "cpu", "reference", "torch", which is torch.nn.functional.cross_entropy itself, or
+    "sharded", the kernels on the shards of a DTensor."""
 
     backend: str
     reason: str
@@ -38,6 +39,14 @@ def route_of(inputs: Inputs, options: Options) -> Route:
         None if sample_weight is None else Facts.of("sample_weight", sample_weight),
     )
     world = world_of(*inputs)
+    if is_dtensor(logits) and backends.requested == "auto":
+        from fusedloss import dtensor  # takes a second
+
+        uncovered = dtensor.not_covered(inputs, options)
+        if uncovered is None:
+            reason = "the classes of a DTensor are sharded: one collective merges the statistics of the shards"
+            return Route("sharded", reason, dtype_of_loss(facts, False), world)
+        world = world._replace(reason=f"{world.reason}; {uncovered}")
     # Once per kind of call, unless somebody traces it, with sizes that are symbols.
     choose = _choose if world is PLAIN else _choose.__wrapped__
     return choose(facts, options.kind(), scale is not None, backends.requested, world, autocast_is_on(logits))

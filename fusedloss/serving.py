@@ -10,7 +10,7 @@ from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusedloss import environment, known, ops, reference
-from fusedloss.autograd import CrossEntropyFunction, KnownCrossEntropyFunction, forgets_logits, kernel_forward, kernel_inputs
+from fusedloss.autograd import CrossEntropyFunction, KnownCrossEntropyFunction, forgets_logits, kernel_forward, kernel_inputs, per_row
 from fusedloss.backends.outputs import contiguous_strides
 from fusedloss.backends.triton import device_facts
 from fusedloss.checks import check_class_indices, check_options
@@ -142,6 +142,10 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
     """The loss, and statistics where they are asked for, by the route chosen."""
     if route.backend == "torch":
         return reference.torchs(inputs, options), None
+    if route.backend == "sharded":
+        from fusedloss import dtensor  # takes a second
+
+        return dtensor.cross_entropy(inputs, options)
     if inputs.logits.dim() == 1:
         loss, stats = compute(_as_one_row(inputs), options, route)
         if stats is not None:
@@ -180,16 +184,6 @@ def _as_one_row(inputs: Inputs) -> Inputs:
     return inputs.per_row(lambda values: values.reshape(1))._replace(logits=logits.unsqueeze(0))
 
 
-def per_row(values: Tensor | None, logits: Tensor) -> Tensor | None:
-    """One value per example as one per row, (N, d1, ...)."""
-    if values is None:
-        return None
-    rows = logits.shape[:1] + logits.shape[2:]
-    if 0 < values.dim() < len(rows):
-        values = values.reshape(-1, *[1] * (len(rows) - 1))
-    return values.expand(rows)
-
-
 def planned(
     device: DeviceFacts | None,
     input: Tensor,
@@ -212,7 +206,7 @@ def planned(
     lam_tensor = lam if isinstance(lam, Tensor) else None
     inputs = Inputs(input, labels, labels_b, lam_tensor, weight, asked.sample_weight, scale)
     route = route_of(inputs, options)
-    if route.backend in ("torch", "reference"):
+    if route.backend in ("torch", "reference", "sharded"):
         return Plan(route.backend, route.reason)
     if input.dim() == 1:
         inputs = _as_one_row(inputs)

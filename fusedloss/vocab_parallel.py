@@ -2,22 +2,14 @@
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedloss import backends, reference, slices
-from fusedloss.autograd import kernel_inputs
-from fusedloss.backends import cpu
-from fusedloss.checks import Facts, InputFacts, check_class_indices, check_options, check_tensors
+from fusedloss.checks import Facts, check_options
 from fusedloss.functional import cross_entropy
-from fusedloss.plan import Extras, Inputs, Options, Reduction, Slice, accumulation_dtype
-from fusedloss.route import autocast_is_on, dtype_of_loss
-from fusedloss.serving import labels_of, per_row
-from fusedloss.stats import LossStats
-
-# PyTorch 2.14 renamed it and warns of the old name.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+from fusedloss.plan import Extras, Inputs, Reduction, Slice
+from fusedloss.serving import labels_of
+from fusedloss.sharded import check_whole_rows, sharded_cross_entropy
 
 
 def vocab_parallel_cross_entropy(
@@ -96,8 +88,8 @@ def vocab_parallel_cross_entropy(
         sample_weight,
         scale if isinstance(scale, Tensor) else None,
     )
-    out_dtype = _check(inputs, options, part)
-    loss, stats = _call(inputs, options, part, group, out_dtype)
+    out_dtype = check_whole_rows(inputs, options, part)
+    loss, stats = sharded_cross_entropy(inputs, options, part, group, out_dtype)
     return (loss, stats) if options.return_stats else loss
 
 
@@ -139,121 +131,3 @@ def _slice(
             "cross_entropy on the gathered logits"
         )
     return Slice(first_class, n_classes)
-
-
-def _check(inputs: Inputs, options: Options, part: Slice) -> torch.dtype:
-    """Raises what PyTorch would for the whole rows, whatever the shard; returns the dtype of the loss."""
-
-    def facts(name: str, tensor: Tensor | None) -> Any:
-        return None if tensor is None else Facts.of(name, tensor)
-
-    logits = Facts.of("input", inputs.logits)
-    logits = logits._replace(shape=torch.Size((logits.shape[0], part.n_classes, *logits.shape[2:])))
-    found = InputFacts(
-        logits,
-        facts("target", inputs.target),
-        facts("target_b", inputs.target_b),
-        facts("lam", inputs.lam),
-        facts("weight", inputs.weight),
-        facts("sample_weight", inputs.sample_weight),
-    )
-    autocast = autocast_is_on(inputs.logits)
-    check_tensors(found, options, autocast)
-    for name, fact in (("target", found.target), ("lam", found.lam), ("weight", found.weight)):
-        if fact is not None and fact.needs_grad:
-            raise NotImplementedError(f"vocab_parallel_cross_entropy has no gradient with respect to {name}")
-    if not found.has_probabilities() and inputs.logits.device.type == "cpu":
-        for labels in (inputs.target, inputs.target_b):
-            if labels is not None:
-                check_class_indices(labels, part.n_classes, options.ignore_index)
-    return dtype_of_loss(found, autocast)
-
-
-def _call(
-    inputs: Inputs, options: Options, part: Slice, group: "dist.ProcessGroup | None", out_dtype: torch.dtype
-) -> tuple[Tensor, LossStats | None]:
-    logits = inputs.logits
-    row_shape = (logits.shape[0], *logits.shape[2:])
-    lam = per_row(inputs.lam, logits)
-    of_rows = options._replace(reduction="none", scale=1.0, return_stats=False)
-    rows, lse, correct = _SlicedRowLosses.apply(
-        logits, inputs._replace(lam=lam, sample_weight=None, scale=None), of_rows, part, group
-    )
-    if inputs.has_probabilities():
-        counted, row_weights = torch.ones_like(rows, dtype=torch.bool), torch.ones_like(rows)
-    else:
-        described = slices.describe_rows(kernel_inputs(inputs._replace(lam=None, sample_weight=None)), options, part, rows.dtype)
-        counted, row_weights = described.counted, described.counted.to(rows.dtype)
-        if inputs.target_b is None and described.k_t is not None:
-            row_weights = torch.where(counted, described.k_t, 0)
-    if inputs.sample_weight is not None:
-        factor = per_row(inputs.sample_weight, logits)
-        assert factor is not None
-        rows = factor.reshape(-1).to(rows.dtype).masked_fill(~counted, 0) * rows
-    scale = options.scale if inputs.scale is None else options.scale * inputs.scale.to(rows.device, rows.dtype)
-    loss = (scale * reference.reduce_rows(rows, counted, row_weights, options)).to(out_dtype)
-    if options.reduction == "none":
-        loss = loss.view(row_shape)
-    if not options.return_stats:
-        return loss, None
-    dtype = accumulation_dtype(logits.dtype)
-    detached = rows.detach()
-    return loss, LossStats(
-        lse=lse.to(dtype).view(row_shape),
-        row_loss=detached.to(dtype).view(row_shape),
-        n_counted=counted.sum(),
-        n_correct=correct.sum(),
-        worst=reference.worst_row(detached, counted),
-    )
-
-
-class _SlicedRowLosses(torch.autograd.Function):
-    """Loss, log-sum-exp and whether the target is the largest, of every row (n_rows,), from this rank's slice of them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, inputs: Inputs, options: Options, part: Slice, group: "dist.ProcessGroup | None"
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        local = _local(kernel_inputs(inputs._replace(logits=logits)), part)
-        backend = _backend(local)
-        published = backend.slice_statistics(local, options, part)
-        n_ranks, (n_statistics, n_rows) = dist.get_world_size(group), published.shape
-        gathered = published.new_empty((n_ranks * n_statistics, n_rows))
-        _all_gather(gathered, published, group=group)
-        stats = slices.merge(gathered.view(n_ranks, n_statistics, n_rows).to(torch.float64))
-        rows = slices.describe_rows(local, options, part, torch.float64)
-        losses, lse = slices.row_losses(stats, rows, options, part)
-        ctx.call = backend, float(rows.weight_total), options, part
-        ctx.present = [tensor is not None for tensor in local]
-        merged = torch.stack([tensor for tensor in stats if tensor is not None]).to(published.dtype)
-        ctx.save_for_backward(logits, merged, *(tensor for tensor in local[1:] if tensor is not None))
-        correct = slices.is_correct(stats, rows, local, options)
-        ctx.mark_non_differentiable(lse, correct)
-        return losses, lse, correct
-
-    @staticmethod
-    def backward(ctx: Any, dlosses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("vocab_parallel_cross_entropy has no second derivative (create_graph=True)")
-        logits, merged, *saved = ctx.saved_tensors
-        rest = iter(saved)
-        tensors: list[Any] = [next(rest) if present else None for present in ctx.present[1:]]
-        inputs = Inputs(kernel_inputs(Inputs(logits, logits)).logits, *tensors)
-        backend, *call = ctx.call
-        dlogits = backend.slice_gradient(dlosses.to(merged.dtype), inputs, merged, *call)
-        return dlogits.view(logits.shape), None, None, None, None
-
-
-def _backend(inputs: Inputs) -> Any:
-    """What makes a slice's statistics and gradient: a kernel, or PyTorch's operators."""
-    logits = inputs.logits
-    if backends.requested in ("auto", "cpu") and logits.device.type == "cpu" and cpu.MISSING is None and logits.shape[1] > 0:
-        return cpu
-    return slices
-
-
-def _local(inputs: Inputs, part: Slice) -> Inputs:
-    """Class probabilities of all classes, cut to those of the logits."""
-    if not inputs.has_probabilities():
-        return inputs
-    return inputs._replace(target=inputs.target[:, part.first_class : part.first_class + inputs.logits.shape[1]])

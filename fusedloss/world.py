@@ -71,6 +71,11 @@ def takes_operators_apart(tensor: Tensor) -> bool:
     return type(tensor) not in _TRACING_TYPES and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
+def is_dtensor(tensor: Tensor) -> bool:
+    """Asked by name: importing the class takes a second."""
+    return type(tensor).__name__ == "DTensor" and type(tensor).__module__.startswith("torch.distributed.tensor")
+
+
 def nobody_watches(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher would do no more than call the implementation: plain tensors, no tracing, no dispatch mode.
 

@@ -1,6 +1,7 @@
 """vocab_parallel_cross_entropy on 2, 3 and 4 ranks of gloo: the loss and gradient of the rows put together, in one collective."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from oracle import exact_loss
 from problems import make_logits, make_target, make_weight
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -136,6 +137,52 @@ def compared_with_torch(mesh: Any) -> dict[str, Any]:
     return found
 
 
+DTENSOR_CALLS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "max": {"reduction": "max"},
+    "smoothing and weight": {"label_smoothing": 0.1, "weight": True},
+}
+
+
+def dtensor_problem(options: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    target = make_target(ROWS, n_classes=22)
+    target[2] = -100
+    options = {**options, "weight": make_weight(22, torch.float64)} if "weight" in options else dict(options)
+    return make_logits(ROWS, 22, dtype=torch.float64), target, options
+
+
+def dtensor_calls(mesh: Any) -> dict[str, Any]:
+    """Loss and gradient, gathered, of DTensors whose classes are sharded, alone or with the batch."""
+    found: dict[str, Any] = {}
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for name, arguments in DTENSOR_CALLS.items():
+        logits, target, options = dtensor_problem(arguments)
+        layouts: dict[str, tuple[Any, list[Any], Any]] = {
+            "classes": (mesh, [Shard(1)], target),
+            "classes and replicas": (square, [Replicate(), Shard(1)], target),
+        }
+        if name in ("mean", "sum", "none"):
+            layouts["classes and batch"] = (
+                square,
+                [Shard(0), Shard(1)],
+                distribute_tensor(target, square, [Shard(0), Replicate()]),
+            )
+        for layout, (on, placements, labels) in layouts.items():
+            leaf = distribute_tensor(logits, on, placements).requires_grad_()
+            for inside in (False, True):
+                with loss_parallel() if inside else nullcontext():
+                    loss = fusedloss.cross_entropy(leaf, labels, **options)
+                    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+                assert gradient.placements == leaf.placements
+                found[name, layout, inside] = loss.full_tensor().detach(), gradient.full_tensor()
+        found["plan", name] = str(fusedloss.plan(leaf, labels, **options))
+    replicated = distribute_tensor(logits, mesh, [Replicate()])
+    found["plan of replicas"] = str(fusedloss.plan(replicated, target))
+    return found
+
+
 def errors() -> dict[str, str]:
     """What raises on this rank; every rank must get as far, for none may wait for another."""
     shard, target = make_logits(ROWS, 5), make_target(ROWS, n_classes=20)
@@ -185,6 +232,7 @@ def rank_main(rank: int, folder: Path, cases: list[Case]) -> None:
         if rank < n_ranks:
             results[case] = run(case, rank, groups[n_ranks])
     results["torch"] = compared_with_torch(init_device_mesh("cpu", (N_RANKS,)))
+    results["dtensor"] = dtensor_calls(init_device_mesh("cpu", (N_RANKS,)))
     results["errors"] = errors()
     results["mesh"] = data_and_tensor_parallel()
     torch.save(results, folder / f"{rank}.pt")
@@ -225,6 +273,22 @@ def test_it_is_torchs_loss_parallel_in_one_collective(reduction: str, results: l
         for ours, theirs in (found["torch"][reduction]["loss"], found["torch"][reduction]["gradient"]):
             torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-15)
         assert found["torch"][reduction]["collectives"] == (1, 0)
+
+
+@pytest.mark.parametrize("name", DTENSOR_CALLS)
+def test_a_dtensor_of_sharded_classes_is_a_drop_in(name: str, results: list[dict[Any, Any]]) -> None:
+    logits, target, options = dtensor_problem(DTENSOR_CALLS[name])
+    logits.requires_grad_()
+    expected = exact_loss(logits, target, **options)
+    (gradient,) = torch.autograd.grad(expected.sum(), logits)
+    for rank in results:
+        calls = {key: value for key, value in rank["dtensor"].items() if key[0] == name}
+        assert len(calls) in (4, 6)
+        for loss, found in calls.values():
+            torch.testing.assert_close(loss, expected.detach(), rtol=1e-14, atol=1e-15)
+            torch.testing.assert_close(found, gradient, rtol=1e-13, atol=1e-15)
+        assert "one collective" in rank["dtensor"]["plan", name]
+        assert "not exactly one shards the classes" in rank["dtensor"]["plan of replicas"]
 
 
 def test_every_rank_raises_the_same(results: list[dict[Any, Any]]) -> None:

@@ -1,0 +1,143 @@
+"""The loss of rows whose classes are sharded over the ranks of a group: one collective in the forward, none in the backward."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusedloss import backends, reference, slices
+from fusedloss.autograd import kernel_inputs, per_row
+from fusedloss.backends import cpu
+from fusedloss.checks import Facts, InputFacts, check_class_indices, check_tensors
+from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
+from fusedloss.route import autocast_is_on, dtype_of_loss
+from fusedloss.stats import LossStats
+
+# PyTorch 2.14 renamed it and warns of the old name.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+def check_whole_rows(inputs: Inputs, options: Options, part: Slice) -> torch.dtype:
+    """Raises what PyTorch would for the whole rows, whatever the shard; returns the dtype of the loss."""
+
+    def facts(name: str, tensor: Tensor | None) -> Any:
+        return None if tensor is None else Facts.of(name, tensor)
+
+    logits = Facts.of("input", inputs.logits)
+    logits = logits._replace(shape=torch.Size((logits.shape[0], part.n_classes, *logits.shape[2:])))
+    found = InputFacts(
+        logits,
+        facts("target", inputs.target),
+        facts("target_b", inputs.target_b),
+        facts("lam", inputs.lam),
+        facts("weight", inputs.weight),
+        facts("sample_weight", inputs.sample_weight),
+    )
+    autocast = autocast_is_on(inputs.logits)
+    check_tensors(found, options, autocast)
+    for name, fact in (("target", found.target), ("lam", found.lam), ("weight", found.weight)):
+        if fact is not None and fact.needs_grad:
+            raise NotImplementedError(f"the loss of sharded classes has no gradient with respect to {name}")
+    if not found.has_probabilities() and inputs.logits.device.type == "cpu":
+        for labels in (inputs.target, inputs.target_b):
+            if labels is not None:
+                check_class_indices(labels, part.n_classes, options.ignore_index)
+    return dtype_of_loss(found, autocast)
+
+
+def sharded_cross_entropy(
+    inputs: Inputs, options: Options, part: Slice, group: "dist.ProcessGroup | None", out_dtype: torch.dtype
+) -> tuple[Tensor, LossStats | None]:
+    logits = inputs.logits
+    row_shape = (logits.shape[0], *logits.shape[2:])
+    lam = per_row(inputs.lam, logits)
+    of_rows = options._replace(reduction="none", scale=1.0, return_stats=False)
+    rows, lse, correct = _SlicedRowLosses.apply(
+        logits, inputs._replace(lam=lam, sample_weight=None, scale=None), of_rows, part, group
+    )
+    counted, row_weights = _counted(inputs, options, part, rows.dtype)
+    if inputs.sample_weight is not None:
+        factor = per_row(inputs.sample_weight, logits)
+        assert factor is not None
+        rows = factor.reshape(-1).to(rows.dtype).masked_fill(~counted, 0) * rows
+    scale = options.scale if inputs.scale is None else options.scale * inputs.scale.to(rows.device, rows.dtype)
+    loss = (scale * reference.reduce_rows(rows, counted, row_weights, options)).to(out_dtype)
+    if options.reduction == "none":
+        loss = loss.view(row_shape)
+    if not options.return_stats:
+        return loss, None
+    dtype = accumulation_dtype(logits.dtype)
+    detached = rows.detach()
+    return loss, LossStats(
+        lse=lse.to(dtype).view(row_shape),
+        row_loss=detached.to(dtype).view(row_shape),
+        n_counted=counted.sum(),
+        n_correct=correct.sum(),
+        worst=reference.worst_row(detached, counted),
+    )
+
+
+def _counted(inputs: Inputs, options: Options, part: Slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Which rows count, and what each adds to the denominator of the mean; both (n_rows,)."""
+    rows = slices.describe_rows(kernel_inputs(inputs._replace(lam=None, sample_weight=None)), options, part, dtype)
+    if rows.k_t is None or inputs.target_b is not None:
+        return rows.counted, rows.counted.to(dtype)
+    return rows.counted, torch.where(rows.counted, rows.k_t, 0)
+
+
+def denominator(inputs: Inputs, options: Options, part: Slice) -> Tensor:
+    """What the mean of these rows divides by, 0-d."""
+    return _counted(inputs, options, part, torch.float64)[1].sum()
+
+
+class _SlicedRowLosses(torch.autograd.Function):
+    """Loss, log-sum-exp and whether the target is the largest, of every row (n_rows,), from this rank's slice of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, inputs: Inputs, options: Options, part: Slice, group: "dist.ProcessGroup | None"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        local = _local(kernel_inputs(inputs._replace(logits=logits)), part)
+        backend = _backend(local)
+        published = backend.slice_statistics(local, options, part)
+        n_ranks, (n_statistics, n_rows) = dist.get_world_size(group), published.shape
+        gathered = published.new_empty((n_ranks * n_statistics, n_rows))
+        _all_gather(gathered, published, group=group)
+        stats = slices.merge(gathered.view(n_ranks, n_statistics, n_rows).to(torch.float64))
+        rows = slices.describe_rows(local, options, part, torch.float64)
+        losses, lse = slices.row_losses(stats, rows, options, part)
+        ctx.call = backend, float(rows.weight_total), options, part
+        ctx.present = [tensor is not None for tensor in local]
+        merged = torch.stack([tensor for tensor in stats if tensor is not None]).to(published.dtype)
+        ctx.save_for_backward(logits, merged, *(tensor for tensor in local[1:] if tensor is not None))
+        correct = slices.is_correct(stats, rows, local, options)
+        ctx.mark_non_differentiable(lse, correct)
+        return losses, lse, correct
+
+    @staticmethod
+    def backward(ctx: Any, dlosses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the loss of sharded classes has no second derivative (create_graph=True)")
+        logits, merged, *saved = ctx.saved_tensors
+        rest = iter(saved)
+        tensors: list[Any] = [next(rest) if present else None for present in ctx.present[1:]]
+        inputs = Inputs(kernel_inputs(Inputs(logits, logits)).logits, *tensors)
+        backend, *call = ctx.call
+        dlogits = backend.slice_gradient(dlosses.to(merged.dtype), inputs, merged, *call)
+        return dlogits.view(logits.shape), None, None, None, None
+
+
+def _backend(inputs: Inputs) -> Any:
+    """What makes a slice's statistics and gradient: a kernel, or PyTorch's operators."""
+    logits = inputs.logits
+    if backends.requested in ("auto", "cpu") and logits.device.type == "cpu" and cpu.MISSING is None and logits.shape[1] > 0:
+        return cpu
+    return slices
+
+
+def _local(inputs: Inputs, part: Slice) -> Inputs:
+    """Class probabilities of all classes, cut to those of the logits."""
+    if not inputs.has_probabilities():
+        return inputs
+    return inputs._replace(target=inputs.target[:, part.first_class : part.first_class + inputs.logits.shape[1]])
