@@ -96,6 +96,7 @@ accuracy: $(READY)
 bench: $(READY)
 	$(PY) benchmarks/bench_cpu.py $(ARGS)
 	$(PY) benchmarks/slow_calls.py
+	$(PY) benchmarks/bench_vocab_parallel.py
 	$(PY) benchmarks/host_overhead.py
 	if $(HAS_GPU); then $(PY) benchmarks/gpu.py --only benchmarks; fi
 
