@@ -35,7 +35,7 @@ def kernel_inputs(inputs: Inputs) -> Inputs:
     return flat._replace(logits=_rows(logits), target=_rows(inputs.target) if inputs.has_probabilities() else flat.target)
 
 
-def per_row(values: Tensor | None, logits: Tensor) -> Tensor | None:
+def expanded_to_rows(values: Tensor | None, logits: Tensor) -> Tensor | None:
     """One value per example as one per row, (N, d1, ...)."""
     if values is None:
         return None

@@ -10,7 +10,13 @@ from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusedloss import environment, known, ops, reference
-from fusedloss.autograd import CrossEntropyFunction, KnownCrossEntropyFunction, forgets_logits, kernel_forward, kernel_inputs, per_row
+from fusedloss.autograd import (
+    CrossEntropyFunction,
+    KnownCrossEntropyFunction,
+    forgets_logits,
+    kernel_forward,
+    kernel_inputs,
+)
 from fusedloss.backends.outputs import contiguous_strides
 from fusedloss.backends.triton import device_facts
 from fusedloss.checks import check_class_indices, check_options
@@ -153,7 +159,7 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
         return loss.reshape(()), stats
     if inputs.lam is not None or inputs.sample_weight is not None:
         inputs = inputs._replace(
-            lam=per_row(inputs.lam, inputs.logits), sample_weight=per_row(inputs.sample_weight, inputs.logits)
+            lam=expanded_to_rows(inputs.lam, inputs.logits), sample_weight=expanded_to_rows(inputs.sample_weight, inputs.logits)
         )
     if route.backend == "reference":
         return reference.cross_entropy(inputs, options, route.out_dtype)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedloss import backends, reference, slices
-from fusedloss.autograd import kernel_inputs, per_row
+from fusedloss.autograd import expanded_to_rows, kernel_inputs
 from fusedloss.backends import cpu
 from fusedloss.checks import Facts, InputFacts, check_class_indices, check_tensors
 from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
@@ -51,14 +51,14 @@ def sharded_cross_entropy(
 ) -> tuple[Tensor, LossStats | None]:
     logits = inputs.logits
     row_shape = (logits.shape[0], *logits.shape[2:])
-    lam = per_row(inputs.lam, logits)
+    lam = expanded_to_rows(inputs.lam, logits)
     of_rows = options._replace(reduction="none", scale=1.0, return_stats=False)
     rows, lse, correct = _SlicedRowLosses.apply(
         logits, inputs._replace(lam=lam, sample_weight=None, scale=None), of_rows, part, group
     )
     counted, row_weights = _counted(inputs, options, part, rows.dtype)
     if inputs.sample_weight is not None:
-        factor = per_row(inputs.sample_weight, logits)
+        factor = expanded_to_rows(inputs.sample_weight, logits)
         assert factor is not None
         rows = factor.reshape(-1).to(rows.dtype).masked_fill(~counted, 0) * rows
     scale = options.scale if inputs.scale is None else options.scale * inputs.scale.to(rows.device, rows.dtype)
