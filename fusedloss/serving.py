@@ -13,6 +13,7 @@ from fusedloss import environment, known, ops, reference
 from fusedloss.autograd import (
     CrossEntropyFunction,
     KnownCrossEntropyFunction,
+    expanded_to_rows,
     forgets_logits,
     kernel_forward,
     kernel_inputs,
