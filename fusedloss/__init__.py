@@ -11,6 +11,8 @@ from fusedloss import distributed
 from fusedloss._version import __version__
 from fusedloss.backends import backend
 from fusedloss.functional import cross_entropy, plan
+from fusedloss.linear import linear_cross_entropy
+from fusedloss.linear_module import LinearCrossEntropyLoss
 from fusedloss.module import CrossEntropyLoss
 from fusedloss.overwriting import cross_entropy_overwriting_logits
 from fusedloss.patch import patch_torch
@@ -18,12 +20,14 @@ from fusedloss.stats import LossStats
 
 __all__ = [
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "LossStats",
     "__version__",
     "backend",
     "cross_entropy",
     "cross_entropy_overwriting_logits",
     "distributed",
+    "linear_cross_entropy",
     "patch_torch",
     "plan",
 ]

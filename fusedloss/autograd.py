@@ -122,14 +122,14 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         known = ctx.known
         watched = torch.is_grad_enabled() or is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() != 0
-        if ctx.has_gradient and not watched and known.takes_dloss(dloss) and not _keeps_graph():
+        if ctx.has_gradient and not watched and known.takes_dloss(dloss) and not keeps_graph():
             dlogits = _taken(ctx)
             known.prepared.scale_gradient(dlogits, dloss)
             return dlogits, None
         return _gradient(ctx, dloss, known.options._replace(scale=ctx.scale), known.out_dtype, known.backend), None
 
 
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # retain_graph, or create_graph
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # retain_graph, or create_graph
 
 
 def forgets_logits(options: Options, logits: Tensor) -> bool:
@@ -157,7 +157,7 @@ def _gradient(ctx: Any, dloss: Tensor, options: Options, out_dtype: torch.dtype,
         if torch.compiler.is_compiling() or is_batched(dloss):  # a compiler owns the buffers of its graphs
             dlogits = ctx.saved_tensors[0]
             return (dlogits * dloss).to(dlogits.dtype)
-        dlogits = ctx.saved_tensors[0].clone() if _keeps_graph() or not nobody_watches(dloss) else _taken(ctx)
+        dlogits = ctx.saved_tensors[0].clone() if keeps_graph() or not nobody_watches(dloss) else _taken(ctx)
         ops.scale_gradient(dlogits, dloss, backend)
         return dlogits
     tensors = ctx.saved_tensors

@@ -50,7 +50,7 @@ def global_scale(
     targets: Sequence[Any] = [target] if isinstance(target, Tensor) or _are_two_labels(target) else list(target)
     if not targets:
         raise ValueError("global_scale() needs the targets of at least one micro-batch")
-    total = torch.stack([_denominator(part, ignore_index, weight) for part in targets]).sum()
+    total = torch.stack([denominator(part, ignore_index, weight) for part in targets]).sum()
     n_ranks = 1
     if dist.is_available() and dist.is_initialized():
         n_ranks = dist.get_world_size(group)
@@ -67,7 +67,7 @@ def _are_two_labels(target: Any) -> bool:
     return is_share and not any(isinstance(label, (tuple, list)) or label.is_floating_point() for label in labels)
 
 
-def _denominator(target: Any, ignore_index: int, weight: Tensor | None) -> Tensor:
+def denominator(target: Any, ignore_index: int, weight: Tensor | None) -> Tensor:
     """What PyTorch's mean divides by, 0-d: as a float, because float32 counts only to 2**24 and integers do not divide."""
     if _are_two_labels(target):  # class weights do not count, as for probabilities
         a, b, _ = target

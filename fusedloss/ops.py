@@ -64,6 +64,14 @@ def backward(
     return torch.ops.fusedloss.backward.default(dloss, *inputs, saved, *options, backend)
 
 
+def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype, backend: str) -> Outputs:
+    """The forward of "sum" or "mean" and its gradient, for which the memory of the logits may be used: they are lost.
+
+    No operator: who calls it has made sure that the tensors hold data.
+    """
+    return _BACKENDS[backend].forward_overwriting(inputs, options, out_dtype)
+
+
 def scale_gradient(dlogits: Tensor, dloss: Tensor, backend: str) -> None:  # dloss: 0-d
     """Multiplies a fused gradient by the upstream gradient, in place; where that is 1 the gradient is not touched."""
     if nobody_watches(dlogits, dloss):

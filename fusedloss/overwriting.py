@@ -9,9 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fusedloss import functional
+from fusedloss import functional, ops
 from fusedloss.autograd import kernel_inputs
-from fusedloss.backends import cpu
 from fusedloss.checks import check_options
 from fusedloss.plan import EXTRAS, Inputs, Options, fuses_gradient, spatial_dims_collapse
 from fusedloss.route import route_of
@@ -92,7 +91,7 @@ def _may_overlap(logits: Tensor) -> bool:
 class _Overwriting(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, inputs: Inputs, options: Options, out_dtype: torch.dtype) -> Tensor:
-        loss = cpu.forward_overwriting(kernel_inputs(inputs), options, out_dtype)
+        loss = ops.forward_overwriting(kernel_inputs(inputs), options, out_dtype, "cpu").loss
         torch.autograd.graph.increment_version(logits)
         ctx.dlogits = logits.detach()
         return loss
@@ -104,5 +103,5 @@ class _Overwriting(torch.autograd.Function):
             raise RuntimeError(
                 "the logits were overwritten by their gradient: cross_entropy_overwriting_logits has one backward, of first order"
             )
-        cpu.scale_gradient(dlogits, dlosses[0])
+        ops.scale_gradient(dlogits, dlosses[0], "cpu")
         return dlogits, None, None, None

@@ -1,7 +1,8 @@
-"""patch_torch(): torch.nn.functional.cross_entropy replaced, so that other people's code uses this one without knowing it."""
+"""patch_torch(): PyTorch's functions replaced, so that other people's code uses these without knowing it."""
 
 import functools
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,15 +12,18 @@ from torch import Tensor
 from torch.nn import _reduction as _Reduction  # noqa: F401  TorchScript compiles the wrapped function with this file's names
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fusedloss import functional, reference
+from fusedloss import functional, linear, reference
 
 _lock = threading.Lock()
 _depth = 0  # how many patches are in force
-_replaced = reference.TORCHS  # what the first of them replaced
+_replaced: dict[str, Callable[..., Tensor]] = {}  # what the first of them replaced, by name
+_TORCHS_LINEAR: Any = getattr(F, "linear_cross_entropy", None)  # from PyTorch 2.13 on
 
 
 def patch_torch() -> ExitStack:
     """Makes every call of `torch.nn.functional.cross_entropy` a call of `fusedloss.cross_entropy`, from now on or for a `with`.
+
+    Where PyTorch has `linear_cross_entropy` (2.13), every call of it is one of `fusedloss.linear_cross_entropy`, likewise.
 
         fusedloss.patch_torch()  # permanently
 
@@ -38,10 +42,12 @@ def patch_torch() -> ExitStack:
     Returns:
         A context manager in force already; leaving it, or calling its `close()`, undoes this call, once.
     """
-    global _depth, _replaced
+    global _depth
     with _lock:
-        if F.cross_entropy is not cross_entropy:
-            _replaced, F.cross_entropy = F.cross_entropy, cross_entropy
+        for name, ours in _OURS.items():
+            if getattr(F, name) is not ours:
+                _replaced[name] = getattr(F, name)
+                setattr(F, name, ours)
         _depth += 1
     undo = ExitStack()
     undo.callback(_undo)
@@ -52,8 +58,9 @@ def _undo() -> None:
     global _depth
     with _lock:
         _depth -= 1
-        if _depth == 0 and F.cross_entropy is cross_entropy:  # else somebody else replaced it since, who may bring ours back
-            F.cross_entropy = _replaced
+        for name, ours in _OURS.items():
+            if _depth == 0 and getattr(F, name) is ours:  # else somebody else replaced it since, who may bring ours back
+                setattr(F, name, _replaced[name])
 
 
 def _overrides(value: object) -> bool:
@@ -78,3 +85,15 @@ def cross_entropy(
     if has_torch_function_variadic(input, target, weight) and any(map(_overrides, (input, target, weight))):
         return handle_torch_function(reference.TORCHS, (input, target, weight), input, target, weight, *options)
     return (functional.cross_entropy if _depth else reference.TORCHS)(input, target, weight, *options)
+
+
+def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+    tensors = (input, linear_weight, target, options.get("linear_bias"), options.get("weight"))
+    if has_torch_function_variadic(*tensors) and any(map(_overrides, tensors)):
+        return handle_torch_function(_TORCHS_LINEAR, tensors, input, linear_weight, target, **options)
+    return (linear.linear_cross_entropy if _depth else _TORCHS_LINEAR)(input, linear_weight, target, **options)
+
+
+_OURS: dict[str, Callable[..., Tensor]] = {"cross_entropy": cross_entropy}
+if _TORCHS_LINEAR is not None:
+    linear_cross_entropy = _OURS["linear_cross_entropy"] = functools.wraps(_TORCHS_LINEAR)(linear_cross_entropy)

@@ -26,19 +26,11 @@ class Route(NamedTuple):
 
 def route_of(inputs: Inputs, options: Options) -> Route:
     """Checks the tensors and chooses the path."""
-    logits, target, target_b, lam, weight, sample_weight, scale = inputs
     for tensor in inputs:
         if isinstance(tensor, Tensor) and not is_strided(tensor):
             return _unstrided(tensor, inputs, options)
-    facts = InputFacts(
-        Facts.of("input", logits),
-        Facts.of("target", target),
-        None if target_b is None else Facts.of("target_b", target_b),
-        None if lam is None else Facts.of("lam", lam),
-        None if weight is None else Facts.of("weight", weight),
-        None if sample_weight is None else Facts.of("sample_weight", sample_weight),
-    )
-    world = world_of(*inputs)
+    logits = inputs.logits
+    facts, world = facts_of(Facts.of("input", logits), *inputs[1:-1]), world_of(*inputs)
     if is_dtensor(logits) and backends.requested == "auto":
         from fusedloss import dtensor  # takes a second
 
@@ -47,9 +39,33 @@ def route_of(inputs: Inputs, options: Options) -> Route:
             reason = "the classes of a DTensor are sharded: one collective merges the statistics of the shards"
             return Route("sharded", reason, dtype_of_loss(facts, False), world)
         world = world._replace(reason=f"{world.reason}; {uncovered}")
+    return route_with(facts, options, inputs.scale is not None, world)
+
+
+def facts_of(
+    logits: Facts,  # of logits that need not exist yet
+    target: Tensor,
+    target_b: Tensor | None,
+    lam: Tensor | None,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+) -> InputFacts:
+    """What the checks and the choice of path ask of a call's tensors."""
+    return InputFacts(
+        logits,
+        Facts.of("target", target),
+        None if target_b is None else Facts.of("target_b", target_b),
+        None if lam is None else Facts.of("lam", lam),
+        None if weight is None else Facts.of("weight", weight),
+        None if sample_weight is None else Facts.of("sample_weight", sample_weight),
+    )
+
+
+def route_with(facts: InputFacts, options: Options, has_scale: bool, world: World) -> Route:
+    """Checks the facts and chooses the path."""
     # Once per kind of call, unless somebody traces it, with sizes that are symbols.
     choose = _choose if world is PLAIN else _choose.__wrapped__
-    return choose(facts, options.kind(), scale is not None, backends.requested, world, autocast_is_on(logits))
+    return choose(facts, options.kind(), has_scale, backends.requested, world, autocast_is_on(facts.logits))
 
 
 def _unstrided(tensor: Tensor, inputs: Inputs, options: Options) -> Route:
@@ -126,10 +142,11 @@ def _not_covered(name: str, facts: InputFacts, options: Options, out_dtype: torc
     return None
 
 
-def autocast_is_on(logits: Tensor) -> bool:
+def autocast_is_on(tensor: Tensor | Facts) -> bool:
+    """Whether autocast is active on its device."""
     if not torch._C._is_any_autocast_enabled():  # the cheap question
         return False
-    device_type = logits.device.type
+    device_type = tensor.device.type
     # The second would raise for a device without autocast, such as "meta".
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 

@@ -81,8 +81,14 @@ def serve(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     options = check_options(reduction, ignore_index, label_smoothing, Extras(*extras), lam)
-    scale = scale if isinstance(scale, Tensor) else None
-    inputs = Inputs(*tensors, scale)
+    inputs = Inputs(*tensors, scale if isinstance(scale, Tensor) else None)
+    loss, stats = serve_checked(inputs, options, None if isinstance(label_smoothing, Tensor) else key)
+    return (loss, stats) if options.return_stats else loss
+
+
+def serve_checked(inputs: Inputs, options: Options, key: tuple[Any, ...] | None = None) -> tuple[Tensor, LossStats | None]:
+    """The loss, and statistics where they are asked for; key: by which the next such call may be known."""
+    scale = inputs.scale
     route = route_of(inputs, options)
     factor: Any = None  # of the loss, outside the kernel
     out_dtype = route.out_dtype
@@ -93,14 +99,14 @@ def serve(
     elif scale is not None:
         if scale.requires_grad and torch.is_grad_enabled():
             factor, inputs = scale, inputs._replace(scale=None)
-        elif scale.device != input.device:
-            inputs = inputs._replace(scale=scale.to(input.device, non_blocking=input.device.type != "cpu"))
+        elif scale.device != inputs.logits.device:
+            inputs = inputs._replace(scale=scale.to(inputs.logits.device, non_blocking=inputs.logits.device.type != "cpu"))
     loss, stats = compute(inputs, options, route)
-    if key is not None and not isinstance(label_smoothing, Tensor):
+    if key is not None:
         _remember(key, inputs, options, route, loss)
     if factor is not None:
         loss = (loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)).to(out_dtype)
-    return (loss, stats) if options.return_stats else loss
+    return loss, stats
 
 
 def _without_numbers(inputs: Inputs, options: Options) -> tuple[Inputs, Options, float | Tensor | None]:
@@ -164,10 +170,8 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
         )
     if route.backend == "reference":
         return reference.cross_entropy(inputs, options, route.out_dtype)
-    if _CHECK_TARGETS and route.backend != "cpu" and not inputs.has_probabilities():  # the CPU always checks
-        for target in (inputs.target, inputs.target_b):
-            if target is not None:
-                check_class_indices(target, inputs.logits.shape[1], options.ignore_index)
+    if not inputs.has_probabilities():
+        check_if_asked(inputs.target, inputs.target_b, inputs.logits.shape[1], options, route)
     needs_grad = inputs.logits.requires_grad and torch.is_grad_enabled()
     if needs_grad and route.world.kind is not Kind.COMPILED:
         result = CrossEntropyFunction.apply(inputs.logits, inputs, options, route.out_dtype, route.backend)
@@ -181,6 +185,14 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
     loss, row_stats, counts = result
     lse, row_loss = row_stats.view(2, inputs.logits.shape[0], *inputs.logits.shape[2:])
     return loss, LossStats(lse, row_loss, *counts.unbind())
+
+
+def check_if_asked(target: Tensor, target_b: Tensor | None, n_classes: int, options: Options, route: Route) -> None:
+    """Raises IndexError for a class index out of range, if FUSEDLOSS_CHECK_TARGETS says so; the CPU always checks."""
+    if _CHECK_TARGETS and route.backend != "cpu":
+        for labels in (target, target_b):
+            if labels is not None:
+                check_class_indices(labels, n_classes, options.ignore_index)
 
 
 def _as_one_row(inputs: Inputs) -> Inputs:

@@ -47,11 +47,11 @@ def forward(
     return outputs
 
 
-def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> Tensor:
-    """The loss, for reduction "sum" or "mean"; the gradient takes the place of the logits."""
+def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> Outputs:
+    """The same for reduction "sum" or "mean", and any dtype; the gradient takes the place of the logits."""
     outputs = allocate_forward(inputs, options, out_dtype, False)
     _forward(outputs, inputs.logits, inputs, options)
-    return outputs.loss
+    return outputs._replace(dlogits=inputs.logits)
 
 
 def _forward(outputs: Outputs, dlogits: Tensor | None, inputs: Inputs, options: Options) -> None:

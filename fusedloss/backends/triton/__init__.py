@@ -20,7 +20,7 @@ from fusedloss.backends.triton.launching import Launch, device_facts
 from fusedloss.kernels.constants import STATE
 from fusedloss.plan import Inputs, Options, accumulation_dtype
 
-__all__ = ["Prepared", "backward", "device_facts", "forward", "prepare", "scale_gradient"]
+__all__ = ["Prepared", "backward", "device_facts", "forward", "forward_overwriting", "prepare", "scale_gradient"]
 
 
 def forward(
@@ -39,6 +39,14 @@ def forward(
     # What launches hand on to each other, where no backward reads the rest.
     saved = outputs.saved if outputs.saved is not None else _new_state(inputs.logits)()
     _launch_forward(launches, outputs._replace(saved=saved), inputs, options.scale, options.lam, keeps_workspace)
+    return outputs
+
+
+def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> Outputs:
+    """The same for reduction "sum" or "mean", and any dtype; nobody reads the logits afterwards."""
+    outputs = forward(inputs, options, out_dtype, True)
+    if outputs.dlogits is None:  # float16
+        outputs = outputs._replace(dlogits=backward(outputs.saved.new_ones(()), inputs, outputs.saved, options))
     return outputs
 
 

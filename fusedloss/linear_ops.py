@@ -1,0 +1,116 @@
+"""The passes of linear_passes.py as operators of the dispatcher, for what traces them: torch.compile, fake tensors, meta tensors.
+
+Eager calls go around the operators, so that a dispatch mode sees the matmuls of a call: PyTorch's FlopCounterMode, its profiler.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedloss import linear_passes
+from fusedloss.linear_passes import GradientPass, LinearInputs, NeedsGrad, RowPass, Settings
+from fusedloss.ops import _OPTIONS, _library
+from fusedloss.plan import Options, accumulation_dtype
+
+_INPUTS = (
+    "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? target_b, Tensor? lam, Tensor? weight, "
+    "Tensor? sample_weight, Tensor? scale"
+)
+_N_INPUTS, _N_OPTIONS = len(LinearInputs._fields), len(Options._fields)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_TRACING_MODES = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
+
+_library.define(
+    f"linear_gradient_pass({_INPUTS}, {_OPTIONS}, bool input_grad, bool weight_grad, bool bias_grad, int? chunk_rows, "
+    "bool float32_sum, str backend, Tensor? upstream) "
+    "-> (Tensor loss, Tensor dinput, Tensor dweight, Tensor dbias, Tensor row_stats, Tensor n_correct)"
+)
+_library.define(
+    f"linear_row_pass({_INPUTS}, {_OPTIONS}, int? chunk_rows, str backend) "
+    "-> (Tensor row_losses, Tensor row_stats, Tensor n_correct)"
+)
+
+
+def gradient_pass(
+    inputs: LinearInputs,
+    options: Options,
+    settings: Settings,
+    upstream: Tensor | None = None,
+) -> GradientPass:
+    """`linear_passes.gradient_pass`."""
+    if nobody_traces(*inputs, upstream):
+        return linear_passes.gradient_pass(inputs, options, settings, upstream)
+    operator = torch.ops.fusedloss.linear_gradient_pass.default
+    loss, *tensors = operator(*inputs, *options, *settings.needs_grad, *settings[1:], upstream)
+    asked = (*settings.needs_grad, options.return_stats, options.return_stats)
+    return GradientPass(loss, *(tensor if is_asked else None for tensor, is_asked in zip(tensors, asked, strict=True)))
+
+
+def row_pass(inputs: LinearInputs, options: Options, settings: Settings) -> RowPass:
+    """`linear_passes.row_pass`; what the call does not ask for may be a tensor of no elements."""
+    if nobody_traces(*inputs):
+        return linear_passes.row_pass(inputs, options, settings)
+    return RowPass(*torch.ops.fusedloss.linear_row_pass.default(*inputs, *options, settings.chunk_rows, settings.backend))
+
+
+def nobody_traces(*tensors: Tensor | None) -> bool:
+    """Whether the tensors hold data, and no mode records the call for later."""
+    if torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACING_MODES):
+        return False
+    return all(tensor is None or (type(tensor) in _PLAIN and not tensor.is_meta) for tensor in tensors)
+
+
+def _gradient_pass_impl(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options, (*needs_grad, chunk_rows, float32_sum, backend, upstream) = _split(arguments)
+    settings = Settings(NeedsGrad(*needs_grad), chunk_rows, float32_sum, backend)
+    return _all_tensors(linear_passes.gradient_pass(inputs, options, settings, upstream))
+
+
+def _row_pass_impl(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options, (chunk_rows, backend) = _split(arguments)
+    settings = Settings(NeedsGrad(False, False, False), chunk_rows, False, backend)
+    return _all_tensors(linear_passes.row_pass(inputs, options, settings))
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[LinearInputs, Options, tuple[Any, ...]]:
+    rest = arguments[_N_INPUTS:]
+    return LinearInputs(*arguments[:_N_INPUTS]), Options(*rest[:_N_OPTIONS]), rest[_N_OPTIONS:]
+
+
+def _all_tensors(outputs: GradientPass | RowPass) -> tuple[Tensor, ...]:
+    return tuple(outputs[0].new_empty((0,)) if tensor is None else tensor for tensor in outputs)
+
+
+for _key in ("CUDA", "CPU"):
+    _library.impl("linear_gradient_pass", _gradient_pass_impl, _key)
+    _library.impl("linear_row_pass", _row_pass_impl, _key)
+
+
+@torch.library.register_fake("fusedloss::linear_gradient_pass", lib=_library)
+def _gradient_pass_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options, rest = _split(arguments)
+    input_grad, weight_grad, bias_grad = rest[:3]
+    return _all_tensors(
+        GradientPass(
+            inputs.input.new_empty((), dtype=accumulation_dtype(inputs.input.dtype)),
+            torch.empty_like(inputs.input) if input_grad else None,
+            torch.empty_like(inputs.linear_weight) if weight_grad else None,
+            torch.empty_like(inputs.linear_bias) if bias_grad and inputs.linear_bias is not None else None,
+            *_empty_stats(inputs, options),
+        )
+    )
+
+
+@torch.library.register_fake("fusedloss::linear_row_pass", lib=_library)
+def _row_pass_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options, _ = _split(arguments)
+    dtype = accumulation_dtype(inputs.input.dtype)
+    return _all_tensors(RowPass(inputs.input.new_empty(inputs.input.shape[:1], dtype=dtype), *_empty_stats(inputs, options)))
+
+
+def _empty_stats(inputs: LinearInputs, options: Options) -> tuple[Tensor | None, Tensor | None]:
+    if not options.return_stats:
+        return None, None
+    x = inputs.input
+    return x.new_empty((2, x.shape[0]), dtype=accumulation_dtype(x.dtype)), x.new_empty((), dtype=torch.int64)

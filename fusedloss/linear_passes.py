@@ -1,0 +1,233 @@
+"""The passes of a loss fused with the last linear layer: rows in chunks, so that the logits of one chunk are all that exist.
+
+gradient_pass   logits = x W^T + b          the loss of the chunk's rows, sum_n a_n loss_n, whose gradient takes the logits' place
+                dx      = dlogits W
+                dW     += dlogits^T x
+                db     += sum of dlogits    3 matmuls per row; those of frozen parts are left out
+row_pass        logits = x W^T + b          a loss per row; 1 matmul
+
+"sum" and "mean" are one gradient pass in the forward: a_n is known beforehand, the mean's denominator by a look at the targets.
+"none", "max" and "topk" are a row pass, then a gradient pass in the backward over the rows whose loss has an upstream gradient:
+max and topk select few. Rows without one, and ignored rows, are left out of the matmuls (on a GPU, where the host would have
+to wait for their number, they are multiplied as zeros).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedloss import ops
+from fusedloss.plan import Inputs, Options, accumulation_dtype
+from fusedloss.plan_linear import Chunks, chunks_of
+
+Rows = slice | Tensor  # of a chunk: a range, or indices
+
+
+class LinearInputs(NamedTuple):
+    """The tensors of a call: a linear layer, its input, and what `plan.Inputs` has besides the logits."""
+
+    input: Tensor  # (n_rows, n_features)
+    linear_weight: Tensor  # (n_classes, n_features)
+    linear_bias: Tensor | None  # (n_classes,)
+    target: Tensor  # (n_rows,), or probabilities (n_rows, n_classes)
+    target_b: Tensor | None = None  # (n_rows,)
+    lam: Tensor | None = None  # (n_rows,)
+    weight: Tensor | None = None  # (n_classes,)
+    sample_weight: Tensor | None = None  # (n_rows,)
+    scale: Tensor | None = None  # 0-d
+
+    def has_probabilities(self) -> bool:
+        return self.target.dim() == 2
+
+    def counted(self, ignore_index: int) -> Tensor | None:
+        """(n_rows,) bool, which rows are not ignored; None: probabilities ignore none."""
+        if self.has_probabilities():
+            return None
+        counted = self.target != ignore_index
+        return counted if self.target_b is None else counted & (self.target_b != ignore_index)
+
+    def loss_inputs(self, logits: Tensor, rows: Rows) -> Inputs:
+        """What the loss of a chunk's logits is made of."""
+        target, target_b, lam, sample_weight = (
+            None if tensor is None else _take(tensor, rows)
+            for tensor in (self.target, self.target_b, self.lam, self.sample_weight)
+        )
+        assert target is not None
+        return Inputs(logits, target, target_b, lam, self.weight, sample_weight, self.scale)
+
+
+class NeedsGrad(NamedTuple):
+    """Which parts of the layer are not frozen."""
+
+    input: bool
+    weight: bool
+    bias: bool
+
+
+class Settings(NamedTuple):
+    """How a call goes through its rows."""
+
+    needs_grad: NeedsGrad
+    chunk_rows: int | None  # None: as many as fit the device
+    float32_sum: bool  # of the gradient of a bfloat16 or float16 weight, however few the chunks
+    backend: str
+
+
+class GradientPass(NamedTuple):
+    """What a gradient pass returns; "A" is the dtype of accumulation, float64 for float64 logits, else float32."""
+
+    loss: Tensor  # 0-d, A
+    dinput: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+    row_stats: Tensor | None  # (2, n_rows), A: log-sum-exp and loss of every row; with return_stats
+    n_correct: Tensor | None  # 0-d, int64; with return_stats
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.dinput, self.dweight, self.dbias
+
+
+class RowPass(NamedTuple):
+    """What a row pass returns."""
+
+    row_losses: Tensor  # (n_rows,), A
+    row_stats: Tensor | None
+    n_correct: Tensor | None
+
+
+@torch.no_grad()
+def gradient_pass(
+    inputs: LinearInputs,
+    options: Options,
+    settings: Settings,
+    upstream: Tensor | None = None,  # (n_rows,): a gradient for each row's loss, which also selects the rows
+) -> GradientPass:
+    """The sum of the rows' losses, and its gradients."""
+    if upstream is not None:
+        factors = upstream if inputs.sample_weight is None else upstream * inputs.sample_weight
+        inputs = inputs._replace(sample_weight=factors)
+    passed = _Chunked(inputs, options, settings, upstream)
+    sums = _GradientSums(inputs, settings, passed)
+    losses = [inputs.input.new_zeros((), dtype=passed.dtype)]
+    if inputs.scale is not None:  # of no row at all, 0 times nan: the mean
+        losses[0] = losses[0] * inputs.scale.to(passed.dtype)
+    for rows in passed.chunks():
+        x, loss_inputs = passed.with_logits(rows)
+        outputs = ops.forward_overwriting(loss_inputs, passed.options, passed.dtype, settings.backend)
+        losses.append(outputs.loss)
+        sums.add(outputs.dlogits, x, rows)
+        passed.keep_stats(outputs.row_stats, outputs.counts, rows)
+    return GradientPass(torch.stack(losses).sum(), *sums.result(), passed.row_stats, passed.n_correct)
+
+
+@torch.no_grad()
+def row_pass(inputs: LinearInputs, options: Options, settings: Settings) -> RowPass:
+    """A loss per row, 0 of ignored rows."""
+    passed = _Chunked(inputs, options, settings)
+    row_losses = inputs.input.new_zeros(len(inputs.input), dtype=passed.dtype)
+    for rows in passed.chunks():
+        _, loss_inputs = passed.with_logits(rows)
+        outputs = ops.forward(loss_inputs, passed.options, passed.dtype, False, settings.backend)
+        row_losses[rows] = outputs.loss
+        passed.keep_stats(outputs.row_stats, outputs.counts, rows)
+    return RowPass(row_losses, passed.row_stats, passed.n_correct)
+
+
+class _Chunked:
+    """Goes through the rows that are not left out, and keeps what is gathered on the way."""
+
+    def __init__(self, inputs: LinearInputs, options: Options, settings: Settings, upstream: Tensor | None = None) -> None:
+        x, linear_weight = inputs.input, inputs.linear_weight
+        self.inputs, self.options = inputs, options
+        self.dtype = accumulation_dtype(x.dtype)
+        counted = inputs.counted(options.ignore_index)
+        if upstream is not None:
+            counted = upstream != 0 if counted is None else counted & (upstream != 0)
+        self.index: Tensor | None = None  # of the rows that are left, None: all
+        self.counted: Tensor | None = None  # which of them count, None: all
+        if counted is not None and x.device.type != "cpu":
+            self.counted = counted
+        elif counted is not None and not counted.all():
+            self.index = counted.nonzero().squeeze(1)
+        n_rows = len(x) if self.index is None else len(self.index)
+        self.sizes = chunks_of(n_rows, len(linear_weight), x.dtype, x.device.type, settings.chunk_rows)
+        self.logits = x.new_empty((self.sizes.chunk_rows, len(linear_weight)))
+        self.row_stats = x.new_zeros((2, len(x)), dtype=self.dtype) if options.return_stats else None
+        self.n_correct = x.new_zeros((), dtype=torch.int64) if options.return_stats else None
+
+    def chunks(self) -> Iterator[Rows]:
+        for start in range(0, self.sizes.n_rows, max(1, self.sizes.chunk_rows)):
+            rows = slice(start, min(start + self.sizes.chunk_rows, self.sizes.n_rows))
+            yield rows if self.index is None else self.index[rows]
+
+    def with_logits(self, rows: Rows) -> tuple[Tensor, Inputs]:
+        """The chunk's rows of the input, and the inputs of its loss."""
+        x, linear_weight, bias = _take(self.inputs.input, rows), self.inputs.linear_weight, self.inputs.linear_bias
+        if self.counted is not None:  # 0 times what an ignored row holds would be NaN
+            x = x.masked_fill(~_take(self.counted, rows).unsqueeze(1), 0)
+        logits = self.logits[: len(x)]
+        if bias is None:
+            torch.mm(x, linear_weight.t(), out=logits)
+        else:
+            torch.addmm(bias, x, linear_weight.t(), out=logits)
+        return x, self.inputs.loss_inputs(logits, rows)
+
+    def keep_stats(self, row_stats: Tensor | None, counts: Tensor | None, rows: Rows) -> None:
+        if self.row_stats is not None and self.n_correct is not None:
+            assert row_stats is not None
+            assert counts is not None
+            self.row_stats[:, rows] = row_stats
+            self.n_correct += counts[1]
+
+
+class _GradientSums:
+    """The gradients of the layer and its input, to which each chunk adds."""
+
+    def __init__(self, inputs: LinearInputs, settings: Settings, passed: _Chunked) -> None:
+        x, self.linear_weight, bias = inputs.input, inputs.linear_weight, inputs.linear_bias
+        needs_grad = settings.needs_grad
+        sizes: Chunks = passed.sizes
+        self.is_first = True
+        self.dinput = self.dweight = self.dbias = self.float32_sum = None
+        if needs_grad.input:
+            self.dinput = torch.empty_like(x) if passed.index is None else torch.zeros_like(x)
+        if needs_grad.weight:
+            self.dweight = torch.empty_like(self.linear_weight)
+            if self.dweight.dtype != passed.dtype and (settings.float32_sum or sizes.n_chunks > MAX_ROUNDED_SUMS):
+                self.float32_sum = torch.zeros_like(self.linear_weight, dtype=passed.dtype)
+            elif sizes.n_chunks == 0:
+                self.dweight.zero_()
+        if needs_grad.bias and bias is not None:
+            self.dbias = torch.zeros_like(bias, dtype=passed.dtype)
+
+    def add(self, dlogits: Tensor, x: Tensor, rows: Rows) -> None:
+        if self.dinput is not None:
+            if isinstance(rows, slice):
+                torch.mm(dlogits, self.linear_weight, out=self.dinput[rows])
+            else:
+                self.dinput.index_copy_(0, rows, dlogits @ self.linear_weight)
+        if self.dweight is not None:
+            if self.float32_sum is not None:
+                self.float32_sum += torch.mm(dlogits.t(), x, out=self.dweight)
+            elif self.is_first:
+                torch.mm(dlogits.t(), x, out=self.dweight)
+            else:
+                torch.addmm(self.dweight, dlogits.t(), x, out=self.dweight)
+        if self.dbias is not None:
+            self.dbias += dlogits.sum(0, dtype=self.dbias.dtype)
+        self.is_first = False
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self.dweight is not None and self.float32_sum is not None:
+            self.dweight.copy_(self.float32_sum)
+        return self.dinput, self.dweight, None if self.dbias is None else self.dbias.to(self.linear_weight.dtype)
+
+
+# Sums of as many chunks are rounded to bfloat16 or float16 after each: their errors add up to 1.6 roundings, those of 256 to 16.
+MAX_ROUNDED_SUMS = 4
+
+
+def _take(tensor: Tensor, rows: Rows) -> Tensor:
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
