@@ -10,7 +10,8 @@ if find_spec("fusedloss.kernels") is None:
 from fusedloss import distributed
 from fusedloss._version import __version__
 from fusedloss.backends import backend
-from fusedloss.functional import cross_entropy, plan
+from fusedloss.explain import plan
+from fusedloss.functional import cross_entropy
 from fusedloss.linear import linear_cross_entropy
 from fusedloss.linear_module import LinearCrossEntropyLoss
 from fusedloss.module import CrossEntropyLoss

@@ -1,13 +1,11 @@
-"""What users call: cross_entropy(), torch.nn.functional.cross_entropy's signature with the extras; and plan()."""
+"""cross_entropy(): torch.nn.functional.cross_entropy's signature, with the extras."""
 
-from inspect import signature
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 from torch import Tensor
 
-from fusedloss.geometry import DeviceFacts
-from fusedloss.plan import EXTRAS, Plan, Reduction, Target
-from fusedloss.serving import planned, serve
+from fusedloss.plan import EXTRAS, Reduction, Target
+from fusedloss.serving import serve
 from fusedloss.stats import LossStats
 
 
@@ -126,29 +124,3 @@ def cross_entropy(
         logit_scale,
         softcap,
     )
-
-
-def plan(
-    input: Tensor,
-    target: Target,
-    weight: Tensor | None = None,
-    *,
-    device: DeviceFacts | None = None,
-    **options: Any,
-) -> Plan:
-    """Tells which path `cross_entropy(input, target, weight, **options)` takes, why, and what it costs; runs nothing.
-
-    Args:
-        input, target, weight: as for `cross_entropy`; meta tensors do, with backend("triton") for the GPU's plan.
-        device: facts of the GPU, those of an H100 where there is none.
-        **options: the other arguments of `cross_entropy`, by keyword.
-
-    Returns:
-        A frozen `fusedloss.plan.Plan`; `print` it.
-
-    Raises:
-        What `cross_entropy` would raise for these shapes, dtypes and options.
-    """
-    arguments = signature(cross_entropy).bind(input, target, weight, **options)
-    arguments.apply_defaults()
-    return planned(device, **arguments.arguments)

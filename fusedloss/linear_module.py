@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedloss.linear import linear_cross_entropy
-from fusedloss.plan import EXTRAS
+from fusedloss.plan import EXTRAS, Reduction, Target
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -44,7 +44,7 @@ class LinearCrossEntropyLoss(nn.Module):
         bias: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         weight: Tensor | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
@@ -81,7 +81,7 @@ class LinearCrossEntropyLoss(nn.Module):
     def forward(
         self,
         input: Tensor,
-        target: Tensor | tuple[Tensor, Tensor, float | Tensor],
+        target: Target,
         *,
         scale: float | Tensor | None = None,
         sample_weight: Tensor | None = None,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fusedloss import ops
 from fusedloss.plan import Inputs, Options, accumulation_dtype
-from fusedloss.plan_linear import Chunks, chunks_of
+from fusedloss.plan_linear import Chunks, chunks_of, sums_in_float32
 
 Rows = slice | Tensor  # of a chunk: a range, or indices
 
@@ -152,7 +152,7 @@ class _Chunked:
         elif counted is not None and not counted.all():
             self.index = counted.nonzero().squeeze(1)
         n_rows = len(x) if self.index is None else len(self.index)
-        self.sizes = chunks_of(n_rows, len(linear_weight), x.dtype, x.device.type, settings.chunk_rows)
+        self.sizes = chunks_of(n_rows, len(linear_weight), x.dtype, settings.backend, settings.chunk_rows)
         self.logits = x.new_empty((self.sizes.chunk_rows, len(linear_weight)))
         self.row_stats = x.new_zeros((2, len(x)), dtype=self.dtype) if options.return_stats else None
         self.n_correct = x.new_zeros((), dtype=torch.int64) if options.return_stats else None
@@ -195,7 +195,7 @@ class _GradientSums:
             self.dinput = torch.empty_like(x) if passed.index is None else torch.zeros_like(x)
         if needs_grad.weight:
             self.dweight = torch.empty_like(self.linear_weight)
-            if self.dweight.dtype != passed.dtype and (settings.float32_sum or sizes.n_chunks > MAX_ROUNDED_SUMS):
+            if sums_in_float32(self.dweight.dtype, sizes.n_chunks, settings.float32_sum):
                 self.float32_sum = torch.zeros_like(self.linear_weight, dtype=passed.dtype)
             elif sizes.n_chunks == 0:
                 self.dweight.zero_()
@@ -223,10 +223,6 @@ class _GradientSums:
         if self.dweight is not None and self.float32_sum is not None:
             self.dweight.copy_(self.float32_sum)
         return self.dinput, self.dweight, None if self.dbias is None else self.dbias.to(self.linear_weight.dtype)
-
-
-# Sums of as many chunks are rounded to bfloat16 or float16 after each: their errors add up to 1.6 roundings, those of 256 to 16.
-MAX_ROUNDED_SUMS = 4
 
 
 def _take(tensor: Tensor, rows: Rows) -> Tensor:

@@ -1,5 +1,6 @@
 """How the rows of a loss fused with the last linear layer are cut into chunks: pure functions of shapes and dtypes."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,52 @@ class Chunks(NamedTuple):
     n_chunks: int
 
 
-def chunks_of(n_rows: int, n_classes: int, dtype: torch.dtype, device_type: str, asked: int | None) -> Chunks:
+@dataclass(frozen=True)
+class LinearPlan:
+    """Which path a loss fused with the last linear layer takes, why, and what it will cost.
+
+    Attributes:
+        backend: of the loss: "triton", "cpu", "reference" or "torch".
+        reason: why this backend, in words.
+        strategy: "forward only"; "fused", the gradients are made in the forward; "recompute", the backward computes the logits
+            again; "unfused", PyTorch's layer, which stores the logits.
+        chunk_rows, n_chunks: rows of a chunk, and chunks of the forward, as if no row were ignored.
+        matmuls: per counted row, forward and backward together: each with n_features * n_classes products.
+        held_bytes: memory besides inputs, gradients and what has one number per row: logits, and sums in float32.
+    """
+
+    backend: str
+    reason: str
+    strategy: str
+    chunk_rows: int
+    n_chunks: int
+    matmuls: float
+    held_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.backend}: {self.reason}\n"
+            f"  strategy  {self.strategy}\n"
+            f"  chunks    {self.n_chunks} of {self.chunk_rows} rows\n"
+            f"  matmuls   {self.matmuls:g} per counted row\n"
+            f"  memory    {self.held_bytes:,} bytes besides inputs and gradients"
+        )
+
+
+# Sums over as many chunks may be rounded to bfloat16 or float16 after each: their errors add up to 1.6 roundings, over 256
+# chunks to 16. Over more chunks the gradient of the weight is summed in float32.
+MAX_ROUNDED_SUMS = 4
+
+
+def sums_in_float32(dtype: torch.dtype, n_chunks: int, asked: bool) -> bool:
+    """Whether the gradient of a weight of this dtype is summed in float32 and rounded once."""
+    return dtype in (torch.bfloat16, torch.float16) and (asked or n_chunks > MAX_ROUNDED_SUMS)
+
+
+def chunks_of(n_rows: int, n_classes: int, dtype: torch.dtype, backend: str, asked: int | None) -> Chunks:
     """asked: rows of a chunk that the caller wants."""
     if asked is None:
-        n_bytes, least = (CPU_BYTES, CPU_ROWS) if device_type == "cpu" else (GPU_BYTES, GPU_ROWS)
+        n_bytes, least = (CPU_BYTES, CPU_ROWS) if backend == "cpu" else (GPU_BYTES, GPU_ROWS)
         most = max(least, n_bytes // (max(1, n_classes) * dtype.itemsize))
         n_chunks = -(-n_rows // most)
         chunk_rows = -(-n_rows // max(1, n_chunks))  # the last as long as the others

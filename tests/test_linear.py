@@ -222,3 +222,24 @@ def test_no_logits_are_kept() -> None:
             )
         assert max(tensor.numel() for tensor in saved) <= layer.input.numel()
         assert loss.grad_fn is not None
+
+
+def test_the_plan() -> None:
+    """Of a language model's head, which need not exist; matmuls as the test above counts them."""
+    weight = torch.empty(50257, 768, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    input = torch.empty(2, 512, 768, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    target = torch.empty(2, 512, dtype=torch.int64, device="meta")
+    with fusedloss.backend("cpu"):
+        fused = fusedloss.plan(input, target, linear_weight=weight)
+        assert (fused.strategy, fused.chunk_rows, fused.n_chunks, fused.matmuls) == ("fused", 512, 2, 3)
+        assert fused.held_bytes == 512 * 50257 * 2
+        many = fusedloss.plan(input, target, linear_weight=weight, chunk_rows=64)
+        assert many.held_bytes == 64 * 50257 * 2 + 50257 * 768 * 4  # and a sum in float32
+        few = fusedloss.plan(input, target, linear_weight=weight, reduction="topk", top_k=256)
+        assert (few.strategy, few.matmuls) == ("recompute", 1 + 3 / 4)
+        assert fusedloss.plan(input.detach(), target, linear_weight=weight.detach()).matmuls == 1
+    deep = torch.empty(5, 3, 8)
+    unfused = fusedloss.plan(torch.empty(4, 8), torch.empty(4, 3, dtype=torch.int64), linear_weight=deep)
+    assert unfused.strategy == "unfused"
+    assert "(C, d1, ..., F)" in unfused.reason
+    assert "3 per counted row" in str(fused)
