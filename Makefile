@@ -95,6 +95,7 @@ accuracy: $(READY)
 
 bench: $(READY)
 	$(PY) benchmarks/bench_cpu.py $(ARGS)
+	$(PY) benchmarks/bench_linear.py $(ARGS)
 	$(PY) benchmarks/slow_calls.py
 	$(PY) benchmarks/bench_vocab_parallel.py
 	$(PY) benchmarks/host_overhead.py
