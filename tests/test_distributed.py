@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a rank that counts nothing": {},
     "accumulation": {},
     "another ignore_index": {"ignore_index": 3},
+    "fused with the layer": {},
 }
 
 
@@ -45,6 +46,8 @@ def gradient_on_this_rank(case: str, rank: int, n_ranks: int) -> Tensor:
     """The gradient after DistributedDataParallel's averaging, from this rank's rows alone."""
     options = CASES[case]
     counted = {name: value for name, value in options.items() if name in ("weight", "ignore_index")}
+    if case == "fused with the layer":
+        return _gradient_of_the_fused_layer(*(rows.tensor_split(n_ranks)[rank] for rows in batch(case)))
     model = DistributedDataParallel(layer())
     inputs, target = (rows.tensor_split(n_ranks)[rank] for rows in batch(case))
     parts = list(zip(inputs.split(5), target.split(5), strict=True)) if case == "accumulation" else [(inputs, target)]
@@ -55,6 +58,13 @@ def gradient_on_this_rank(case: str, rank: int, n_ranks: int) -> Tensor:
     x, labels = parts[-1]
     fusedloss.cross_entropy(model(x), labels, reduction="sum", scale=scale, **options).backward()
     return model.module.weight.grad
+
+
+def _gradient_of_the_fused_layer(inputs: Tensor, target: Tensor) -> Tensor:
+    module = fusedloss.LinearCrossEntropyLoss(FEATURES, CLASSES, bias=True, dtype=torch.float64, reduction="sum", chunk_rows=5)
+    module.linear.load_state_dict(layer().state_dict())
+    DistributedDataParallel(module)(inputs, target, scale=global_scale(target)).backward()
+    return module.linear.weight.grad
 
 
 def rank_main(rank: int, n_ranks: int, folder: Path) -> None:

@@ -9,6 +9,7 @@ from budget import assert_within_budget
 from conftest import AUTO, GPU, INTERPRETER, REFERENCE, Path, entered
 from exact import exact_loss_and_gradient
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from oracle import torch_loss
 from random_problems import Problem, problems
 
@@ -123,6 +124,35 @@ def test_random_problems(path: Path) -> None:
             _check(problem, path)
             if path.backend == "auto":
                 _check_known(problem, path)
+
+    run()
+
+
+def test_random_problems_fused_with_the_last_layer() -> None:
+    """In float64 the loss and gradients of `cross_entropy`, which the tests above compare, whatever the chunks."""
+
+    @_settings(max(100, ASKED // 20))
+    @given(
+        problem=problems(max_elements=2048).filter(lambda problem: problem.logits.dim() == 2),
+        n_features=st.sampled_from([1, 2, 7, 16]),
+        chunk_rows=st.sampled_from([1, 2, 7, None]),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    def run(problem: Problem, n_features: int, chunk_rows: int | None, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        n_rows, n_cols = problem.logits.shape
+        layer = [torch.randn(n, n_features, generator=generator, dtype=torch.float64).requires_grad_() for n in (n_rows, n_cols)]
+        weight = None if problem.weight is None else problem.weight.double()
+        options = dict(problem.options)
+        expected = fusedloss.cross_entropy(torch.nn.functional.linear(*layer), problem.target, weight, **options)
+        if not isinstance(problem.target, tuple) and problem.target.is_floating_point():
+            del options["ignore_index"]
+        loss = fusedloss.linear_cross_entropy(*layer, problem.target, weight=weight, chunk_rows=chunk_rows, **options)
+        close = {"rtol": 1e-9, "atol": 1e-9, "equal_nan": True}
+        torch.testing.assert_close(loss, expected, **close)
+        dloss = problem.dloss.to(loss)
+        found, exact = (torch.autograd.grad(value, layer, dloss) for value in (loss, expected))
+        torch.testing.assert_close(found, exact, **close)
 
     run()
 
