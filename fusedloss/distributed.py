@@ -33,7 +33,7 @@ def global_scale(
     Args:
         target: this rank's targets as `cross_entropy` takes them, two labels and a share included, or a sequence with those of
             each micro-batch.
-        ignore_index: targets that count for nothing.
+        ignore_index: targets with this class index are ignored.
         group: the ranks that gradients are averaged over; by default all. Without an initialised process group: this process.
         weight: (C,), the class weights given to `cross_entropy`; they do not count for class probabilities, as in the mean.
 
