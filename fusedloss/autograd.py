@@ -134,9 +134,10 @@ keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # retain_gr
 
 def forgets_logits(options: Options, logits: Tensor) -> bool:
     """Whether a call that made its gradient keeps nothing of the logits but their place in the graph: `forget_logits` is to be
-    called. PyTorch's composition of a z-loss or a softcap keeps them, too; small ones are kept rather than forgotten, which takes
-    as long as their loss."""
-    return options.z_loss == 0 and options.softcap == 0 and logits.numel() * logits.element_size() > KEPT_BYTES
+    called. PyTorch's composition of a z-loss, a focal loss or a softcap keeps them, too; small ones are kept rather than
+    forgotten, which takes as long as their loss."""
+    is_affine = options.z_loss == options.softcap == options.focal_gamma == 0
+    return is_affine and logits.numel() * logits.element_size() > KEPT_BYTES
 
 
 def _present(inputs: Inputs) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def check_options(
     reduction: str, ignore_index: int, label_smoothing: float, extras: Extras, lam: float | Tensor = 1.0
 ) -> Options:
     """Raises on options that no tensor could make right. Tensors for scale and lam stay with the caller, and are 1.0 here."""
-    scale, _, top_k, return_stats, z_loss, logit_scale, softcap = extras
+    scale, _, top_k, return_stats, z_loss, logit_scale, softcap, focal_gamma = extras
     if not isinstance(reduction, str):
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if reduction == "elementwise_mean":
@@ -64,8 +64,10 @@ def check_options(
         top_k = _index("top_k", top_k)
     scale, z_loss, lam = _float("scale", scale), _number("z_loss", z_loss), _float("lam", lam)
     logit_scale, softcap = _number("logit_scale", logit_scale), None if softcap is None else _number("softcap", softcap)
+    focal_gamma = _number("focal_gamma", focal_gamma)
     options = _options.__wrapped__ if torch.compiler.is_compiling() else _options  # Dynamo traces no cache
-    return options(reduction, ignore_index, label_smoothing, top_k, scale, z_loss, logit_scale, softcap, lam, return_stats)
+    numbers = (scale, z_loss, logit_scale, softcap, focal_gamma, lam)
+    return options(reduction, ignore_index, label_smoothing, top_k, *numbers, return_stats)
 
 
 @lru_cache(maxsize=256, typed=True)  # typed: a top_k of 1 is a row, one of 1.0 all of them
@@ -78,6 +80,7 @@ def _options(
     z_loss: float,
     logit_scale: float,
     softcap: float | None,
+    focal_gamma: float,
     lam: float,
     return_stats: bool,
 ) -> Options:
@@ -92,13 +95,14 @@ def _options(
         softcap = 0.0
     elif not _finite("softcap", softcap) > 0:
         raise ValueError(f"softcap must be positive, but got {softcap}")
+    if not _finite("focal_gamma", focal_gamma) >= 0:
+        raise ValueError(f"focal_gamma must not be negative, but got {focal_gamma}")
     if not 0 <= lam <= 1:
         raise ValueError(f"lam, the share of the first of two labels, must be in [0, 1], but got {lam}")
     # nan and negative smoothing act as 0, as in PyTorch; more than 1 is an error once the shapes are known.
     smoothing = label_smoothing if label_smoothing > 0 else 0.0
-    return Options(
-        reduction, ignore_index, smoothing, k, fraction, scale, z_loss, logit_scale, float(softcap), lam, bool(return_stats)
-    )
+    numbers = (scale, z_loss, logit_scale, float(softcap), focal_gamma, lam)
+    return Options(reduction, ignore_index, smoothing, k, fraction, *numbers, bool(return_stats))
 
 
 def _index(name: str, value: Any) -> int:
@@ -205,6 +209,8 @@ def check_tensors(facts: InputFacts, options: Options, autocast: bool) -> None:
         _check_indices(input, target, facts.weight, facts.n_classes(), options, autocast)
     if facts.target_b is not None:
         _check_second_label(target, facts.target_b)
+    if options.focal_gamma > 0:
+        _check_focal(facts, options)
     rows = input.shape[:1] + input.shape[2:] if len(input.shape) > 1 else torch.Size()
     for name, value in (("lam", facts.lam), ("sample_weight", facts.sample_weight)):
         if value is not None:
@@ -217,6 +223,14 @@ def _check_second_label(target: Facts, target_b: Facts) -> None:
             f"two labels must agree in shape and dtype, but got {list(target.shape)}, {_name(target.dtype)} and "
             f"{list(target_b.shape)}, {_name(target_b.dtype)}"
         )
+
+
+def _check_focal(facts: InputFacts, options: Options) -> None:
+    found = "class probabilities" if facts.has_probabilities() else "two labels" if facts.target_b is not None else None
+    if options.label_smoothing > 0:
+        found = f"label_smoothing={options.label_smoothing}"
+    if found is not None:
+        raise ValueError(f"focal_gamma is for one class index per row, but got focal_gamma={options.focal_gamma} with {found}")
 
 
 def _check_row_values(name: str, value: Facts, rows: torch.Size) -> None:

@@ -36,6 +36,8 @@ def not_covered(inputs: Inputs, options: Options) -> str | None:
     shards_batch = Shard(0) in of_rows
     if shards_batch and (options.reduction not in ("none", "sum", "mean") or options.return_stats):
         return f"reduction {options.reduction!r}, or statistics, of a batch that is sharded, too"
+    if options.focal_gamma > 0:
+        return "focal_gamma on a DTensor"
     if inputs.has_probabilities():
         return "class probabilities of a DTensor"
     for name, tensor in inputs._asdict().items():

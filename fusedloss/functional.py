@@ -15,21 +15,21 @@ def cross_entropy(
     input: Tensor, target: Target, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
     reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *, top_k: int | float | None = None,
     scale: float | Tensor = 1.0, sample_weight: Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
-    softcap: float | None = None, return_stats: Literal[False] = False,
+    softcap: float | None = None, focal_gamma: float = 0.0, return_stats: Literal[False] = False,
 ) -> Tensor: ...
 @overload
 def cross_entropy(
     input: Tensor, target: Target, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
     reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *, top_k: int | float | None = None,
     scale: float | Tensor = 1.0, sample_weight: Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
-    softcap: float | None = None, return_stats: Literal[True],
+    softcap: float | None = None, focal_gamma: float = 0.0, return_stats: Literal[True],
 ) -> tuple[Tensor, LossStats]: ...
 @overload
 def cross_entropy(
     input: Tensor, target: Target, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
     reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *, top_k: int | float | None = None,
     scale: float | Tensor = 1.0, sample_weight: Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
-    softcap: float | None = None, return_stats: bool,
+    softcap: float | None = None, focal_gamma: float = 0.0, return_stats: bool,
 ) -> Tensor | tuple[Tensor, LossStats]: ...
 # fmt: on
 def cross_entropy(
@@ -48,6 +48,7 @@ def cross_entropy(
     z_loss: float = EXTRAS.z_loss,
     logit_scale: float = EXTRAS.logit_scale,
     softcap: float | None = EXTRAS.softcap,
+    focal_gamma: float = EXTRAS.focal_gamma,
     return_stats: bool = EXTRAS.return_stats,
 ) -> Tensor | tuple[Tensor, LossStats]:
     r"""Softmax cross-entropy of logits, reduced over the batch: scale * reduce_n( -w[y_n] log softmax(x_n)[y_n] ).
@@ -59,7 +60,10 @@ def cross_entropy(
 
     With all extras, z_n = softcap * tanh(logit_scale * x_n / softcap) (without softcap: logit_scale * x_n), and a row's loss is
 
-        sample_weight_n * ( PyTorch's loss of z_n with weight and label_smoothing + z_loss * logsumexp(z_n)**2 )
+        sample_weight_n * ( (1 - p_n)**focal_gamma * PyTorch's loss of z_n with weight and label_smoothing
+                            + z_loss * logsumexp(z_n)**2 )
+
+    with p_n = softmax(z_n)[target_n].
 
     Args:
         input: logits (C,), (N, C) or (N, C, d1, ...); float16, bfloat16, float32 or float64, any strides.
@@ -87,6 +91,8 @@ def cross_entropy(
             what the mean divides by: with class weights the sum of w[y_n], so that weights ten times as large make a tenth of it.
         logit_scale: factor of the logits, a number. (One that is learned is a multiplication before the call.)
         softcap: positive bound of the logits, after logit_scale.
+        focal_gamma: exponent of the focal loss, at least 0: rows that the model is sure of count less, while what a mean
+            divides by stays. For class indices without label_smoothing only.
         return_stats: also return `fusedloss.LossStats`, made in the same launch.
 
     Returns:
@@ -95,7 +101,8 @@ def cross_entropy(
 
     Raises:
         ValueError: batch sizes differ; unknown reduction; top_k missing, out of range or without "topk"; scale not 0-d;
-            lam, softcap or the shape of sample_weight out of range.
+            lam, softcap, focal_gamma or the shape of sample_weight out of range; focal_gamma with another target than class
+            indices, or with label_smoothing.
         RuntimeError: shapes or dtypes do not fit; label_smoothing > 1; a backend was asked for that cannot serve.
         IndexError: a class index is out of range (CPU).
         NotImplementedError: input is not floating point.
@@ -104,7 +111,7 @@ def cross_entropy(
     References:
         Szegedy et al. 2016, arXiv:1512.00567 (label smoothing); Fan et al. 2017, arXiv:1705.08826 (average top-k);
         Zhang et al. 2018, arXiv:1710.09412 (MixUp); Yun et al. 2019, arXiv:1905.04899 (CutMix); Chowdhery et al. 2022,
-        arXiv:2204.02311 (z-loss); Gemma Team 2024, arXiv:2408.00118 (softcap).
+        arXiv:2204.02311 (z-loss); Gemma Team 2024, arXiv:2408.00118 (softcap); Lin et al. 2017, arXiv:1708.02002 (focal loss).
     """
     return serve(
         cross_entropy,
@@ -123,4 +130,5 @@ def cross_entropy(
         z_loss,
         logit_scale,
         softcap,
+        focal_gamma,
     )

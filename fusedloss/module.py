@@ -22,9 +22,11 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
     Takes all that `torch.nn.CrossEntropyLoss` takes, in the same order, with the same meaning, attributes and state_dict. A row's
     loss is, with z_n = softcap * tanh(logit_scale * x_n / softcap) (without softcap: logit_scale * x_n),
 
-        sample_weight_n * ( PyTorch's loss of z_n with weight and label_smoothing + z_loss * logsumexp(z_n)**2 )
+        sample_weight_n * ( (1 - p_n)**focal_gamma * PyTorch's loss of z_n with weight and label_smoothing
+                            + z_loss * logsumexp(z_n)**2 )
 
-    and a call returns scale times their reduction. `fusedloss.cross_entropy` has shapes, dtypes and errors in full.
+    with p_n = softmax(z_n)[target_n], and a call returns scale times their reduction. `fusedloss.cross_entropy` has
+    shapes, dtypes and errors in full.
 
     Args:
         weight: (C,), a factor per class, in the logits' dtype; a buffer.
@@ -40,6 +42,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
         z_loss: factor of the squared log-sum-exp.
         logit_scale: factor of the logits, a number.
         softcap: positive bound of the logits, after logit_scale.
+        focal_gamma: exponent of the focal loss, at least 0; for class indices without label_smoothing.
         return_stats: calls return (loss, `fusedloss.LossStats`).
 
     A call takes input and target, and by keyword `sample_weight`, a factor per row, and `scale`, which takes the place of the
@@ -56,21 +59,22 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
         self: "CrossEntropyLoss[Tensor]", weight: Tensor | None = None, size_average: bool | None = None,
         ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
         top_k: int | float | None = None, scale: float | Tensor = 1.0, z_loss: float = 0.0, logit_scale: float = 1.0,
-        softcap: float | None = None, return_stats: Literal[False] = False,
+        softcap: float | None = None, focal_gamma: float = 0.0, return_stats: Literal[False] = False,
     ) -> None: ...
     @overload
     def __init__(
         self: "CrossEntropyLoss[tuple[Tensor, LossStats]]", weight: Tensor | None = None, size_average: bool | None = None,
         ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
         top_k: int | float | None = None, scale: float | Tensor = 1.0, z_loss: float = 0.0, logit_scale: float = 1.0,
-        softcap: float | None = None, return_stats: Literal[True],
+        softcap: float | None = None, focal_gamma: float = 0.0, return_stats: Literal[True],
     ) -> None: ...
     @overload
     def __init__(
         self: "CrossEntropyLoss[Tensor | tuple[Tensor, LossStats]]", weight: Tensor | None = None,
         size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean",
         label_smoothing: float = 0.0, *, top_k: int | float | None = None, scale: float | Tensor = 1.0, z_loss: float = 0.0,
-        logit_scale: float = 1.0, softcap: float | None = None, return_stats: bool,
+        logit_scale: float = 1.0, softcap: float | None = None, focal_gamma: float = 0.0,
+        return_stats: bool,
     ) -> None: ...
     # fmt: on
     def __init__(
@@ -87,6 +91,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
         z_loss: float = EXTRAS.z_loss,
         logit_scale: float = EXTRAS.logit_scale,
         softcap: float | None = EXTRAS.softcap,
+        focal_gamma: float = EXTRAS.focal_gamma,
         return_stats: bool = EXTRAS.return_stats,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
@@ -95,6 +100,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
         self.z_loss = z_loss
         self.logit_scale = logit_scale
         self.softcap = softcap
+        self.focal_gamma = focal_gamma
         self.return_stats = return_stats
 
     def forward(
@@ -119,6 +125,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
             z_loss=self.z_loss,
             logit_scale=self.logit_scale,
             softcap=self.softcap,
+            focal_gamma=self.focal_gamma,
             return_stats=self.return_stats,
         )
 

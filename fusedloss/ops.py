@@ -19,7 +19,7 @@ from fusedloss.world import nobody_watches
 _INPUTS = "Tensor logits, Tensor target, Tensor? target_b, Tensor? lam, Tensor? weight, Tensor? sample_weight, Tensor? scale"
 _OPTIONS = (
     "str reduction, SymInt ignore_index, float label_smoothing, int top_k, float top_k_fraction, float scale_factor, "
-    "float z_loss, float logit_scale, float softcap, float lam_factor, bool return_stats"
+    "float z_loss, float logit_scale, float softcap, float focal_gamma, float lam_factor, bool return_stats"
 )
 _N_INPUTS, _N_OPTIONS = len(Inputs._fields), len(Options._fields)
 

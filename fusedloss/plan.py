@@ -26,6 +26,7 @@ class Extras(NamedTuple):
     z_loss: float = 0.0
     logit_scale: float = 1.0
     softcap: float | None = None
+    focal_gamma: float = 0.0
 
 
 EXTRAS = Extras()
@@ -46,6 +47,7 @@ class Options(NamedTuple):
     z_loss: float = 0.0  # factor of the squared log-sum-exp, added to every row's loss
     logit_scale: float = 1.0  # factor of the logits
     softcap: float = 0.0  # bound of the logits, softcap * tanh(logits / softcap); 0: none
+    focal_gamma: float = 0.0  # a row's loss is multiplied by (1 - p_t)^focal_gamma; 0: by nothing
     lam: float = 1.0  # share of the first of two labels; Inputs.lam takes its place
     return_stats: bool = False
 
@@ -55,7 +57,8 @@ class Options(NamedTuple):
 
     def has_extras(self) -> bool:
         """Whether a row takes more registers than PyTorch's own loss does."""
-        return self.z_loss != 0 or self.logit_scale != 1 or self.softcap > 0 or self.return_stats
+        transforms = self.logit_scale != 1 or self.softcap > 0
+        return transforms or self.z_loss != 0 or self.focal_gamma > 0 or self.return_stats
 
 
 class Inputs(NamedTuple):
@@ -150,7 +153,7 @@ class Plan:
         """What of the logits' size a loss keeps until its backward. PyTorch's keeps their log-softmax."""
         return {
             "forward only": "nothing",
-            "fused": "the gradient; also the logits, where they are at most 1 MiB, or with z_loss or softcap",
+            "fused": "the gradient; also the logits, where they are at most 1 MiB, or with z_loss, focal_gamma or softcap",
             "recompute": "the logits",
             "autograd": "what PyTorch's operators save",
         }[self.strategy]

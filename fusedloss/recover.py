@@ -5,7 +5,8 @@ Only create_graph=True asks for more. A row's gradient is affine in its softmax,
 
     g(p) = a (p - p0) + g(p0)        a from the gradients at two softmaxes that are known,
 
-so the gradient gives p, and log p is as good as the logits: all losses without z-loss and softcap are the same for both.
+so the gradient gives p, and log p is as good as the logits: all losses without z-loss, focal factor and
+softcap are the same for both.
 """
 
 from typing import Any

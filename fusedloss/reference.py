@@ -40,6 +40,8 @@ def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> t
         if inputs.target_b is None:
             rows = _row_losses(logits, labels[0], weight, options)
             row_weights = _row_weights(logits, labels[0], weight, counted)
+            if options.focal_gamma > 0:
+                rows = rows * _focal_factor(_row_losses(logits, labels[0], None, options), options.focal_gamma)
         else:
             lam = inputs.lam.to(compute_dtype) if inputs.lam is not None else options.lam
             rows = _two_label_losses(logits, labels[0], labels[1], lam, weight, options)
@@ -91,6 +93,16 @@ def _row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, options: 
         reduction="none",
         label_smoothing=options.label_smoothing,
     )
+
+
+def _focal_factor(nll: Tensor, gamma: float) -> Tensor:
+    """(1 - p_t)^gamma (Lin et al. 2017, arXiv:1708.02002), from -log p_t.
+
+    At the two ends it is 0 and 1, and the derivative there, which may be infinite, has no part in the gradient.
+    """
+    inside = (nll != 0) & (nll != torch.inf)
+    u = -torch.expm1(-torch.where(inside, nll, 1))
+    return torch.where(inside, u.pow(gamma), (nll != 0).to(nll.dtype))
 
 
 def _two_label_losses(

@@ -33,12 +33,12 @@ from .tile_softmax import Blocks, exponentials, label_logit, row_blocks, tile_gr
 def backward_tile_kernel(
     out, dloss_ptr, inputs, layout,
     lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    ignore_index: "i64", asks: tl.constexpr, shape: tl.constexpr,
+    focal_gamma: "fp64", ignore_index: "i64", asks: tl.constexpr, shape: tl.constexpr,
 ):  # fmt: skip
     """Gradient of shape.rows rows of one block of rows."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     N_TURNS: tl.constexpr = shape.n_turns
-    terms = load_terms(inputs, 1.0, lam, smoothing, z_loss, logit_scale, softcap, dtype)
+    terms = load_terms(inputs, 1.0, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
     n_rows, n_cols = layout.n_rows, tile_cols(layout, shape)
     problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index)
     rows = tile_rows(layout, shape)
@@ -108,7 +108,7 @@ def _gradient(logits_ptr, q_ptr, cols, mask, read, row_max, factors, problem, as
 def backward_row_kernel(
     out, dloss_ptr, inputs, layout,
     lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    ignore_index: "i64", asks: tl.constexpr, shape: tl.constexpr,
+    focal_gamma: "fp64", ignore_index: "i64", asks: tl.constexpr, shape: tl.constexpr,
 ):  # fmt: skip
     """Gradient of shape.cols columns of one row, in whole groups; the first block of a row also writes its two ragged edges."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
@@ -118,7 +118,7 @@ def backward_row_kernel(
     blocks_per_row = tl.num_programs(0) // n_rows
     row = (tl.program_id(0) // blocks_per_row).to(tl.int64)  # int64: row * row_stride passes 2**31
     part = tl.program_id(0) % blocks_per_row
-    terms = load_terms(inputs, 1.0, lam, smoothing, z_loss, logit_scale, softcap, dtype)
+    terms = load_terms(inputs, 1.0, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
     problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index)
     label = load_label(row, problem, asks)
     g = weighted(row_coefficient(out.saved, dloss_ptr, row, row < n_rows, n_rows, asks), row, label, inputs)

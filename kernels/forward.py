@@ -37,13 +37,13 @@ from .tile_softmax import tile_statistics
 def forward_tile_kernel(
     out, inputs, work, layout,
     scale: "fp64", lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    ignore_index: "i64", top_k: "i64", asks: tl.constexpr, shape: tl.constexpr,
+    focal_gamma: "fp64", ignore_index: "i64", top_k: "i64", asks: tl.constexpr, shape: tl.constexpr,
 ):  # fmt: skip
     """Losses of shape.rows rows of one block of rows."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     N_TURNS: tl.constexpr = shape.n_turns
     TURN_ROWS: tl.constexpr = shape.turn_rows
-    terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, dtype)
+    terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
     n_rows, n_cols = layout.n_rows, tile_cols(layout, shape)
     problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index)
     rows = tile_rows(layout, shape)
@@ -87,7 +87,7 @@ def forward_tile_kernel(
 def forward_row_kernel(
     out, inputs, work, layout,
     scale: "fp64", lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    ignore_index: "i64", top_k: "i64", asks: tl.constexpr, shape: tl.constexpr,
+    focal_gamma: "fp64", ignore_index: "i64", top_k: "i64", asks: tl.constexpr, shape: tl.constexpr,
 ):  # fmt: skip
     """Loss of one row, shape.cols classes at a time; or of one slice of it, and the last to finish has the row's."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
@@ -97,7 +97,7 @@ def forward_row_kernel(
     n_rows, n_cols = layout.n_rows, layout.n_cols
     row = (tl.program_id(0) // N_SLICES).to(tl.int64)  # int64: row * row_stride passes 2**31
     part = tl.program_id(0) % N_SLICES
-    terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, dtype)
+    terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
     problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index)
     label = load_label(row, problem, asks)
     n_read = tl.where(label.valid, n_cols, 0)  # a row that does not count is not read

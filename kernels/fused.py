@@ -93,13 +93,13 @@ def _tile_coefficient(out, work, turn_rows, targets, problem, asks: tl.constexpr
 def fused_tile_kernel(
     out, inputs, work, layout,
     scale: "fp64", lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    ignore_index: "i64", asks: tl.constexpr, shape: tl.constexpr,
+    focal_gamma: "fp64", ignore_index: "i64", asks: tl.constexpr, shape: tl.constexpr,
 ):  # fmt: skip
     """Losses and gradients of shape.rows rows of one block of rows."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     N_TURNS: tl.constexpr = shape.n_turns
     TURN_ROWS: tl.constexpr = shape.turn_rows
-    terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, dtype)
+    terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
     n_rows, n_cols = layout.n_rows, tile_cols(layout, shape)
     problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index)
     rows = tile_rows(layout, shape)
@@ -170,7 +170,7 @@ def _row_coefficient(out, work, label, problem, asks: tl.constexpr, shape: tl.co
 def fused_row_kernel(
     out, inputs, work, layout,
     scale: "fp64", lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    ignore_index: "i64", asks: tl.constexpr, shape: tl.constexpr,
+    focal_gamma: "fp64", ignore_index: "i64", asks: tl.constexpr, shape: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of one row, or of one slice of it: read once, kept in registers, written once.
 
@@ -187,7 +187,7 @@ def fused_row_kernel(
         drawn = tl.atomic_add(work.arrived, 1, sem="relaxed")  # not the program id: slices.py says why
         program, part = drawn // N_SLICES, drawn % N_SLICES
     row = program.to(tl.int64)  # int64: row * row_stride passes 2**31
-    terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, dtype)
+    terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
     problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index)
     label = load_label(row, problem, asks)
     g = _row_coefficient(out, work, label, problem, asks, shape)

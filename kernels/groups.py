@@ -6,7 +6,7 @@ The host gives every kernel of logits the same things, in this order:
     inputs      fusedloss.plan.Inputs, likewise: the call's own tensors
     work        Work: what the programs of a launch leave for each other
     layout      Layout: shape and strides
-    scale, ...  six numbers of the loss, float64 (a float in a group would arrive as float32)
+    scale, ...  seven numbers of the loss, float64 (a float in a group would arrive as float32)
     asks        Asks: what the loss consists of; a kernel is compiled without the rest
     shape       TileShape or RowShape: how a program holds its rows
 
@@ -62,6 +62,7 @@ class Asks:
     z_loss: bool
     logit_scale: bool
     softcap: bool
+    focal: bool
     two_labels: bool
     saves: bool = False  # forward: out.saved is handed to the caller, for a backward
     top_k_is_fraction: bool = False
@@ -150,6 +151,7 @@ class Terms(NamedTuple):
     z_loss: Any
     logit_scale: Any
     softcap: Any
+    focal_gamma: Any
 
 
 class Problem(NamedTuple):

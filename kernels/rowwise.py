@@ -13,6 +13,9 @@ gradient is s (dloss/dx_c + 2 z_loss lse p_c). Two labels a and b with shares la
 (1 - lam) w_b nll_b; the one kept out of rest is a. All of this is in terms of z, where the logits are transformed: z_c is
 logit_scale x_c, then softcap tanh(z_c / softcap), and dloss/dx_c = dloss/dz_c logit_scale (1 - (z_c / softcap)^2).
 
+A focal loss is that of one label times u^gamma, u = 1 - p_t = rest / d. It is the same with another w_t: w_t u^gamma in the loss,
+and in the gradient w_t (u^gamma + gamma u^(gamma - 1) p_t nll) = w_t u^gamma (1 + gamma nll e_t / rest).
+
 Class probabilities q_c as target make a factor for every class of a row, a_c = w_c ((1 - eps) q_c + eps/C), A = sum_c a_c, as
 smoothing does with eps/C w_c. There is no t, and rest is d:
 
@@ -56,7 +59,7 @@ STATE = tl.constexpr(constants.STATE)
 
 
 @triton.jit
-def load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, dtype: tl.constexpr):
+def load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype: tl.constexpr):
     """The numbers of the loss, in the dtype of accumulation; the caller's own scale, which may be a tensor, with the rest."""
     return Terms(
         scale=load_scale(inputs, scale, dtype),
@@ -65,6 +68,7 @@ def load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, dtyp
         z_loss=tl.full((), z_loss, dtype),
         logit_scale=tl.full((), logit_scale, dtype),
         softcap=tl.full((), softcap, dtype),
+        focal_gamma=tl.full((), focal_gamma, dtype),
     )
 
 
@@ -159,6 +163,12 @@ def _row_nll(stats, e_t):
 
 
 @triton.jit
+def _focal_power(stats, e_t, terms):
+    """u^gamma; 0 where rest is 0."""
+    return tl.exp(terms.focal_gamma * tl.log(stats.rest / (stats.rest + e_t)))
+
+
+@triton.jit
 def row_loss(stats, label, rows, problem, asks: tl.constexpr):
     """Loss of each row: 0 where it does not count, NaN where a class index is out of range."""
     terms = problem.terms
@@ -169,6 +179,8 @@ def row_loss(stats, label, rows, problem, asks: tl.constexpr):
     else:
         nll = _row_nll(stats, e_t)
         loss = label.weight * nll
+        if asks.focal:
+            loss *= _focal_power(stats, e_t, terms)
         if asks.two_labels:  # a label without a share does not enter, though its logit be -inf
             nll_b = (stats.max - stats.x_b) + log_d
             loss = tl.where((label.weight == 0.0) & (nll == float("inf")), 0.0, loss)
@@ -228,6 +240,11 @@ def gradient_factors(stats, label, g, problem, asks: tl.constexpr):
     e_t = target_exp(stats, asks)
     d = stats.rest + e_t
     a, b, smooth, everywhere = g * label.weight, g * 0.0, g * 0.0, g * 0.0  # everywhere: S, what the target has, too
+    if asks.focal:
+        odds = e_t / stats.rest
+        # Where p_t is 1 the limit, and where it is 0, not 0 times infinity.
+        slope = tl.where(odds == float("inf"), 1.0, tl.where(odds == 0.0, 0.0, odds * _row_nll(stats, e_t)))
+        a *= _focal_power(stats, e_t, terms) * (1.0 + terms.focal_gamma * slope)
     if asks.two_labels:
         b = g * label.weight_b
     if asks.probabilities:

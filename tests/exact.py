@@ -7,6 +7,7 @@ w_c ((1 - eps) q_c + eps/C):
     nll_c = (m - x_c) + log1p(sum_{j != argmax} exp(x_j - m))        loss = sum_c a_c nll_c
     dloss/dx_c = (A - a_c) p_c - a_c (1 - p_c)                        A = sum_c a_c
 
+of an index with focal_gamma g, u = 1 - p_t, the loss times u^g, the gradient times u^g + g u^(g - 1) p_t nll_t;
 with z_loss z lse^2 and 2 z lse p_c on top; dx_c/dy_c = logit_scale / cosh^2(logit_scale y_c / softcap).
 
 autograd of float64's log_softmax would lose what lies below 1e-16: the loss of logits [40, 0], the gradient of a sure row.
@@ -45,6 +46,7 @@ def exact_loss_and_gradient(
     z_loss: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    focal_gamma: float = 0.0,
     dloss: Tensor,  # 0-d, or one per row
     resolution: float,  # losses of rows that lie closer, relative to the largest, may be sorted otherwise
 ) -> Exact:
@@ -91,6 +93,11 @@ def exact_loss_and_gradient(
             a = a + label_smoothing / n_classes * w
             rows = rows + label_smoothing / n_classes * (w * nll).sum(1)
         row_weights = w[t[:, 0]]
+        if focal_gamma > 0:
+            nll_t, p_t, u = (values.gather(1, t)[:, 0] for values in (nll, p, not_p))
+            rows = rows * u**focal_gamma
+            slope_t = u ** (focal_gamma - 1) * p_t * nll_t
+            a = a * (u**focal_gamma + focal_gamma * slope_t.where((u != 0) & (p_t != 0), 0))[:, None]
     gradient = (a.sum(1, keepdim=True) - a) * p - a * not_p
     pieces = rows.abs() + (z_loss * lse.square()).abs()
     if z_loss != 0:

@@ -20,6 +20,7 @@ def torch_loss(
     z_loss: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    focal_gamma: float = 0.0,
     **options: Any,
 ) -> Tensor:
     """`fusedloss.cross_entropy` in PyTorch's own terms, in the dtype of the logits."""
@@ -27,10 +28,12 @@ def torch_loss(
         logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    plain = sample_weight is None and z_loss == 0 and not isinstance(target, tuple)
+    plain = sample_weight is None and z_loss == focal_gamma == 0 and not isinstance(target, tuple)
     if plain and reduction in ("none", "sum", "mean"):
         return F.cross_entropy(logits, target, weight, reduction=reduction, **options) * scale
     rows, counted, denominator = _rows(logits, target, weight, **options)
+    if focal_gamma > 0:
+        rows = rows * _focal_factor(_rows(logits, target, None, **options)[0], focal_gamma)
     if z_loss != 0:
         rows = rows + z_loss * logits.logsumexp(min(1, logits.dim() - 1)) ** 2
     if sample_weight is not None:
@@ -76,6 +79,13 @@ def _rows(
         class_weight = weight if weight is not None else logits.new_ones(n_classes)
         denominator = class_weight[target.long().reshape(rows.shape).where(counted, 0)].where(counted, 0).sum()
     return rows, counted, denominator
+
+
+def _focal_factor(nll: Tensor, gamma: float) -> Tensor:
+    """(1 - exp(-nll))^gamma; without the infinite slopes at nll of 0 and infinity, where factor and loss have no gradient."""
+    p = (-nll).exp()
+    edge = (p == 0) | (p == 1)
+    return torch.where(edge, 1 - p, (1 - p.where(~edge, 0.5)) ** gamma)
 
 
 def _per_row(values: Tensor, rows: Tensor) -> Tensor:

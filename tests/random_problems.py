@@ -91,6 +91,8 @@ def problems(draw: st.DrawFn, max_elements: int) -> Problem:
     if not target.is_floating_point() and draw(st.integers(0, 4)) == 0:
         target = (draw(_laid_out(target, generator)), *draw(_second_label(target, n_cols, ignore_index, generator)))
     else:
+        if not target.is_floating_point() and options["label_smoothing"] == 0:
+            options["focal_gamma"] = draw(st.sampled_from([0.0, 0.0, 0.5, 2.0]))
         target = draw(_laid_out(target, generator))
     dloss = torch.tensor(draw(st.sampled_from([1.0, 1.0, 0.5, -3.0, 0.0])))
     if reduction == "none":

@@ -67,6 +67,8 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "all extras, fp32": ((256, 6129), FP32, {"logit_scale": 0.5, **ROW_EXTRAS}),
     "slices, all extras": ((256, 151937), BF16, {"logit_scale": 0.5, **ROW_EXTRAS}),
     "softcap": ((256, 6129), BF16, {"softcap": 30.0, "return_stats": True}),
+    "focal": ((256, 6129), FP32, {"focal_gamma": 2.0, "weight": True}),
+    "recompute, tile, focal": ((4, 19, 64, 64), FP32, {"reduction": "none", "focal_gamma": 2.0}),
     "softcap, all extras, smoothing": (
         (256, 50257),
         BF16,

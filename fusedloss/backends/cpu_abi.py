@@ -17,7 +17,7 @@ from fusedloss import environment
 
 LIBRARY_NAME = "fusedloss_cpu.so"
 
-ABI = 4
+ABI = 5
 ISA_NAMES = ("auto", "baseline", "avx2", "avx512", "avx512bf16")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean", "max", "topk")
@@ -62,6 +62,7 @@ class Kind(NamedTuple):
     z_loss: float
     logit_scale: float
     softcap: float
+    focal_gamma: float
     ignore_index: int
     top_k: int
     top_k_is_fraction: int

@@ -155,6 +155,7 @@ def _kind(
         z_loss=options.z_loss,
         logit_scale=options.logit_scale,
         softcap=options.softcap,
+        focal_gamma=options.focal_gamma,
         ignore_index=options.ignore_index,
         top_k=options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS),
         top_k_is_fraction=options.top_k == 0,

@@ -15,7 +15,7 @@ INLINE bool takes_few(const Problem& problem) {
   const bool are_pixels = problem.n_cols <= MAX_FEW_COLS_OF_PIXELS && problem.has_contiguous_rows();
   return (are_few || are_pixels) && !problem.has_probabilities() && !problem.slice_stats && !problem.target_b && !problem.row_stats &&
          !(problem.weight && problem.smoothing > 0) && !problem.selects_rows() && problem.logit_scale == 1 &&
-         problem.softcap == 0;
+         problem.softcap == 0 && problem.focal_gamma == 0;
 }
 
 #if FUSEDLOSS_VECTOR_BYTES == 32

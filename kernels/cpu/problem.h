@@ -12,7 +12,7 @@
 
 namespace fusedloss {
 
-constexpr int64_t kAbi = 4;  // raised with every change of what follows; cpu.py refuses a library of another number
+constexpr int64_t kAbi = 5;  // raised with every change of what follows; cpu.py refuses a library of another number
 
 enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16 };
 enum Reduction : int64_t { kNone, kSum, kMean, kMax, kTopK };
@@ -58,6 +58,7 @@ struct Extras {
 struct Kind {
   double smoothing, z_loss, logit_scale;
   double softcap;          // 0: none
+  double focal_gamma;      // 0: none
   int64_t ignore_index;
   int64_t top_k;           // rows, or with top_k_is_fraction units of 2**-kFractionBits of the counted rows
   int64_t top_k_is_fraction;

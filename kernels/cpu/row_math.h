@@ -11,6 +11,8 @@
 //     loss = k_a nll_a + k_b nll_b + eps/C sum_c w_c nll_c + z_loss lse^2
 //     dloss/dx_c = (k_a + k_b + eps/C W + Z) p_c - eps/C w_c - k_a [c = a] - k_b [c = b]
 //
+// A focal loss has k_t u^gamma for k_t, u = 1 - p_t, and in the gradient what rowwise.py says.
+//
 // All of it is of the transformed logits, z = cap tanh(logit_scale x / cap): the loops see no others, but for the gradient's
 // factor dz/dx = logit_scale (1 - (z / cap)^2).
 //
@@ -31,7 +33,7 @@ struct Terms {
   const A *weight, *sample_weight, *lam;
   A smoothing, smoothing_per_class;
   A weight_total;  // sum of the class weights, n_cols without them
-  A z_loss, lam_factor, logit_scale, softcap, per_softcap;
+  A z_loss, lam_factor, logit_scale, softcap, per_softcap, focal_gamma;
 
   Terms(const Problem& problem, double weight_total)
       : soft(problem.has_probabilities()),
@@ -50,7 +52,8 @@ struct Terms {
         lam_factor(A(problem.lam_factor)),
         logit_scale(A(problem.logit_scale)),
         softcap(A(problem.softcap)),
-        per_softcap(capped ? A(1) / A(problem.softcap) : A(0)) {}
+        per_softcap(capped ? A(1) / A(problem.softcap) : A(0)),
+        focal_gamma(A(problem.focal_gamma)) {}
 
   INLINE A share(int64_t row) const { return lam ? lam[row] : lam_factor; }  // of the first label
 
@@ -100,6 +103,19 @@ INLINE Vector<A> log_sum(const RowStats<A>& s, const Terms<A>& terms) {
   // Where the target is not the largest, that one has put 1 into rest: one logarithm serves both.
   return log1p_(s.x_t == s.max ? s.rest : (s.rest - A(1)) + s.e_t);
 }
+
+// What a focal loss multiplies k_t by: in the loss u^gamma, in the gradient u^gamma (1 + gamma nll e_t / rest).
+template <class A>
+struct Focal {
+  Vector<A> of_loss, of_gradient;
+  Focal(const RowStats<A>& s, const Terms<A>& terms, Vector<A> log_d) {
+    const Vector<A> odds = s.e_t / s.rest, nll = (s.max - s.x_t) + log_d;
+    const auto sure = odds == kInfinity<A>;  // p_t is 1: both are 0
+    of_loss = sure ? Vector<A>{} : exp_nonpositive(-terms.focal_gamma * log1p_(odds));
+    const Vector<A> slope = (sure | (odds == A(0))) ? Vector<A>{} : odds * nll;  // nll may be infinite
+    of_gradient = of_loss * (A(1) + terms.focal_gamma * slope);
+  }
+};
 
 template <class A>
 INLINE Vector<A> row_loss(const RowStats<A>& s, const Terms<A>& terms, Vector<A> log_d) {
@@ -264,8 +280,9 @@ struct GroupState {
   void finish_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n, RowSums& sums) {
     if (problem.slice_stats) return store_slice(problem, terms, row, n);
     for (int lane = 0; lane < n; lane += W) {
-      const RowStats<A> s = stats(terms, lane);
+      RowStats<A> s = stats(terms, lane);
       const V log_d = log_sum(s, terms), counted = load(live + lane);
+      if (terms.focal_gamma != 0) s.k_t *= Focal<A>(s, terms, log_d).of_loss;
       V losses = row_loss<A>(s, terms, log_d);
       if (terms.sample_weight) losses *= load_rows<A>(terms.sample_weight + row, lane, n);
       store(loss + lane, counted != V{} ? losses : V{}), store(lse + lane, counted != V{} ? s.max + log_d : V{});
@@ -280,7 +297,8 @@ struct GroupState {
   // Factors of all gradients. Of rows that are not live at_t is the whole gradient: 0, or NaN for an index that changed.
   void factors(const Problem& problem, const Terms<A>& terms, int n) {
     for (int lane = 0; lane < n; lane += Simd<A>::W) {
-      const RowStats<A> s = stats(terms, lane);
+      RowStats<A> s = stats(terms, lane);
+      if (terms.focal_gamma != 0) s.k_t *= Focal<A>(s, terms, log_sum(s, terms)).of_gradient;
       RowFactors<A> f = row_factors<A>(s, terms, load(g + lane));
       if (terms.capped) {
         f.at_t *= terms.derivative(s.x_t), f.at_b *= terms.derivative(s.x_b);
