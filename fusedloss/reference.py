@@ -52,7 +52,9 @@ def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> t
         rows = rows + torch.where(counted, options.z_loss * logits.logsumexp(1).square(), 0)
     if inputs.sample_weight is not None:
         rows = inputs.sample_weight.to(compute_dtype).masked_fill(~counted, 0.0) * rows
-    factor = options.scale if inputs.scale is None else options.scale * inputs.scale.to(compute_dtype)
+    factor = _number(options.scale, logits)
+    if inputs.scale is not None:
+        factor = factor * inputs.scale.to(compute_dtype)
     loss = (factor * reduce_rows(rows, counted, row_weights, options)).to(out_dtype)
     return loss, _stats(logits.detach(), rows.detach(), counted, inputs, options) if options.return_stats else None
 
@@ -68,7 +70,12 @@ def torchs(inputs: Inputs, options: Options) -> Tensor:
         reduction=options.reduction,
         label_smoothing=options.label_smoothing,
     )
-    return loss if options.scale == 1 else options.scale * loss
+    return loss if options.scale == 1 else _number(options.scale, loss) * loss
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    """0-d: under torch.func.jacfwd a Python number times a 0-d tensor has a tangent of float64."""
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def _transformed(logits: Tensor, options: Options) -> Tensor:

@@ -230,3 +230,13 @@ def test_logits_that_lie_in_the_weights_are_not_overwritten() -> None:
         fusedloss.cross_entropy_overwriting_logits(logits, target, logits.detach()[0].exp_())
     with pytest.raises(RuntimeError, match="memory of the logits"):
         fusedloss.cross_entropy_overwriting_logits(logits, logits.detach())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own call
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"scale": 0.5}, {"reduction": "max"}, {"reduction": "none"}], ids=str)
+def test_forward_mode_has_the_logits_dtype(options: dict[str, Any]) -> None:
+    logits, target, _ = _problem()
+    torchs = torch.func.jacfwd(lambda x: F.cross_entropy(x, target))(logits)
+    ours = torch.func.jacfwd(lambda x: fusedloss.cross_entropy(x, target, **options))(logits)
+    assert ours.dtype == torchs.dtype == torch.float32
+    assert options or torch.allclose(ours, torchs)

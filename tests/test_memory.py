@@ -6,13 +6,14 @@ What ended the process before is tried in a process of its own.
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from poison import poisoned_memory
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor
 
@@ -157,17 +158,6 @@ def test_small_stacks(function: str, stack: int, threads: int) -> None:
     assert _run(program, OMP_STACKSIZE="32k") == "20 True\n"
 
 
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """What is allocated holds NaN, and the largest integer, until it is written."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -182,23 +172,22 @@ def poisoned_memory() -> Iterator[None]:
 )
 @pytest.mark.parametrize("shape", [(6, 3), (6, 70), (2, 9, 5)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_operators_write_all_that_they_return(
-    poisoned_memory: None, dtype: torch.dtype, shape: tuple[int, ...], options: Options
-) -> None:
+def test_operators_write_all_that_they_return(dtype: torch.dtype, shape: tuple[int, ...], options: Options) -> None:
     """An ignored row included, whose gradient is 0 and of which nothing is known."""
-    assert torch.empty(4).isnan().all()  # poisoned
-    logits, rows = make_logits(*shape, dtype=dtype), (shape[0], *shape[2:])
-    indices = make_target(*rows, n_classes=shape[1], ignored=-100).reshape(-1)
-    for target in (indices, make_probabilities(*shape, dtype=dtype)):
-        inputs = Inputs(logits, target)
-        if options.return_stats and inputs.has_probabilities():
-            continue
-        for needs_grad in (False, True):
-            outputs = torch.ops.fusedloss.forward(*inputs, *options, dtype, needs_grad, "cpu")
-            assert all(output.isfinite().all() or output is outputs[1] for output in outputs)
-            assert not outputs[1].isnan().any()
-            assert (outputs[4].abs() < 100).all()
-        saved = outputs[1]
-        if saved.numel() > 0:
-            gradient = torch.ops.fusedloss.backward(torch.ones_like(outputs[0]), *inputs, saved, *options, "cpu")
-            assert gradient.isfinite().all()
+    with poisoned_memory():
+        assert torch.empty(4).isnan().all()
+        logits, rows = make_logits(*shape, dtype=dtype), (shape[0], *shape[2:])
+        indices = make_target(*rows, n_classes=shape[1], ignored=-100).reshape(-1)
+        for target in (indices, make_probabilities(*shape, dtype=dtype)):
+            inputs = Inputs(logits, target)
+            if options.return_stats and inputs.has_probabilities():
+                continue
+            for needs_grad in (False, True):
+                outputs = torch.ops.fusedloss.forward(*inputs, *options, dtype, needs_grad, "cpu")
+                assert all(output.isfinite().all() or output is outputs[1] for output in outputs)
+                assert not outputs[1].isnan().any()
+                assert (outputs[4].abs() < 100).all()
+            saved = outputs[1]
+            if saved.numel() > 0:
+                gradient = torch.ops.fusedloss.backward(torch.ones_like(outputs[0]), *inputs, saved, *options, "cpu")
+                assert gradient.isfinite().all()
