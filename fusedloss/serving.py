@@ -198,9 +198,9 @@ def check_if_asked(target: Tensor, target_b: Tensor | None, n_classes: int, opti
 def _as_one_row(inputs: Inputs) -> Inputs:
     """(C,) as (1, C)."""
     logits, target = inputs.logits, inputs.target
-    if inputs.target_b is None and target.shape == logits.shape:
-        return inputs.per_row(lambda values: values.reshape(1, -1))._replace(logits=logits.unsqueeze(0))
-    return inputs.per_row(lambda values: values.reshape(1))._replace(logits=logits.unsqueeze(0))
+    has_probabilities = inputs.target_b is None and target.shape == logits.shape
+    one_row = inputs.per_row(lambda values: values.reshape(-1))
+    return one_row._replace(logits=logits.unsqueeze(0), target=target.reshape(1, -1) if has_probabilities else target.reshape(1))
 
 
 def planned(

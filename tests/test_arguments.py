@@ -240,3 +240,11 @@ def test_forward_mode_has_the_logits_dtype(options: dict[str, Any]) -> None:
     ours = torch.func.jacfwd(lambda x: fusedloss.cross_entropy(x, target, **options))(logits)
     assert ours.dtype == torchs.dtype == torch.float32
     assert options or torch.allclose(ours, torchs)
+
+
+def test_one_row_of_probabilities_has_a_sample_weight() -> None:
+    for n_cols in (1, 5):
+        logits, target = make_logits(1, n_cols)[0], make_probabilities(1, n_cols)[0]
+        for factor in (torch.tensor(0.5), torch.tensor([0.5])):
+            ours = fusedloss.cross_entropy(logits, target, sample_weight=factor, reduction="sum")
+            torch.testing.assert_close(ours, 0.5 * F.cross_entropy(logits, target, reduction="sum"))
