@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusedloss import backends, reference, slices
 from fusedloss.autograd import expanded_to_rows, kernel_inputs
-from fusedloss.backends import cpu
+from fusedloss.backends import cpu, triton
 from fusedloss.checks import Facts, InputFacts, check_class_indices, check_tensors
 from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
 from fusedloss.route import autocast_is_on, dtype_of_loss
@@ -107,7 +107,7 @@ class _SlicedRowLosses(torch.autograd.Function):
         stats = slices.merge(gathered.view(n_ranks, n_statistics, n_rows).to(torch.float64))
         rows = slices.describe_rows(local, options, part, torch.float64)
         losses, lse = slices.row_losses(stats, rows, options, part)
-        ctx.call = backend, float(rows.weight_total), options, part
+        ctx.call = backend, rows.weight_total, options, part
         ctx.present = [tensor is not None for tensor in local]
         merged = torch.stack([tensor for tensor in stats if tensor is not None]).to(published.dtype)
         ctx.save_for_backward(logits, merged, *(tensor for tensor in local[1:] if tensor is not None))
@@ -130,10 +130,12 @@ class _SlicedRowLosses(torch.autograd.Function):
 
 def _backend(inputs: Inputs) -> Any:
     """What makes a slice's statistics and gradient: a kernel, or PyTorch's operators."""
-    logits = inputs.logits
-    if backends.requested in ("auto", "cpu") and logits.device.type == "cpu" and cpu.MISSING is None and logits.shape[1] > 0:
-        return cpu
-    return slices
+    requested, device = backends.requested, inputs.logits.device.type
+    if requested == "reference" or inputs.logits.shape[1] == 0:
+        return slices
+    if requested == "triton" or (requested == "auto" and device == "cuda"):
+        return triton
+    return cpu if device == "cpu" and cpu.MISSING is None else slices
 
 
 def _local(inputs: Inputs, part: Slice) -> Inputs:

@@ -167,7 +167,9 @@ def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
     return torch.stack([*found, *logits_of[1:]]).flatten(1)
 
 
-def slice_gradient(drows: Tensor, inputs: Inputs, merged: Tensor, weight_total: float, options: Options, part: Slice) -> Tensor:
+def slice_gradient(
+    drows: Tensor, inputs: Inputs, merged: Tensor, weight_total: float | Tensor, options: Options, part: Slice
+) -> Tensor:
     """The gradient of a slice's logits in PyTorch's operators.
 
     drows: (n_rows,), the gradient of the row losses; merged: (n_statistics, n_rows), of whole rows; weight_total: the sum of all

@@ -2,7 +2,7 @@
 
 Traffic: each logit of a row with g != 0, and each of its class probabilities, is read once and every gradient written once; other
 rows are written as zeros, without reading them, so that their logits may hold NaN. Packed rows and pixels (tile.py) are read with
-their neighbours.
+their neighbours. Of a shard of the classes (groups.Shard) out.saved has the statistics of whole rows, as slices.py names them.
 
     backward_tile_kernel  several rows per program, any strides
     backward_row_kernel   one block of one row per program, classes contiguous: 16-byte accesses at any row start
@@ -25,6 +25,7 @@ from .row import (
     whole_groups,
 )
 from .rowwise import STATE, gradient_factors, load_terms, row_coefficient, transform_logits
+from .slices import label_logits_of_shards
 from .tile import by_turn, load_held, load_turn_targets, store_packed, tile_cols, tile_lines, tile_rows, tile_sources
 from .tile_softmax import Blocks, exponentials, label_logit, row_blocks, tile_gradients
 
@@ -40,7 +41,7 @@ def backward_tile_kernel(
     N_TURNS: tl.constexpr = shape.n_turns
     terms = load_terms(inputs, 1.0, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
     n_rows, n_cols = layout.n_rows, tile_cols(layout, shape)
-    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index)
+    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index, shard=layout.shard)
     rows = tile_rows(layout, shape)
     sources = tile_sources(inputs, layout, rows, asks, shape)
     dlogits = tile_lines(out.dlogits, layout.dlogits, rows, shape)
@@ -48,10 +49,12 @@ def backward_tile_kernel(
     targets = load_turn_targets(turn_rows, rows, problem, asks, shape)
     coefficient = row_coefficient(out.saved, dloss_ptr, rows.index, rows.exist, n_rows, asks)
     coefficients = by_turn(coefficient, N_TURNS)
-    state = out.saved + STATE + rows.index
+    state = out.saved + (0 if asks.sharded else STATE) + rows.index
     maxima = by_turn(tl.load(state, mask=rows.exist, other=0.0), N_TURNS)
     rests = by_turn(tl.load(state + n_rows, mask=rows.exist, other=1.0), N_TURNS)
-    totals = by_turn(tl.load(state + 3 * n_rows, mask=rows.exist, other=0.0), N_TURNS) if asks.probabilities else rests
+    totals = rests
+    if asks.has_row_totals:
+        totals = by_turn(tl.load(state + 3 * n_rows, mask=rows.exist, other=0.0), N_TURNS)
     weight_total = tl.load(out.saved + 3) if asks.needs_total else 0.0
 
     # Packed rows are read with their neighbours, unless none of them has a gradient, the usual case for max and topk.
@@ -66,9 +69,12 @@ def backward_tile_kernel(
         read = rows.exist if shape.rows_contiguous else live
         x, q = row_blocks(held, i, sources, read, 0.0, problem, asks, shape)
         zeros = tl.zeros_like(g)
-        x_t = zeros if asks.probabilities else label_logit(x, sources.logits, live, label.target, terms, asks, shape)
-        x_b = label_logit(x, sources.logits, live, label.target_b, terms, asks, shape) if asks.two_labels else zeros
-        total = totals[i] if asks.probabilities else weight_total + zeros
+        if asks.sharded:
+            x_t, x_b = label_logits_of_shards(out.saved, turn_rows[i], turn_rows[i] < n_rows, n_rows, asks)
+        else:
+            x_t = zeros if asks.probabilities else label_logit(x, sources.logits, live, label.target, terms, asks, shape)
+            x_b = label_logit(x, sources.logits, live, label.target_b, terms, asks, shape) if asks.two_labels else zeros
+        total = totals[i] if asks.has_row_totals else weight_total + zeros
         stats = RowStats(max=maxima[i], rest=rests[i], x_t=x_t, x_b=x_b, shift=zeros, smooth_sum=zeros, weight_total=total)
         factors = gradient_factors(stats, label, g, problem, asks)
         blocks = Blocks(x=x, q=q, e=exponentials(x, stats.max, shape))
@@ -81,18 +87,19 @@ def backward_tile_kernel(
 @triton.jit
 def _saved_statistics(saved_ptr, row, n_rows, labels, read, asks: tl.constexpr):
     """What the forward has left of a row; labels: statistics with the labels' logits."""
-    row_ptr = saved_ptr + STATE + row
+    row_ptr = saved_ptr + (0 if asks.sharded else STATE) + row
     row_max = tl.load(row_ptr, mask=read, other=0.0)
     zero = tl.zeros_like(row_max)
     weight_total = zero
-    if asks.probabilities:
+    if asks.has_row_totals:
         weight_total = tl.load(row_ptr + 3 * n_rows, mask=read, other=0.0)
     elif asks.needs_total:
         weight_total = tl.load(saved_ptr + 3)
     rest = tl.load(row_ptr + n_rows, mask=read, other=1.0)
-    return RowStats(
-        max=row_max, rest=rest, x_t=labels.x_t, x_b=labels.x_b, shift=zero, smooth_sum=zero, weight_total=weight_total
-    )
+    x_t, x_b = labels.x_t, labels.x_b
+    if asks.sharded:
+        x_t, x_b = label_logits_of_shards(saved_ptr, row, read, n_rows, asks)
+    return RowStats(max=row_max, rest=rest, x_t=x_t, x_b=x_b, shift=zero, smooth_sum=zero, weight_total=weight_total)
 
 
 @triton.jit
@@ -119,7 +126,7 @@ def backward_row_kernel(
     row = (tl.program_id(0) // blocks_per_row).to(tl.int64)  # int64: row * row_stride passes 2**31
     part = tl.program_id(0) % blocks_per_row
     terms = load_terms(inputs, 1.0, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
-    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index)
+    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index, shard=layout.shard)
     label = load_label(row, problem, asks)
     g = weighted(row_coefficient(out.saved, dloss_ptr, row, row < n_rows, n_rows, asks), row, label, inputs)
     read = label.valid & (g != 0)  # the other rows are not read

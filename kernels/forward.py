@@ -2,6 +2,7 @@
 
 Traffic: each logit of a counted row is read once, and each class probability; per row 8 bytes of target are read, where it is an
 index, and 2 to 4 statistics written.
+Of a shard of the classes (groups.Shard) they are the 3 to 6 that slices.py names, and no loss.
 An online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867) over blocks of columns keeps m and rest.
 
     forward_tile_kernel   several rows per program, any strides: few classes, or classes far apart in memory (N, C, d1, ...)
@@ -28,7 +29,7 @@ from .row import (
     with_known_total,
 )
 from .rowwise import has_largest, load_terms, row_loss, row_lse
-from .slices import merge_slices, publish_slice
+from .slices import merge_slices, publish_shard, publish_slice
 from .tile import by_row, by_turn, load_held, load_turn_targets, tile_cols, tile_rows, tile_sources
 from .tile_softmax import tile_statistics
 
@@ -45,7 +46,7 @@ def forward_tile_kernel(
     TURN_ROWS: tl.constexpr = shape.turn_rows
     terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
     n_rows, n_cols = layout.n_rows, tile_cols(layout, shape)
-    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index)
+    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index, shard=layout.shard)
     rows = tile_rows(layout, shape)
     sources = tile_sources(inputs, layout, rows, asks, shape)
     held = load_held(inputs, n_rows, n_cols, asks, shape)
@@ -59,28 +60,32 @@ def forward_tile_kernel(
         # Rows that do not count are not read, unless they share their 16 bytes with rows that do.
         read = rows.exist if shape.rows_contiguous else label.valid
         stats, _blocks = tile_statistics(held, i, sources, read, label, problem, asks, shape)
-        loss = row_loss(stats, label, turn_rows[i], problem, asks)
-        losses, totals = losses + (loss,), totals + (stats.weight_total,)
-        maxima, rests = maxima + (stats.max,), rests + (stats.rest,)
-        if out.row_stats is not None:
-            lse = row_lse(stats, label, asks)
-            lses, corrects = lses + (lse,), corrects + (has_largest(stats, label, lse, asks).to(tl.int32),)
-        counts = counts + (label.counted.to(tl.int32),)  # integers: bits are not moved between threads as well
-        count += label.weight if asks.weighs_the_mean else label.counted.to(dtype)
-    if asks.saves:
-        tl.store(out.saved + 3, stats.weight_total if asks.needs_total else 0.0, mask=tl.program_id(0) == 0)
+        if asks.sharded:
+            publish_shard(stats, out.saved, turn_rows[i], turn_rows[i] < n_rows, n_rows, asks)
+        else:
+            loss = row_loss(stats, label, turn_rows[i], problem, asks)
+            losses, totals = losses + (loss,), totals + (stats.weight_total,)
+            maxima, rests = maxima + (stats.max,), rests + (stats.rest,)
+            if out.row_stats is not None:
+                lse = row_lse(stats, label, asks)
+                lses, corrects = lses + (lse,), corrects + (has_largest(stats, label, lse, asks).to(tl.int32),)
+            counts = counts + (label.counted.to(tl.int32),)  # integers: bits are not moved between threads as well
+            count += label.weight if asks.weighs_the_mean else label.counted.to(dtype)
+    if not asks.sharded:
+        if asks.saves:
+            tl.store(out.saved + 3, stats.weight_total if asks.needs_total else 0.0, mask=tl.program_id(0) == 0)
 
-    loss, counted = by_row(losses), by_row(counts) != 0
-    row_max = by_row(maxima)
-    total = by_row(totals) if asks.probabilities else row_max
-    stats = RowStats(
-        max=row_max, rest=by_row(rests), x_t=row_max, x_b=row_max, shift=row_max, smooth_sum=row_max, weight_total=total
-    )
-    store_rows(out, rows.index, rows.exist, counted, loss, stats, terms.scale, n_rows, asks)
-    if out.row_stats is not None:
-        store_stats(out, work, rows.index, rows.exist, counted, by_row(corrects) != 0, by_row(lses), loss, n_rows)
-    loss_sum, count_sum = tl.sum(loss, 0), tl.sum(count, 0)
-    reduce_batch(out, work, loss_sum, count_sum, terms.scale, top_k, tl.program_id(0), tl.num_programs(0), n_rows, asks)
+        loss, counted = by_row(losses), by_row(counts) != 0
+        row_max = by_row(maxima)
+        total = by_row(totals) if asks.probabilities else row_max
+        stats = RowStats(
+            max=row_max, rest=by_row(rests), x_t=row_max, x_b=row_max, shift=row_max, smooth_sum=row_max, weight_total=total
+        )
+        store_rows(out, rows.index, rows.exist, counted, loss, stats, terms.scale, n_rows, asks)
+        if out.row_stats is not None:
+            store_stats(out, work, rows.index, rows.exist, counted, by_row(corrects) != 0, by_row(lses), loss, n_rows)
+        loss_sum, count_sum = tl.sum(loss, 0), tl.sum(count, 0)
+        reduce_batch(out, work, loss_sum, count_sum, terms.scale, top_k, tl.program_id(0), tl.num_programs(0), n_rows, asks)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "top_k"])
@@ -98,7 +103,7 @@ def forward_row_kernel(
     row = (tl.program_id(0) // N_SLICES).to(tl.int64)  # int64: row * row_stride passes 2**31
     part = tl.program_id(0) % N_SLICES
     terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
-    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index)
+    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index, shard=layout.shard)
     label = load_label(row, problem, asks)
     n_read = tl.where(label.valid, n_cols, 0)  # a row that does not count is not read
     head, n_main = whole_groups(row, layout.logits.row, n_read, SECTOR, shape)
@@ -125,16 +130,19 @@ def forward_row_kernel(
     if last_slice:
         if N_SLICES > 1:
             stats = merge_slices(stats, work.slices, row, n_rows, asks, N_SLICES)
-        stats = with_known_total(stats, problem, asks)
-        if asks.saves and asks.needs_total:
-            tl.store(out.saved + 3, stats.weight_total, mask=label.valid)  # every row that is read stores the same value
-        elif asks.saves:
-            tl.store(out.saved + 3, 0.0, mask=row == 0)
-        loss = row_loss(stats, label, row, problem, asks)
-        store_rows(out, row, row < n_rows, label.counted, loss, stats, terms.scale, n_rows, asks)
-        if out.row_stats is not None:
-            lse = row_lse(stats, label, asks)
-            correct = has_largest(stats, label, lse, asks)
-            store_stats(out, work, row, row < n_rows, label.counted, correct, lse, loss, n_rows)
-        count = label.weight if asks.weighs_the_mean else label.counted.to(dtype)
-        reduce_batch(out, work, loss, count, terms.scale, top_k, row, n_rows, n_rows, asks)
+        if asks.sharded:
+            publish_shard(stats, out.saved, row, row < n_rows, n_rows, asks)
+        else:
+            stats = with_known_total(stats, problem, asks)
+            if asks.saves and asks.needs_total:
+                tl.store(out.saved + 3, stats.weight_total, mask=label.valid)  # every row that is read stores the same value
+            elif asks.saves:
+                tl.store(out.saved + 3, 0.0, mask=row == 0)
+            loss = row_loss(stats, label, row, problem, asks)
+            store_rows(out, row, row < n_rows, label.counted, loss, stats, terms.scale, n_rows, asks)
+            if out.row_stats is not None:
+                lse = row_lse(stats, label, asks)
+                correct = has_largest(stats, label, lse, asks)
+                store_stats(out, work, row, row < n_rows, label.counted, correct, lse, loss, n_rows)
+            count = label.weight if asks.weighs_the_mean else label.counted.to(dtype)
+            reduce_batch(out, work, loss, count, terms.scale, top_k, row, n_rows, n_rows, asks)

@@ -56,7 +56,7 @@ def denominator_kernel(
 ):
     """Counts, or sums the weights of, every n_programs-th block of rows; the last program divides. Reads targets, not logits."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
-    problem = Problem(inputs=inputs, terms=(), n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index)
+    problem = Problem(inputs=inputs, terms=(), n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index, shard=None)
     total = tl.zeros((BLOCK_ROWS,), dtype)
     for start in range(tl.program_id(0) * BLOCK_ROWS, n_rows, tl.num_programs(0) * BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
@@ -101,7 +101,7 @@ def fused_tile_kernel(
     TURN_ROWS: tl.constexpr = shape.turn_rows
     terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
     n_rows, n_cols = layout.n_rows, tile_cols(layout, shape)
-    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index)
+    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index, shard=None)
     rows = tile_rows(layout, shape)
     sources = tile_sources(inputs, layout, rows, asks, shape)
     dlogits = tile_lines(out.dlogits, layout.dlogits, rows, shape)
@@ -188,7 +188,7 @@ def fused_row_kernel(
         program, part = drawn // N_SLICES, drawn % N_SLICES
     row = program.to(tl.int64)  # int64: row * row_stride passes 2**31
     terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
-    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index)
+    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index, shard=None)
     label = load_label(row, problem, asks)
     g = _row_coefficient(out, work, label, problem, asks, shape)
     row_g = weighted(g, row, label, inputs)

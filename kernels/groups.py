@@ -40,6 +40,14 @@ class Strides(NamedTuple):
     col: Any
 
 
+class Shard(NamedTuple):
+    """Which classes are here, where the others of a row are on other devices: n_cols of them, from first_class on. Class indices
+    and class weights are those of whole rows, class probabilities lie beside the logits."""
+
+    first_class: Any
+    n_classes: Any  # of a whole row
+
+
 class Layout(NamedTuple):
     """Rows are (n_rows / n_inner, n_inner): a block of a tensor has n_inner rows, `row` apart, and a row's classes lie `col`
     apart. (N, C) is a single block."""
@@ -50,6 +58,7 @@ class Layout(NamedTuple):
     logits: Strides
     dlogits: Strides
     probabilities: Strides
+    shard: Any  # Shard; None: rows are whole
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class Asks:
     two_labels: bool
     saves: bool = False  # forward: out.saved is handed to the caller, for a backward
     top_k_is_fraction: bool = False
+    sharded: bool = False  # the rows have more classes than are here: layout.shard
 
     @property
     def every_class(self) -> bool:
@@ -74,8 +84,18 @@ class Asks:
 
     @property
     def needs_total(self) -> bool:
-        """W, the sum of the class weights, has a part in the loss."""
-        return self.smoothing and not self.probabilities
+        """W, the sum of the class weights, has a part in the loss, one number for all rows; shards publish it for each."""
+        return self.smoothing and not (self.probabilities or self.sharded)
+
+    @property
+    def has_row_totals(self) -> bool:
+        """A backward finds the W or A of each row."""
+        return self.probabilities or (self.sharded and self.smoothing)
+
+    @property
+    def shifts_to_max(self) -> bool:
+        """smooth_sum is relative to the maximum, not to any logit: sums whose w_c have another total merge only so."""
+        return self.probabilities or self.sharded
 
     @property
     def transforms(self) -> bool:
@@ -162,14 +182,15 @@ class Problem(NamedTuple):
     n_rows: Any
     n_cols: Any
     ignore_index: Any
+    shard: Any
 
 
 class Label(NamedTuple):
     """What rows have for a target: a class, two of them, or neither, but probabilities."""
 
-    target: Any
+    target: Any  # a column; of a shard, -1 where the class is not here
     counted: Any
-    valid: Any  # it counts, and its classes exist: they may be used as addresses
+    valid: Any  # it counts, and its classes exist
     weight: Any  # of the class, times its share
     target_b: Any
     weight_b: Any

@@ -14,10 +14,34 @@ def load_target(target_ptr, rows, exist, ignore_index):
 
 
 @triton.jit
-def check_target(target, problem):
-    """Whether a row counts, and whether its class index may be used as an address."""
+def all_classes(problem, asks: tl.constexpr):
+    """Of a whole row."""
+    n_classes = problem.n_cols
+    if asks.sharded:
+        n_classes = problem.shard.n_classes
+    return n_classes
+
+
+@triton.jit
+def check_target(target, problem, asks: tl.constexpr):
+    """Whether a row counts, and whether its class exists."""
     counted = target != problem.ignore_index
-    return counted, counted & (target >= 0) & (target < problem.n_cols)
+    return counted, counted & (target >= 0) & (target < all_classes(problem, asks))
+
+
+@triton.jit
+def _column(target, problem):
+    """The column of a class, -1 where it is in another shard."""
+    col = target - problem.shard.first_class
+    return tl.where((col >= 0) & (col < problem.n_cols), col, -1)
+
+
+@triton.jit
+def is_here(col, read, asks: tl.constexpr):
+    """Whether a label's column may be used as an address, of rows that may be read."""
+    if asks.sharded:
+        read = read & (col >= 0)
+    return read
 
 
 @triton.jit
@@ -36,21 +60,26 @@ def read_label(target, rows, exist, problem, asks: tl.constexpr):
     if asks.probabilities:
         label = Label(target=target, counted=exist, valid=exist, weight=none, target_b=target, weight_b=none, lam=none)
     else:
-        counted, valid = check_target(target, problem)
+        counted, valid = check_target(target, problem, asks)
         weight = load_target_weight(problem.inputs, target, counted, valid, dtype)
         label = Label(target=target, counted=counted, valid=valid, weight=weight, target_b=target, weight_b=none, lam=none)
         if asks.two_labels:
-            label = _with_second_label(label, rows, exist, problem)
+            label = _with_second_label(label, rows, exist, problem, asks)
+        if asks.sharded:
+            label = Label(
+                target=_column(label.target, problem), counted=label.counted, valid=label.valid, weight=label.weight,
+                target_b=_column(label.target_b, problem), weight_b=label.weight_b, lam=label.lam,
+            )  # fmt: skip
     return label
 
 
 @triton.jit
-def _with_second_label(first, rows, exist, problem):
+def _with_second_label(first, rows, exist, problem, asks: tl.constexpr):
     """Both labels with their shares. Where they are the same class the first has all, and the second has the weight 0."""
     dtype: tl.constexpr = problem.terms.lam.dtype
     inputs = problem.inputs
     target_b = load_target(inputs.target_b, rows, exist, problem.ignore_index)
-    counted_b, valid_b = check_target(target_b, problem)
+    counted_b, valid_b = check_target(target_b, problem, asks)
     counted, valid = first.counted & counted_b, first.valid & valid_b
     lam = problem.terms.lam
     if inputs.lam is not None:
@@ -72,10 +101,10 @@ def _with_second_label(first, rows, exist, problem):
 @triton.jit
 def weight_in_mean(target, rows, exist, problem, asks: tl.constexpr, dtype: tl.constexpr):
     """What each row, whose first label is loaded, adds to the mean's denominator; 0 for those that do not exist."""
-    counted, valid = check_target(target, problem)
+    counted, valid = check_target(target, problem, asks)
     if asks.two_labels:
         target_b = load_target(problem.inputs.target_b, rows, exist, problem.ignore_index)
-        counted_b, _ = check_target(target_b, problem)
+        counted_b, _ = check_target(target_b, problem, asks)
         weight = (counted & counted_b).to(dtype)
     else:
         weight = load_target_weight(problem.inputs, target, counted, valid, dtype)

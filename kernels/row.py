@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .groups import RowStats
-from .label import load_target, read_label
+from .label import is_here, load_target, read_label
 from .rowwise import class_weights, finite_max, through_transform, transform_logits
 
 
@@ -113,7 +113,7 @@ def load_logits(ptr, mask, terms, asks: tl.constexpr):
 
 @triton.jit
 def _label_logit(logits, target, read, terms, asks: tl.constexpr):
-    x = tl.load(logits.row + target, mask=read, other=0.0).to(terms.scale.dtype)
+    x = tl.load(logits.row + target, mask=is_here(target, read, asks), other=0.0).to(terms.scale.dtype)
     return transform_logits(x, terms, asks)
 
 
@@ -132,7 +132,7 @@ def no_columns(logits, label, read, terms, asks: tl.constexpr):
 def _weighted_sums(x, q, cols, mask, shift, problem, smooth_sum, weight_total, asks: tl.constexpr):
     """Adds w_c (shift - x_c) and w_c, or a_c for w_c; of class indices without weights W is known: see with_known_total."""
     d = shift - x
-    if asks.probabilities or problem.inputs.weight is not None:
+    if asks.probabilities or asks.sharded or problem.inputs.weight is not None:
         w = class_weights(q, cols, mask, problem, asks)
         d = w * d
         weight_total += w
@@ -151,7 +151,7 @@ def absorb(stats, x, q, cols, mask, first, last, label, problem, asks: tl.conste
             e = tl.where(cols == label.target.to(tl.int32), 0.0, e)
     rest = stats.rest * tl.exp(stats.max - finite) + tl.sum(e, 0)
     shift, smooth_sum, weight_total = stats.shift, stats.smooth_sum, stats.weight_total
-    if asks.probabilities:
+    if asks.shifts_to_max:
         smooth_sum += weight_total * (finite - finite_max(stats.max))
         shift = finite
     if asks.every_class:
@@ -274,12 +274,13 @@ def store_labels(dlogits, span, stats, label, read, factors, problem, asks: tl.c
     would cost two instructions per logit."""
     if not asks.probabilities:
         t, b = label.target, label.target_b
-        at_t = column_gradient(factors.at_target, stats.x_t, None, t, read, factors, problem, asks)
+        t_here, b_here = is_here(t, read, asks), is_here(b, read, asks)
+        at_t = column_gradient(factors.at_target, stats.x_t, None, t, t_here, factors, problem, asks)
         tl.debug_barrier()  # another thread stored this element with the others of its group
-        tl.store(dlogits.row + t, at_t, mask=read & _stored_here(t, span))
+        tl.store(dlogits.row + t, at_t, mask=t_here & _stored_here(t, span))
         if asks.two_labels:
-            at_b = column_gradient(factors.at_b, stats.x_b, None, b, read, factors, problem, asks)
-            tl.store(dlogits.row + b, at_b, mask=read & _stored_here(b, span) & (b != t))
+            at_b = column_gradient(factors.at_b, stats.x_b, None, b, b_here, factors, problem, asks)
+            tl.store(dlogits.row + b, at_b, mask=b_here & _stored_here(b, span) & (b != t))
 
 
 @triton.jit

@@ -53,7 +53,7 @@ import triton.language as tl
 from . import constants
 from .groups import Factors, Terms
 from .keys import sortable_bits
-from .label import weighted
+from .label import all_classes, weighted
 
 STATE = tl.constexpr(constants.STATE)
 
@@ -125,12 +125,20 @@ def class_weights(q, cols, in_row, problem, asks: tl.constexpr):
         w = q.to(dtype)
         if asks.smoothing:
             smoothing = problem.terms.smoothing
-            w = tl.where(in_row, (1.0 - smoothing) * w + smoothing / problem.n_cols, 0.0)
+            w = tl.where(in_row, (1.0 - smoothing) * w + smoothing / all_classes(problem, asks), 0.0)
         if problem.inputs.weight is not None:
-            w *= tl.load(problem.inputs.weight + cols, mask=in_row, other=0.0).to(dtype)
+            w *= _load_weights(cols, in_row, problem, asks)
     elif problem.inputs.weight is not None:
-        w = tl.load(problem.inputs.weight + cols, mask=in_row, other=0.0).to(dtype)
+        w = _load_weights(cols, in_row, problem, asks)
     return w
+
+
+@triton.jit
+def _load_weights(cols, in_row, problem, asks: tl.constexpr):
+    classes = cols
+    if asks.sharded:
+        classes = cols + problem.shard.first_class
+    return tl.load(problem.inputs.weight + classes, mask=in_row, other=0.0).to(problem.terms.lam.dtype)
 
 
 @triton.jit
@@ -214,7 +222,8 @@ def has_largest(stats, label, lse, asks: tl.constexpr):
 @triton.jit
 def row_coefficient(saved_ptr, dloss_ptr, rows, exist, n_rows, asks: tl.constexpr):
     """dL/d(loss of the row), upstream gradient and scale included."""
-    coefficient = tl.load(saved_ptr)
+    dtype: tl.constexpr = saved_ptr.dtype.element_ty
+    coefficient = tl.full((), 1.0, dtype) if asks.sharded else tl.load(saved_ptr)
     if asks.reduction == "none":
         upstream = tl.load(dloss_ptr + rows, mask=exist, other=0.0).to(coefficient.dtype)
     else:
@@ -251,7 +260,7 @@ def gradient_factors(stats, label, g, problem, asks: tl.constexpr):
         a, smooth, everywhere = g * 0.0, g, g * stats.weight_total
     elif asks.smoothing:
         a, b = a * (1.0 - terms.smoothing), b * (1.0 - terms.smoothing)
-        smooth = g * (terms.smoothing / problem.n_cols)
+        smooth = g * (terms.smoothing / all_classes(problem, asks))
         everywhere = smooth * stats.weight_total
     if asks.z_loss:
         everywhere += 2.0 * g * terms.z_loss * (stats.max + tl.log(d))

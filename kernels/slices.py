@@ -16,6 +16,13 @@ order, to running programs only, and the slices of a row have consecutive ones. 
 all drawn, or are the next to be drawn; in the first case they all run and none of them waits for anything else; in the second
 case all other programs belong to that row or finish, until enough of the GPU is free. The plan makes no more slices than there
 are SMs, and each of these can hold one.
+
+Shards of rows, on several devices, merge by the same formulas, but the host does that (fusedloss/slices.py). A shard publishes
+what a slice does and the labels' logits, 0 where a label is not here; (3, 5 or 6, n_rows), smooth_sum relative to the maximum:
+
+    m, rest, x_t        W or A, smooth_sum where every class has a weight        x_b of two labels
+
+The backward reads the same of whole rows.
 """
 
 import triton
@@ -43,6 +50,30 @@ def publish_slice(stats, slices_ptr, arrived_ptr, row, n_rows, part, asks: tl.co
 
 
 @triton.jit
+def publish_shard(stats, shards_ptr, rows, exist, n_rows, asks: tl.constexpr):
+    """Stores the statistics of rows of a shard, as above."""
+    row_ptr = shards_ptr + rows
+    tl.store(row_ptr, stats.max, mask=exist)
+    tl.store(row_ptr + n_rows, stats.rest, mask=exist)
+    tl.store(row_ptr + 2 * n_rows, stats.x_t, mask=exist)
+    if asks.every_class or asks.two_labels:
+        tl.store(row_ptr + 3 * n_rows, stats.weight_total, mask=exist)
+        tl.store(row_ptr + 4 * n_rows, stats.smooth_sum, mask=exist)
+    if asks.two_labels:
+        tl.store(row_ptr + 5 * n_rows, stats.x_b, mask=exist)
+
+
+@triton.jit
+def label_logits_of_shards(shards_ptr, rows, mask, n_rows, asks: tl.constexpr):
+    """The labels' logits wherever they lie; 0 of what is no label."""
+    x_t = tl.load(shards_ptr + 2 * n_rows + rows, mask=mask, other=0.0)
+    x_b = tl.zeros_like(x_t)
+    if asks.two_labels:
+        x_b = tl.load(shards_ptr + 5 * n_rows + rows, mask=mask, other=0.0)
+    return x_t, x_b
+
+
+@triton.jit
 def wait_for_slices(arrived_ptr, arrived, N_SLICES: tl.constexpr):
     """Returns when all slices of the row have published. One thread looks; a barrier holds the others until it has seen it."""
     while arrived < N_SLICES:
@@ -65,7 +96,7 @@ def merge_slices(stats, slices_ptr, row, n_rows, asks: tl.constexpr, N_SLICES: t
     if asks.every_class:
         sums = tl.load(slice_ptr + 2 * plane, mask=mask, other=0.0, cache_modifier=".cg")
         weights = tl.load(slice_ptr + 3 * plane, mask=mask, other=0.0, cache_modifier=".cg")
-        if asks.probabilities:
+        if asks.shifts_to_max:
             sums += weights * (finite_max(row_max) - finite_max(maxima))
         smooth_sum, weight_total = tl.sum(sums, 0), tl.sum(weights, 0)
     return RowStats(

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .groups import RowStats
+from .label import is_here
 from .rowwise import class_weights, finite_max, through_transform, transform_logits
 from .tile import columns, load_block, load_blocks, one_thread_each, spread, store_block, store_blocks
 
@@ -97,7 +98,7 @@ def _absorb(stats, x, q, first, label, problem, asks: tl.constexpr, shape: tl.co
         x_t += _sum_cols(lane_target, shape)
     shift, smooth_sum, weight_total = stats.shift, stats.smooth_sum, stats.weight_total
     if asks.every_class:
-        if asks.probabilities:
+        if asks.shifts_to_max:
             smooth_sum += weight_total * (finite - finite_max(stats.max))
             shift = finite
         else:
@@ -166,7 +167,8 @@ def label_logit(x, lines, read, target, terms, asks: tl.constexpr, shape: tl.con
             lane_target = tl.where(at_target, x[i].to(dtype), lane_target)
         x_t = _sum_cols(lane_target, shape)
     else:
-        x_t = transform_logits(tl.load(lines.ptr + target * lines.col_stride, mask=read, other=0.0).to(dtype), terms, asks)
+        here = is_here(target, read, asks)
+        x_t = transform_logits(tl.load(lines.ptr + target * lines.col_stride, mask=here, other=0.0).to(dtype), terms, asks)
     return x_t
 
 

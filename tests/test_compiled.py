@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 from compiled import ALLOWED_SPILLS, OTHER_TARGETS, TARGETS, compile_for, launches, report
+from sliced import sliced_call
 
 import fusedloss
+from fusedloss.backends import triton
 from fusedloss.backends.triton.launching import kernels
+from fusedloss.plan import Slice
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -144,6 +147,20 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "single program, fp64, softcap": ((64, 100), FP64, {"weight": True, "label_smoothing": 0.1, "softcap": 30.0}),
     "selection": ((20000, 10), FP32, {"reduction": "topk", "top_k": 0.2}),
     "selection, fp64": ((20000, 10), FP64, {"reduction": "max"}),
+    "shard, packed rows": ((4096, 10), FP32, {"shard": True, "weight": True, "label_smoothing": 0.1}),
+    "shard, shared tile, all extras": ((4096, 100), FP32, {"shard": True, "softcap": 30.0, "z_loss": 1e-3, "two_labels": True}),
+    "shard, long rows": ((64, 32000), BF16, {"shard": True}),
+    "shard, long ragged rows": ((64, 50257), BF16, {"shard": True, "label_smoothing": 0.1}),
+    "shard, long rows, fp64": ((64, 50257), FP64, {"shard": True, "weight": True, "label_smoothing": 0.1}),
+    "shard, slices, all extras": (
+        (3, 50257),
+        FP32,
+        {"shard": True, "softcap": 30.0, "z_loss": 1e-3, "two_labels": True, "weight": True, "label_smoothing": 0.1},
+    ),
+    "shard, pixels": ((4, 19, 64, 64), FP32, {"shard": True, "weight": True, "label_smoothing": 0.1}),
+    "shard, pixels of more classes than registers hold": ((1, 4000, 16, 16), BF16, {"shard": True, "two_labels": True}),
+    "shard, probabilities": ((64, 50257), BF16, {"shard": True, "probabilities": BF16, "weight": True, "label_smoothing": 0.1}),
+    "shard, probabilities, pixels": ((4, 19, 64, 64), FP32, {"shard": True, "probabilities": FP32, "weight": True}),
     "pixels of many classes, smoothing": ((4, 104, 64, 64), FP32, {"weight": True, "label_smoothing": 0.1}),
     "pixels of many classes, recompute": (
         (4, 104, 64, 64),
@@ -170,13 +187,27 @@ def _call(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]) -
     probabilities = options.pop("probabilities", None)  # their dtype
     if probabilities is not None:
         target = torch.empty_like(logits, dtype=probabilities, requires_grad=False)
-    weight = torch.ones(shape[1], dtype=dtype) if options.pop("weight", False) else None
+    is_shard = options.pop("shard", False)
+    n_classes = shape[1] * (3 if is_shard else 1)
+    weight = torch.ones(n_classes, dtype=dtype) if options.pop("weight", False) else None
     if options.pop("two_labels", False):
         target = (target, target, 0.5)
+    if is_shard:
+        return _shard(logits.detach(), target, weight, Slice(shape[1], n_classes), options)
     if options.pop("sample_weight", False):
         options["sample_weight"] = torch.ones(shape[0])
     result = fusedloss.cross_entropy(logits, target, weight, **options)
     return result[0] if options.get("return_stats") else result
+
+
+def _shard(logits: torch.Tensor, target: Any, weight: torch.Tensor | None, part: Slice, options: dict[str, Any]) -> torch.Tensor:
+    """The second of three shards of the classes: its statistics and its gradient."""
+    if isinstance(target, torch.Tensor) and target.is_floating_point():
+        target = target.repeat_interleave(3, 1)
+    inputs, given = sliced_call(logits, target, weight, part, **options)
+    merged = triton.slice_statistics(inputs, given, part)
+    triton.slice_gradient(merged[0], inputs, merged, 1.0, given, part)
+    return torch.zeros((), requires_grad=True)  # whose backward launches nothing
 
 
 def _cells() -> Iterator[Any]:

@@ -16,9 +16,11 @@ import pytest
 import torch
 from compare import check_against_torch
 from problems import make_logits, make_probabilities, make_target, make_weight
+from sliced import check_slices
 
 import fusedloss
 from fusedloss import kernels as kernel_sources
+from fusedloss.backends import triton
 from fusedloss.backends.outputs import Outputs
 from fusedloss.backends.triton import given, launching
 from fusedloss.plan import Inputs
@@ -153,6 +155,14 @@ def test_extras_of_rows(shape: tuple[int, int], reduction: str) -> None:
         _, expected = fusedloss.cross_entropy(logits.detach(), (a, b, 0.3), reduction=reduction, return_stats=True, **options)
     assert stats[2:] == expected[2:]
     torch.testing.assert_close(stats[:2], expected[:2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(37, 10), (11, 1003), (3, 33301), (2, 19, 33, 16)], ids=str)
+def test_classes_in_several_places(shape: tuple[int, ...]) -> None:
+    """A target in another place is no address here, and ignored rows are not read."""
+    widths = (shape[1] - 3 * shape[1] // 10, 3 * shape[1] // 10)
+    with emulated(order=3):
+        check_slices(triton, shape, widths, FP32, weight=True, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("shape", [(300, 1003), (5, 40001)], ids=str)

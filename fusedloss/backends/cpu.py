@@ -99,13 +99,15 @@ def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
     return stats
 
 
-def slice_gradient(drows: Tensor, inputs: Inputs, stats: Tensor, weight_total: float, options: Options, part: Slice) -> Tensor:
+def slice_gradient(
+    drows: Tensor, inputs: Inputs, stats: Tensor, weight_total: float | Tensor, options: Options, part: Slice
+) -> Tensor:
     """The gradient of a slice's logits, as `slices.slice_gradient` has it."""
     dlogits = allocate_gradient(inputs.logits)
     if dlogits.numel() > 0:
         inputs = _as_read(inputs)
         kind = prepack(inputs, dlogits.stride(), None, options, _library())
-        head = stats.new_tensor([1.0, 0.0, 0.0, weight_total])
+        head = stats.new_tensor([1.0, 0.0, 0.0, float(weight_total)])
         outputs = NO_OUTPUTS._replace(saved=head, dlogits=dlogits)
         run(kind.functions.backward, kind, outputs, drows.contiguous(), inputs, options, part, stats)
     return dlogits

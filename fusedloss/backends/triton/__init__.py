@@ -7,20 +7,32 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.outputs import (
+    NO_OUTPUTS,
     Allocators,
     Outputs,
     allocate_forward,
     allocate_gradient,
     allocator,
     forward_allocators,
+    n_statistics,
 )
 from fusedloss.backends.triton import given, launching
 from fusedloss.backends.triton.given import Launches
 from fusedloss.backends.triton.launching import Launch, device_facts
 from fusedloss.kernels.constants import STATE
-from fusedloss.plan import Inputs, Options, accumulation_dtype
+from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
 
-__all__ = ["Prepared", "backward", "device_facts", "forward", "forward_overwriting", "prepare", "scale_gradient"]
+__all__ = [
+    "Prepared",
+    "backward",
+    "device_facts",
+    "forward",
+    "forward_overwriting",
+    "prepare",
+    "scale_gradient",
+    "slice_gradient",
+    "slice_statistics",
+]
 
 
 def forward(
@@ -86,8 +98,36 @@ def backward(
     if logits.numel() == 0:
         return dlogits
     launch = given.backward_launch(inputs, dlogits.stride(), options, device_facts(logits.device))
-    out = Outputs(None, saved, dlogits, None, None)
+    out = NO_OUTPUTS._replace(saved=saved, dlogits=dlogits)
     launching.launch(launch, logits.device, {"out": out, "dloss_ptr": dloss.contiguous(), "inputs": inputs, "lam": options.lam})
+    return dlogits
+
+
+def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
+    """What a slice publishes of its rows, as `slices.slice_statistics` has it."""
+    inputs = given.laid_out(inputs)
+    logits = inputs.logits
+    n_rows = logits.numel() // logits.shape[1]
+    stats = logits.new_empty((n_statistics(inputs, options), n_rows), dtype=accumulation_dtype(logits.dtype))
+    if logits.numel() > 0:
+        launches = given.forward_launches(inputs, None, options, False, device_facts(logits.device), part)
+        _launch_forward(launches, NO_OUTPUTS._replace(saved=stats), inputs, 1.0, options.lam, keeps_workspace=True)
+    return stats
+
+
+def slice_gradient(
+    drows: Tensor, inputs: Inputs, merged: Tensor, weight_total: float | Tensor, options: Options, part: Slice
+) -> Tensor:
+    """The gradient of a slice's logits, as `slices.slice_gradient` has it."""
+    del weight_total  # it is merged's q_total, where it is needed
+    inputs = given.laid_out(inputs)
+    logits = inputs.logits
+    dlogits = allocate_gradient(logits)
+    if logits.numel() > 0:
+        launch = given.backward_launch(inputs, dlogits.stride(), options, device_facts(logits.device), part)
+        out = NO_OUTPUTS._replace(saved=merged, dlogits=dlogits)
+        arguments = {"out": out, "dloss_ptr": drows.contiguous(), "inputs": inputs, "lam": options.lam}
+        launching.launch(launch, logits.device, arguments)
     return dlogits
 
 

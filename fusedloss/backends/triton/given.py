@@ -11,8 +11,8 @@ from fusedloss.backends.outputs import Outputs
 from fusedloss.backends.triton.launching import Launch, interprets, ticket
 from fusedloss.geometry import DeviceFacts, Geometry, Operands, operands, probabilities_strides
 from fusedloss.kernels.constants import DIGIT_BITS, FRACTION_BITS, N_SELECTED_SUMS, N_SELECTION, N_STATISTICS
-from fusedloss.kernels.groups import Asks, Layout, RowShape, Strides, Work
-from fusedloss.plan import Cut, Inputs, Options
+from fusedloss.kernels.groups import Asks, Layout, RowShape, Shard, Strides, Work
+from fusedloss.plan import Cut, Inputs, Options, Slice
 from fusedloss.plan_triton import backward_cut, forward_cuts, scale_cut
 
 
@@ -37,12 +37,15 @@ class Kind(NamedTuple):
     two_labels: bool
     options: Options  # without the numbers that are others in every step
     facts: DeviceFacts
+    part: Slice | None  # which classes the logits hold; None: all
 
     def operands(self) -> Operands:
         return operands(self.shape, self.strides, self.gradient_strides, self.probabilities_strides, self.itemsize)
 
 
-def _kind(inputs: Inputs, gradient_strides: tuple[int, ...] | None, options: Options, facts: DeviceFacts) -> Kind:
+def _kind(
+    inputs: Inputs, gradient_strides: tuple[int, ...] | None, options: Options, facts: DeviceFacts, part: Slice | None
+) -> Kind:
     logits = inputs.logits
     return Kind(
         logits.shape,
@@ -53,6 +56,7 @@ def _kind(inputs: Inputs, gradient_strides: tuple[int, ...] | None, options: Opt
         inputs.target_b is not None,
         options.kind(),
         facts,
+        part,
     )
 
 
@@ -70,14 +74,21 @@ def laid_out(inputs: Inputs) -> Inputs:
 
 
 def forward_launches(
-    inputs: Inputs, gradient_strides: tuple[int, ...] | None, options: Options, saves: bool, facts: DeviceFacts
+    inputs: Inputs,
+    gradient_strides: tuple[int, ...] | None,
+    options: Options,
+    saves: bool,
+    facts: DeviceFacts,
+    part: Slice | None = None,
 ) -> Launches:
-    """gradient_strides: of the gradient that a fused forward writes; saves: the caller gets `saved`."""
-    return _forward_launches(_kind(inputs, gradient_strides, options, facts), saves)
+    """gradient_strides: of the gradient that a fused forward writes; saves: the caller gets `saved`; part: a slice's forward."""
+    return _forward_launches(_kind(inputs, gradient_strides, options, facts, part), saves)
 
 
-def backward_launch(inputs: Inputs, gradient_strides: tuple[int, ...], options: Options, facts: DeviceFacts) -> Launch:
-    return _backward_launch(_kind(inputs, gradient_strides, options, facts))
+def backward_launch(
+    inputs: Inputs, gradient_strides: tuple[int, ...], options: Options, facts: DeviceFacts, part: Slice | None = None
+) -> Launch:
+    return _backward_launch(_kind(inputs, gradient_strides, options, facts, part))
 
 
 # Saves the decisions, half the host's time of a call; bounded by the number of kinds.
@@ -130,6 +141,7 @@ def _asks(kind: Kind, saves: bool = False, top_k_is_fraction: bool = False) -> A
         two_labels=kind.two_labels,
         saves=saves,
         top_k_is_fraction=top_k_is_fraction,
+        sharded=kind.part is not None,
     )
 
 
@@ -137,7 +149,8 @@ def _logits_launch(cut: Cut, kind: Kind, t: Operands, asks: Asks, numbers: dict[
     """Of a kernel that has the logits: what all of these are given."""
     options, g = kind.options, t.logits
     shape = replace(cut.shape, waits=not interprets()) if isinstance(cut.shape, RowShape) else cut.shape
-    layout = Layout(g.n_rows, g.n_inner, g.n_cols, _strides(g), _strides(t.dlogits), _strides(t.probabilities))
+    shard = None if kind.part is None else Shard(*kind.part)
+    layout = Layout(g.n_rows, g.n_inner, g.n_cols, _strides(g), _strides(t.dlogits), _strides(t.probabilities), shard)
     return _launch(
         cut,
         {
