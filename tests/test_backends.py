@@ -46,7 +46,7 @@ def test_the_environment_asks_for_a_backend() -> None:
 def test_the_environment_asks_for_an_unknown_backend() -> None:
     result = _run("import fusedloss", FUSEDLOSS_BACKEND="fast")
     assert result.returncode != 0
-    assert "backend must be one of" in result.stderr
+    assert "FUSEDLOSS_BACKEND must be one of" in result.stderr
     assert "'fast'" in result.stderr
 
 
