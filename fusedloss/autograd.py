@@ -13,6 +13,8 @@ gradient is made before it is asked for: what they would have to keep, or to thr
 The fused gradient belongs to the graph until the graph is freed: then it is scaled in place and handed out, before that a copy.
 """
 
+import math
+import sys
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ from fusedloss.world import hooks_are_active, is_batched, nobody_watches
 def kernel_inputs(inputs: Inputs) -> Inputs:
     """The same as the kernels take them: logits (N, C) or (N, C, S), a view wherever strides allow; one value per row."""
     logits = inputs.logits
+    if logits.dim() == 1:
+        return inputs.as_one_row()
     if logits.dim() == 2:
         return inputs
     flat = inputs.per_row(lambda values: values.reshape(-1))
@@ -97,7 +101,7 @@ class CrossEntropyFunction(torch.autograd.Function):
 
 
 class KnownCrossEntropyFunction(torch.autograd.Function):
-    """The same for a call like one that was served before: contiguous logits, class indices, weights or not."""
+    """The same for a call like one that was served before: class indices or probabilities, weights or not."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rest: tuple[Tensor, Tensor | None, float, KnownCall]) -> Tensor:
@@ -140,6 +144,12 @@ def forgets_logits(options: Options, logits: Tensor) -> bool:
     return is_affine and logits.numel() * logits.element_size() > KEPT_BYTES
 
 
+def alike_lengths(logits: Tensor) -> range:
+    """The numbers of examples, these logits' among them, for which `forgets_logits` has one answer."""
+    last_kept = KEPT_BYTES // max(1, logits.element_size() * math.prod(logits.shape[1:]))
+    return range(last_kept + 1) if logits.shape[0] <= last_kept else range(last_kept + 1, sys.maxsize)
+
+
 def _present(inputs: Inputs) -> tuple[str, ...]:
     """The tensors that there are: what draws a graph asks each one saved for its shape."""
     return tuple(name for name, tensor in zip(Inputs._fields, inputs, strict=True) if tensor is not None)
@@ -180,13 +190,16 @@ def _differentiable_gradient(
     """From PyTorch's operators: under create_graph the gradient must be differentiable itself, under vmap (is_grads_batched) no
     kernel serves dloss."""
     with torch.enable_grad():
+        version: int | None
         if dlogits is None:
-            place = values = by_name["logits"]
+            place, version = by_name["logits"], by_name["logits"]._version
         else:
             place, version = ctx.place or (by_name["logits"], None)
-            values = place
-            inputs = Inputs(**{**by_name, "logits": place})
-            if version != place._version:  # forgotten, or edited since, as it may be
-                values = recovered(inputs, options, out_dtype, dlogits)
-        loss, _ = reference.cross_entropy(Inputs(**{**by_name, "logits": values}), options, out_dtype)
-        return torch.autograd.grad(loss, place, dloss, create_graph=True)[0]
+        inputs = Inputs(**{**by_name, "logits": place})
+        if place.dim() == 1:
+            inputs, dlogits = inputs.as_one_row(), dlogits if dlogits is None else dlogits.unsqueeze(0)
+        if version != place._version:  # forgotten, or edited since, as it may be
+            assert dlogits is not None
+            inputs = inputs._replace(logits=recovered(inputs, options, out_dtype, dlogits))
+        loss, _ = reference.cross_entropy(inputs, options, out_dtype)
+        return torch.autograd.grad(loss.reshape(dloss.shape), place, dloss, create_graph=True)[0]

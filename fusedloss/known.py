@@ -6,6 +6,7 @@ quarter of a microsecond: type, dtype, device, sizes, strides, requires_grad and
 transform is active, or a tensor is a negative view. Modes, and what else a call depends on, are part of the key.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ class KnownCall:
     """What was decided for a call, which plain tensors made that nobody watched."""
 
     takes: Callable[..., bool]  # logits, target and weight, if any
+    lengths: range | None  # numbers of examples that are alike, the same of logits and target; None: that of the first call
     takes_dloss: Callable[[Tensor], bool]
     needs_grad: bool
     options: Options  # but the scale
@@ -41,7 +43,8 @@ class KnownCall:
 
 
 KNOWN: dict[tuple[Any, ...], tuple[KnownCall, ...]] = {}  # by options and settings; only a cache: it may be emptied at any time
-_seen: dict[tuple[Any, ...], int] = {}  # how often, by key, shape and dtype
+_seen: dict[tuple[Any, ...], int] = {}  # how often, by key, shape, strides and dtype
+_lengths: dict[tuple[Any, ...], int] = {}  # the first number of examples, by key, shape of an example, strides and dtype
 
 
 def key_of(
@@ -84,7 +87,9 @@ def find(key: tuple[Any, ...], input: Tensor, target: Tensor, weight: Tensor | N
     if calls is None or input.is_nested or target.is_nested or (weight is not None and weight.is_nested):
         return None  # nested tensors end the process when they are asked for their strides
     for call in calls:
-        if call.takes(input, target) if weight is None else call.takes(input, target, weight):
+        if not (call.takes(input, target) if weight is None else call.takes(input, target, weight)):
+            continue
+        if call.lengths is None or (input.shape[0] == target.shape[0] and input.shape[0] in call.lengths):
             return call
     return None
 
@@ -92,7 +97,7 @@ def find(key: tuple[Any, ...], input: Tensor, target: Tensor, weight: Tensor | N
 def is_worth_remembering(key: tuple[Any, ...], logits: Tensor) -> bool:
     """Whether such a call comes again. Remembering one takes as long as serving it, so not for a shape that comes once; and where
     others are forgotten for it, at the powers of two only: many shapes in turn would do nothing but replace each other."""
-    call = (key, logits.shape, logits.dtype)
+    call = (key, logits.shape, logits.stride(), logits.dtype)
     if len(_seen) >= MAX_SEEN:
         _seen.clear()
     times = _seen[call] = _seen.get(call, 0) + 1
@@ -101,20 +106,33 @@ def is_worth_remembering(key: tuple[Any, ...], logits: Tensor) -> bool:
     return times >= 16 and times & (times - 1) == 0
 
 
+def varies(key: tuple[Any, ...], logits: Tensor) -> bool:
+    """Whether calls alike came with another number of examples; of logits whose strides do not depend on it."""
+    if logits.dim() < 2 or logits.stride(0) != math.prod(logits.shape[1:]):
+        return False
+    if len(_lengths) >= MAX_SEEN:
+        _lengths.clear()
+    return _lengths.setdefault((key, logits.shape[1:], logits.stride(), logits.dtype), logits.shape[0]) != logits.shape[0]
+
+
 def remember(key: tuple[Any, ...], call: KnownCall) -> None:
     if len(KNOWN) >= MAX_KEYS:
         KNOWN.clear()
-    # Replaced as a whole: another thread may be looking through them.
-    KNOWN[key] = (call, *KNOWN.get(key, ())[: MAX_CALLS - 1])
+    others = KNOWN.get(key, ())[: MAX_CALLS - 1]
+    # Replaced as a whole: another thread may be looking through them. First those that are found fastest.
+    KNOWN[key] = (call, *others) if call.lengths is None else (*others, call)
 
 
-def same_kind(*tensors: Tensor) -> Callable[..., bool] | None:
-    """A test whether others are such tensors, no two of them the same; None where PyTorch has none, or not for these."""
+def same_kind(*tensors: Tensor, any_batch: bool = False) -> Callable[..., bool] | None:
+    """A test whether others are such tensors, no two of them the same; None where PyTorch has none, or not for these.
+
+    any_batch: the first two, logits and target, may have another number of examples.
+    """
     if _TensorGuards is None:
         return None
-    check = _TensorGuards(
-        *tensors,
-        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
-    ).check
+    sizes: list[list[int | None]] = [list(tensor.shape) for tensor in tensors]
+    if any_batch:
+        sizes[0][0] = sizes[1][0] = None
+    strides = [list(tensor.stride()) for tensor in tensors]
+    check = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     return check if check(*tensors) else None

@@ -46,9 +46,10 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
     return Outputs(*torch.ops.fusedloss.forward.default(*inputs, *options, out_dtype, needs_grad, backend))
 
 
-def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, backend: str, shape: torch.Size) -> Any:
-    """What serves calls alike while nobody watches: the backend's Prepared, or None where such calls take more than a launch."""
-    return _BACKENDS[backend].prepare(inputs, options, out_dtype, needs_grad, shape)
+def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, backend: str, as_given: Inputs) -> Any:
+    """What serves calls alike while nobody watches: the backend's Prepared, or None where such calls take more than a launch.
+    as_given: the inputs as the caller has them."""
+    return _BACKENDS[backend].prepare(inputs, options, out_dtype, needs_grad, as_given)
 
 
 def backward(

@@ -87,6 +87,13 @@ class Inputs(NamedTuple):
     def has_probabilities(self) -> bool:
         return self.target.dim() == self.logits.dim()
 
+    def as_one_row(self) -> "Inputs":
+        """(C,) as (1, C)."""
+        logits, target = self.logits, self.target
+        has_probabilities = self.target_b is None and target.shape == logits.shape
+        rows = self.per_row(lambda values: values.reshape(-1))
+        return rows._replace(logits=logits.unsqueeze(0), target=target.reshape(1, -1) if has_probabilities else target.reshape(1))
+
 
 class Block(NamedTuple):
     """What a program of a kernel that holds no rows of logits looks at, at a time."""

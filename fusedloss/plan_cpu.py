@@ -13,23 +13,24 @@ ELEMENTS_PER_THREAD = 16384
 
 
 class Rows(NamedTuple):
-    """Shapes and strides in elements as kernels/cpu/problem.h has them: row r is (r // n_inner, r % n_inner)."""
+    """Shapes and strides in elements as kernels/cpu/problem.h has them."""
 
-    n_outer: int
-    n_inner: int
+    per_example: int
+    one_block: bool  # the examples' rows are one sequence, with one stride
     n_cols: int
     strides: tuple[tuple[int, int, int], ...]  # of outer block, row and class; for each tensor
 
 
-def rows(shape: tuple[int, ...], *strides: tuple[int, ...] | None) -> Rows:
-    """The rows of logits (N, C) or (N, C, S), and where they lie in tensors of that shape with these strides; None: no tensor."""
-    if len(shape) == 2:
+def rows(example: tuple[int, ...], *strides: tuple[int, ...] | None) -> Rows:
+    """The rows of logits (N, C) or (N, C, S), for any N, and where they lie in tensors of that shape with these strides; None: no
+    tensor. example: (C,) or (C, S)."""
+    if len(example) == 1:
         places = [(0, of_tensor[0], of_tensor[1]) if of_tensor is not None else (0, 0, 0) for of_tensor in strides]
-        return Rows(1, shape[0], shape[1], tuple(places))
-    n_outer, n_cols, n_inner = shape
+        return Rows(1, True, example[0], tuple(places))
+    n_cols, per_example = example
     places = [(of_tensor[0], of_tensor[2], of_tensor[1]) if of_tensor is not None else (0, 0, 0) for of_tensor in strides]
-    one_block = all(outer == n_inner * row for outer, row, _ in places)  # channels_last: the outer blocks' rows are one sequence
-    return Rows(*((1, n_outer * n_inner) if one_block else (n_outer, n_inner)), n_cols, tuple(places))
+    one_block = all(outer == per_example * row for outer, row, _ in places)  # as in channels_last
+    return Rows(per_example, one_block, n_cols, tuple(places))
 
 
 def max_threads(n_elements: int) -> int:

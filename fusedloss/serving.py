@@ -13,12 +13,12 @@ from fusedloss import environment, known, ops, reference
 from fusedloss.autograd import (
     CrossEntropyFunction,
     KnownCrossEntropyFunction,
+    alike_lengths,
     expanded_to_rows,
     forgets_logits,
     kernel_forward,
     kernel_inputs,
 )
-from fusedloss.backends.outputs import contiguous_strides
 from fusedloss.backends.triton import device_facts
 from fusedloss.checks import check_class_indices, check_options
 from fusedloss.geometry import DeviceFacts
@@ -128,27 +128,27 @@ def labels_of(target: Any) -> tuple[Tensor, Tensor | None, float | Tensor]:
 
 
 def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Route, loss: Tensor) -> None:
-    """Has the next call like this one go straight to its backend: contiguous logits, class indices, weights or not."""
+    """Has the next call like this one go straight to its backend."""
     logits, target, weight = inputs.logits, inputs.target, inputs.weight
     if route.world is not PLAIN or route.backend not in ("cpu", "triton") or (_CHECK_TARGETS and route.backend != "cpu"):
         return
-    if logits.dim() < 2 or inputs.has_probabilities() or inputs.target_b is not None:
-        return
-    if logits.stride() != contiguous_strides(logits.shape) or not target.is_contiguous():
-        return
-    if not known.is_worth_remembering(key, logits):
+    varies = route.backend == "cpu" and known.varies(key, logits)  # a launch is cut for a number of rows
+    if not (varies or known.is_worth_remembering(key, logits)):
         return
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
-    prepared = ops.prepare(kernel_inputs(inputs), options, route.out_dtype, needs_grad, route.backend, logits.shape)
-    takes = known.same_kind(logits, target) if weight is None else known.same_kind(logits, target, weight)
-    takes_dloss = known.same_kind(loss.detach())
-    if prepared is None or takes is None or takes_dloss is None:
+    prepared = ops.prepare(kernel_inputs(inputs), options, route.out_dtype, needs_grad, route.backend, inputs)
+    if prepared is None:
         return
     fused = needs_grad and fuses_gradient(options.reduction, logits.dtype)
     forgets = fused and forgets_logits(options, logits)
+    tensors = (logits, target) if weight is None else (logits, target, weight)
+    lengths = alike_lengths(logits) if varies and prepared.any_batch else None
+    takes, takes_dloss = known.same_kind(*tensors, any_batch=lengths is not None), known.same_kind(loss.detach())
+    if takes is None or takes_dloss is None:
+        return
     names = (() if fused and not forgets else ("logits",)) + (("target",) if weight is None else ("target", "weight"))
     settings = (needs_grad, options, route.out_dtype, route.backend, names, forgets)
-    known.remember(key, known.KnownCall(takes, takes_dloss, *settings, prepared))
+    known.remember(key, known.KnownCall(takes, lengths, takes_dloss, *settings, prepared))
 
 
 def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, LossStats | None]:
@@ -160,7 +160,7 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
 
         return dtensor.cross_entropy(inputs, options)
     if inputs.logits.dim() == 1:
-        loss, stats = compute(_as_one_row(inputs), options, route)
+        loss, stats = compute(inputs.as_one_row(), options, route)
         if stats is not None:
             stats = stats._replace(lse=stats.lse.reshape(()), row_loss=stats.row_loss.reshape(()))
         return loss.reshape(()), stats
@@ -195,14 +195,6 @@ def check_if_asked(target: Tensor, target_b: Tensor | None, n_classes: int, opti
                 check_class_indices(labels, n_classes, options.ignore_index)
 
 
-def _as_one_row(inputs: Inputs) -> Inputs:
-    """(C,) as (1, C)."""
-    logits, target = inputs.logits, inputs.target
-    has_probabilities = inputs.target_b is None and target.shape == logits.shape
-    one_row = inputs.per_row(lambda values: values.reshape(-1))
-    return one_row._replace(logits=logits.unsqueeze(0), target=target.reshape(1, -1) if has_probabilities else target.reshape(1))
-
-
 def planned(
     device: DeviceFacts | None,
     input: Tensor,
@@ -228,7 +220,7 @@ def planned(
     if route.backend in ("torch", "reference", "sharded"):
         return Plan(route.backend, route.reason)
     if input.dim() == 1:
-        inputs = _as_one_row(inputs)
+        inputs = inputs.as_one_row()
     needs_grad = input.requires_grad and torch.is_grad_enabled()
     if route.backend == "cpu":
         return cpu_plan(route.reason, inputs.logits, options, needs_grad)

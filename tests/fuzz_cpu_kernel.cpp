@@ -89,6 +89,8 @@ void one_problem(int number) {
   p.n_cols = pick(columns);
   p.n_outer = coin() ? 1 : uniform(0, 4);
   p.n_inner = p.n_cols > 1000 ? uniform(0, 5) : uniform(0, 400);
+  p.one_block = p.n_outer == 1 && coin();
+  p.n_examples = p.one_block ? p.n_inner : p.n_outer, p.rows_per_example = p.one_block ? 1 : p.n_inner;
   p.logits_dtype = uniform(0, 3);
   p.loss_dtype = coin() ? p.logits_dtype : p.logits_dtype == kFloat64 ? kFloat64 : kFloat32;
   p.target_kind = pick<int64_t>(
@@ -164,7 +166,7 @@ void one_problem(int number) {
       p.row_stats = has_stats ? row_stats.bytes.get() : nullptr, p.counts = has_stats ? counts.as<int64_t>() : nullptr;
       p.loss = loss.bytes.get(), p.saved = saved.bytes.get(), p.dloss = nullptr;
       p.dlogits = fused ? gradient.bytes.get() : nullptr;
-      p.fresh_bytes = fused ? int64_t(gradient.size) : 0;
+      p.fresh = fused;
       const int64_t status = fusedloss_forward(&p, &p);
       require((status != 0) == bad, "an index out of range is reported, and only that", number);
       if (bad) {

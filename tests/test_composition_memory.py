@@ -35,6 +35,7 @@ def _logits_are(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(autograd, "KEPT_BYTES", recover.KEPT_BYTES if request.param == "kept" else 0)
     monkeypatch.setattr(known, "KNOWN", {})
     monkeypatch.setattr(known, "_seen", {})
+    monkeypatch.setattr(known, "_lengths", {})
 
 
 def memory(step: Callable[[Callable[[], None]], Any], unit: int) -> tuple[int, int]:

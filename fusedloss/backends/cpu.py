@@ -9,6 +9,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -18,15 +19,17 @@ from fusedloss.backends.cpu_abi import CALL, NO_EXTRAS, Library, load
 from fusedloss.backends.cpu_call import Prepacked, address, as_read, prepack, run
 from fusedloss.backends.outputs import (
     NO_OUTPUTS,
-    Allocators,
+    STATE,
     Outputs,
     allocate_forward,
     allocate_gradient,
-    forward_allocators,
+    contiguous_strides,
+    kept,
     n_statistics,
 )
 from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
 
+_ON_CPU = partial(torch.empty, device=torch.device("cpu"))
 _BITS = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}  # by the size of a floating point number
 
 # At import: a call has no time for it, and torch.compile reads a constant.
@@ -58,7 +61,7 @@ def _forward(outputs: Outputs, dlogits: Tensor | None, inputs: Inputs, options: 
     inputs = _as_read(inputs)
     strides = None if dlogits is None else dlogits.stride()
     kind = prepack(inputs, strides, outputs.loss.dtype, options, _library(), fresh=dlogits is not inputs.logits)
-    bad_row = run(kind.functions.forward, kind, outputs._replace(dlogits=dlogits), None, inputs, options)
+    bad_row = run(False, kind, outputs._replace(dlogits=dlogits), None, inputs, options)
     if bad_row:
         _raise_out_of_bounds(bad_row - 1, inputs.logits.shape[1], inputs.target, inputs.target_b)
 
@@ -82,7 +85,7 @@ def backward(
         inputs = _as_read(inputs)
         kind = prepack(inputs, dlogits.stride(), None, options, _library())
         outputs = NO_OUTPUTS._replace(saved=saved, dlogits=dlogits)
-        run(kind.functions.backward, kind, outputs, dloss.contiguous(), inputs, options)
+        run(True, kind, outputs, dloss.contiguous(), inputs, options)
     return dlogits
 
 
@@ -93,7 +96,7 @@ def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
     stats = logits.new_empty((n_statistics(inputs, options), n_rows), dtype=accumulation_dtype(logits.dtype))
     if logits.numel() > 0:
         kind = prepack(inputs, None, None, options, _library())
-        bad_row = run(kind.functions.forward, kind, NO_OUTPUTS, None, inputs, options, part, stats)
+        bad_row = run(False, kind, NO_OUTPUTS, None, inputs, options, part, stats)
         if bad_row:
             _raise_out_of_bounds(bad_row - 1, part.n_classes, inputs.target, inputs.target_b)
     return stats
@@ -109,7 +112,7 @@ def slice_gradient(
         kind = prepack(inputs, dlogits.stride(), None, options, _library())
         head = stats.new_tensor([1.0, 0.0, 0.0, float(weight_total)])
         outputs = NO_OUTPUTS._replace(saved=head, dlogits=dlogits)
-        run(kind.functions.backward, kind, outputs, drows.contiguous(), inputs, options, part, stats)
+        run(True, kind, outputs, drows.contiguous(), inputs, options, part, stats)
     return dlogits
 
 
@@ -117,17 +120,25 @@ def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
     """dlogits *= dloss, but a row of zeros, as an ignored one is, stays so whatever dloss is."""
     factor = dloss.item()
     if not math.isfinite(factor):
-        dloss = torch.where(dlogits.any(1, keepdim=True), dloss, 0)
+        dloss = torch.where(dlogits.any(min(1, dlogits.dim() - 1), keepdim=True), dloss, 0)
     if factor != 1:
         dlogits.mul_(dloss)
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """The forward of calls alike, on contiguous logits with class indices, and weights or not, as the caller has them."""
+    """The forward of calls alike, on logits with class indices or probabilities, and weights or not, that the kernel reads as the
+    caller has them."""
 
-    new: Allocators
     kind: Prepacked
+    any_batch: bool  # calls with another number of examples are alike
+    n_examples: int  # if not
+    new_loss: Callable[[], Tensor]  # 0-d
+    losses: tuple[int, ...] | None  # of an example; None: the loss is 0-d
+    saved_per_example: int  # 0: nothing is saved
+    makes_gradient: bool
+    out_dtype: torch.dtype
+    saved_dtype: torch.dtype
     weight_bytes: int
     rest: bytes  # of the kernel's arguments
     bits_at: Callable[[int], Any]  # of a loss, as an integer at an address
@@ -137,14 +148,21 @@ class Prepared:
         self, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The loss, what the backward reads and the gradient for an upstream gradient of 1; as `Outputs` has them."""
-        new, kind = self.new, self.kind
-        loss = new.loss()
-        saved = None if new.saved is None else new.saved()
-        dlogits = None if new.dlogits is None else new.dlogits()
+        kind, saved, dlogits = self.kind, None, None
+        n_examples = logits.shape[0] if self.any_batch else self.n_examples
+        loss = self.new_loss() if self.losses is None else _ON_CPU((n_examples, *self.losses), dtype=self.out_dtype)
+        if self.saved_per_example:
+            saved = _ON_CPU((STATE + n_examples * self.saved_per_example,), dtype=self.saved_dtype)
+        if self.makes_gradient:
+            dlogits = torch.empty_like(logits)
         logits_at, target_at = logits.data_ptr(), target.data_ptr()
         # Memory that was freed begins at 0; address() asks for more than that, and takes 2 % of a small step for each tensor.
         if not (logits_at and target_at) or logits.storage_offset() or target.storage_offset():
-            logits_at, target_at = address(logits, kind.logits_bytes), address(target, kind.target_bytes)
+            logits_at = address(logits, kind.logits.of(n_examples))
+            target_at = address(target, kind.target.of(n_examples))
+        n_threads, functions = 1, kind.library.holding_gil
+        if n_examples >= kind.examples_of_two_threads:
+            n_threads, functions = kind.n_threads(n_examples), kind.library.functions
         call = CALL.pack(  # as in run(), but of fewer tensors and without names, which would take 3 % of a small step
             loss.data_ptr(),
             0 if saved is None else saved.data_ptr(),
@@ -153,11 +171,12 @@ class Prepared:
             target_at,
             0 if weight is None else address(weight, self.weight_bytes),
             scale,
-            1 if kind.max_threads == 1 else min(kind.max_threads, torch.get_num_threads()),
+            n_threads,
+            n_examples,
         )
-        bad_row = kind.functions.forward(call, self.rest)
+        bad_row = functions.forward(call, self.rest)
         if bad_row:
-            _raise_out_of_bounds(bad_row - 1, logits.shape[1], target)
+            _raise_out_of_bounds(bad_row - 1, kind.n_cols, target)
         return loss, saved, dlogits
 
     def scale_gradient(self, dlogits: Tensor, dloss: Tensor) -> None:
@@ -167,22 +186,48 @@ class Prepared:
             scale_gradient(dlogits, dloss)
 
 
-def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, shape: torch.Size) -> Prepared | None:
-    """What `forward` decides for these arguments, or None where it has to convert a tensor first. shape: the caller's logits'."""
-    if any(read is not given for read, given in zip(_as_read(inputs), inputs, strict=True)):
+def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, as_given: Inputs) -> Prepared | None:
+    """What `forward` decides for these arguments, or None where it has to convert a tensor first, or there is nothing to do.
+    as_given: the inputs as the caller has them."""
+    logits = as_given.logits
+    if 1 in logits.shape and logits.stride() != contiguous_strides(logits.shape):  # strides that say nothing: a gradient's differ
         return None
-    new = forward_allocators(inputs, options, out_dtype, needs_grad, shape)
-    fused = new.dlogits is not None
-    kind = prepack(inputs, inputs.logits.stride() if fused else None, out_dtype, options, _library())
+    if logits.numel() == 0 or not all(map(_is_same, _as_read(inputs), as_given)):
+        return None
+    soft, saves, makes_gradient = inputs.has_probabilities(), *kept(options, needs_grad, logits.dtype)
+    strides, is_dense = None, True
+    if makes_gradient:
+        strides, dlogits = allocate_gradient(inputs.logits).stride(), allocate_gradient(logits)
+        is_dense = dlogits.stride() == logits.stride()
+        rows = dlogits.unsqueeze(0) if dlogits.dim() == 1 else dlogits.flatten(2) if dlogits.dim() > 3 else dlogits
+        if rows.data_ptr() != dlogits.data_ptr() or rows.stride() != strides:
+            return None
+    kind = prepack(inputs, strides, out_dtype, options, _library())
     bits_at, one = _BITS[out_dtype.itemsize].from_address, torch.ones((), dtype=out_dtype, device="cpu")
     return Prepared(
-        new,
         kind,
-        0 if inputs.weight is None else inputs.weight.nbytes,
-        NO_EXTRAS + kind.packed,
-        bits_at,
-        bits_at(one.data_ptr()).value,
+        any_batch=logits.dim() > 1
+        # Else the gradient's strides would depend on the number of examples.
+        and (not makes_gradient or (is_dense and logits.stride(0) == math.prod(logits.shape[1:])))
+        and (soft or as_given.target.stride() == contiguous_strides(as_given.target.shape)),
+        n_examples=logits.shape[0] if logits.dim() > 1 else 1,
+        new_loss=partial(torch.empty_strided, (), (), dtype=out_dtype, device=logits.device),
+        losses=tuple(logits.shape[2:]) if options.reduction == "none" and logits.dim() > 1 else None,
+        saved_per_example=(3 + soft) * kind.per_example if saves else 0,
+        makes_gradient=makes_gradient,
+        out_dtype=out_dtype,
+        saved_dtype=accumulation_dtype(logits.dtype),
+        weight_bytes=0 if inputs.weight is None else inputs.weight.nbytes,
+        rest=NO_EXTRAS + kind.packed,
+        bits_at=bits_at,
+        one=bits_at(one.data_ptr()).value,
     )
+
+
+def _is_same(read: Tensor | None, given: Tensor | None) -> bool:
+    if read is None or given is None:
+        return read is given
+    return read.dtype == given.dtype and read.data_ptr() == given.data_ptr()
 
 
 def _library() -> Library:

@@ -17,7 +17,7 @@ from fusedloss import environment
 
 LIBRARY_NAME = "fusedloss_cpu.so"
 
-ABI = 5
+ABI = 6
 ISA_NAMES = ("auto", "baseline", "avx2", "avx512", "avx512bf16")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean", "max", "topk")
@@ -38,6 +38,7 @@ class Call(NamedTuple):
     weight: Address
     scale: float
     n_threads: int
+    n_examples: int
 
 
 class Extras(NamedTuple):
@@ -71,9 +72,9 @@ class Kind(NamedTuple):
     target_kind: int
     reduction: int
     isa: int
-    fresh_bytes: int
-    n_outer: int
-    n_inner: int
+    fresh: int
+    rows_per_example: int
+    one_block: int
     n_cols: int
     logits_outer: int
     logits_row: int

@@ -2,7 +2,7 @@
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from fusedloss.backends.cpu_abi import (
     Address,
     Call,
     Extras,
-    Functions,
     Kind,
     Library,
 )
@@ -28,19 +27,36 @@ from fusedloss.kernels.constants import FRACTION_BITS
 from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
 
 
-class Prepacked(NamedTuple):
-    """`Kind` and what else is the same for all calls alike."""
+class Span(NamedTuple):
+    """How many bytes the examples of a tensor take, from the first to the end of the last."""
 
-    functions: Functions
+    one: int
+    step: int  # from one example to the next
+
+    def of(self, n_examples: int) -> int:
+        return self.one + (n_examples - 1) * self.step if n_examples > 0 else 0
+
+
+class Prepacked(NamedTuple):
+    """`Kind` and what else is the same for all calls alike, whatever the number of examples."""
+
+    library: Library
     packed: bytes  # Kind
-    max_threads: int  # that are worth waking
-    logits_bytes: int  # from the first to the end of the last
-    dlogits_bytes: int
-    target_bytes: int
+    per_example: int  # rows
+    n_cols: int
+    examples_of_two_threads: int  # from so many on a second one is worth waking
+    logits: Span
+    dlogits: Span
+    target: Span
+
+    def n_threads(self, n_examples: int) -> int:
+        """That are worth waking, and there."""
+        worth = plan_cpu.max_threads(n_examples * self.per_example * self.n_cols)
+        return worth if worth == 1 else min(worth, torch.get_num_threads())
 
 
 def run(
-    function: Any,
+    is_backward: bool,
     kind: Prepacked,
     outputs: Outputs,
     dloss: Tensor | None,
@@ -50,15 +66,18 @@ def run(
     slice_stats: Tensor | None = None,
 ) -> int:
     logits, target, target_b, lam, weight, sample_weight, scale = inputs
+    n_examples = logits.shape[0]
+    n_threads = kind.n_threads(n_examples)
     call = Call(
         loss=_contiguous_address(outputs.loss),
         saved=_contiguous_address(outputs.saved),
-        dlogits=address(outputs.dlogits, kind.dlogits_bytes),
-        logits=address(logits, kind.logits_bytes),
-        target=address(target, kind.target_bytes),
+        dlogits=address(outputs.dlogits, kind.dlogits.of(n_examples)),
+        logits=address(logits, kind.logits.of(n_examples)),
+        target=address(target, kind.target.of(n_examples)),
         weight=_contiguous_address(weight),
         scale=options.scale if scale is None else options.scale * scale.item(),
-        n_threads=1 if kind.max_threads == 1 else min(kind.max_threads, torch.get_num_threads()),
+        n_threads=n_threads,
+        n_examples=n_examples,
     )
     extras = Extras(
         row_stats=_contiguous_address(outputs.row_stats),
@@ -72,7 +91,8 @@ def run(
         first_class=0 if part is None else part.first_class,
         n_classes=0 if part is None else part.n_classes,
     )
-    return function(CALL.pack(*call), EXTRAS.pack(*extras) + kind.packed)
+    functions = kind.library.functions if n_examples >= kind.examples_of_two_threads else kind.library.holding_gil
+    return functions[is_backward](CALL.pack(*call), EXTRAS.pack(*extras) + kind.packed)
 
 
 def as_read(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,7 +134,7 @@ def prepack(
 ) -> Prepacked:
     logits, target = inputs.logits, inputs.target
     return _kind(
-        logits.shape,
+        logits.shape[1:],
         logits.stride(),
         gradient_strides,
         target.stride() if inputs.has_probabilities() else None,
@@ -129,7 +149,7 @@ def prepack(
 
 @lru_cache(maxsize=1024)
 def _kind(
-    shape: tuple[int, ...],
+    example: tuple[int, ...],
     logits_strides: tuple[int, ...],
     dlogits_strides: tuple[int, ...] | None,
     probabilities_strides: tuple[int, ...] | None,
@@ -140,13 +160,11 @@ def _kind(
     fresh: bool,
     library: Library,
 ) -> Prepacked:
-    n_elements, itemsize = math.prod(shape), logits_dtype.itemsize
-    rows = plan_cpu.rows(shape, logits_strides, dlogits_strides, probabilities_strides)
+    rows = plan_cpu.rows(example, logits_strides, dlogits_strides, probabilities_strides)
     if probabilities_strides is None:
         target_kind = "uint8" if target_dtype == torch.uint8 else "int64"
     else:
         target_kind = "probabilities" if target_dtype == accumulation_dtype(logits_dtype) else "probabilities_as_logits"
-    gradient_bytes = 0 if dlogits_strides is None else _spanned(shape, dlogits_strides) * itemsize
     (logits_outer, logits_row, logits_col), (dlogits_outer, dlogits_row, dlogits_col), (target_outer, target_row, target_col) = (
         rows.strides
     )
@@ -164,9 +182,9 @@ def _kind(
         target_kind=TARGET_KINDS.index(target_kind),
         reduction=REDUCTIONS.index(options.reduction),
         isa=library.requested_isa,
-        fresh_bytes=gradient_bytes if fresh else 0,
-        n_outer=rows.n_outer,
-        n_inner=rows.n_inner,
+        fresh=fresh,
+        rows_per_example=rows.per_example,
+        one_block=rows.one_block,
         n_cols=rows.n_cols,
         logits_outer=logits_outer,
         logits_row=logits_row,
@@ -179,16 +197,23 @@ def _kind(
         target_col=target_col,
         gomp_parallel=Address(library.gomp_parallel),
     )
-    n_values = n_elements // max(rows.n_cols, 1) if probabilities_strides is None else _spanned(shape, probabilities_strides)
-    max_threads = plan_cpu.max_threads(n_elements)
+    itemsize, per_example = logits_dtype.itemsize, rows.per_example * target_dtype.itemsize
     return Prepacked(
-        library.functions if max_threads > 1 else library.holding_gil,
+        library,
         KIND.pack(*kind),
-        max_threads,
-        _spanned(shape, logits_strides) * itemsize,
-        gradient_bytes,
-        n_values * target_dtype.itemsize,
+        rows.per_example,
+        rows.n_cols,
+        -(-2 * plan_cpu.ELEMENTS_PER_THREAD // max(1, math.prod(example))),
+        _span(example, logits_strides, itemsize),
+        Span(0, 0) if dlogits_strides is None else _span(example, dlogits_strides, itemsize),
+        Span(per_example, per_example)
+        if probabilities_strides is None
+        else _span(example, probabilities_strides, target_dtype.itemsize),
     )
+
+
+def _span(example: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> Span:
+    return Span(_spanned(example, strides[1:]) * itemsize, 0 if 0 in example else strides[0] * itemsize)
 
 
 def _spanned(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:

@@ -35,12 +35,17 @@ class Sizes(NamedTuple):
     row_stats: tuple[int, int] | None
 
 
+def kept(options: Options, needs_grad: bool, dtype: torch.dtype) -> tuple[bool, bool]:
+    """Whether the forward keeps `saved`, and whether it makes the gradient."""
+    fused = needs_grad and fuses_gradient(options.reduction, dtype)
+    return (needs_grad and not fused) or options.reduction in ROW_REDUCTIONS, fused
+
+
 def output_sizes(inputs: Inputs, options: Options, needs_grad: bool) -> Sizes:
     """For inputs as the kernels take them."""
     logits = inputs.logits
     n_rows = logits.shape[0] if logits.dim() == 2 else logits.shape[0] * logits.shape[2]
-    fused = needs_grad and fuses_gradient(options.reduction, logits.dtype)
-    keeps_rows = (needs_grad and not fused) or options.reduction in ROW_REDUCTIONS
+    keeps_rows, fused = kept(options, needs_grad, logits.dtype)
     return Sizes(
         (n_rows,) if options.reduction == "none" else (),
         STATE + (3 + inputs.has_probabilities()) * n_rows if keeps_rows else None,

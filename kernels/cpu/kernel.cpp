@@ -74,9 +74,11 @@ TargetSummary summarise_targets(const Problem& problem, SummariseRows summarise)
 void advise_fresh_gradient(const Problem& problem) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = 4096;
-  if (problem.fresh_bytes < int64_t(32) << 20) return;
+  const int64_t item = problem.logits_dtype == kFloat64 ? 8 : problem.logits_dtype == kFloat32 ? 4 : 2;
+  const int64_t n_bytes = problem.fresh && problem.dlogits ? problem.n_rows() * problem.n_cols * item : 0;
+  if (n_bytes < int64_t(32) << 20) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(problem.dlogits), first = (begin + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t last = (begin + uintptr_t(problem.fresh_bytes)) / PAGE * PAGE;
+  const uintptr_t last = (begin + uintptr_t(n_bytes)) / PAGE * PAGE;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
 #else
   (void)problem;

@@ -12,7 +12,7 @@
 
 namespace fusedloss {
 
-constexpr int64_t kAbi = 5;  // raised with every change of what follows; cpu.py refuses a library of another number
+constexpr int64_t kAbi = 6;  // raised with every change of what follows; cpu.py refuses a library of another number
 
 enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16 };
 enum Reduction : int64_t { kNone, kSum, kMean, kMax, kTopK };
@@ -37,6 +37,7 @@ struct Call {
   // scalars
   double scale;
   int64_t n_threads;
+  int64_t n_examples;
 };
 
 struct Extras {
@@ -64,9 +65,11 @@ struct Kind {
   int64_t top_k_is_fraction;
   int64_t logits_dtype, loss_dtype, target_kind, reduction;
   int64_t isa;             // kBest, or a lower one for tests
-  int64_t fresh_bytes;     // of dlogits, if its memory was allocated for this call; else 0
+  int64_t fresh;           // whether dlogits were allocated for this call, dense then
   // shapes and strides
-  int64_t n_outer, n_inner, n_cols;
+  int64_t rows_per_example;
+  int64_t one_block;       // whether one stride leads from each row to the next, in all examples
+  int64_t n_cols;
   Strides logits_strides, dlogits_strides, target_strides;
   // GOMP_parallel of the OpenMP runtime that PyTorch loaded, or null; threads.h says why
   void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned);
@@ -75,6 +78,15 @@ struct Kind {
 struct Rest : Extras, Kind {};
 
 struct Problem : Call, Rest {
+  int64_t n_outer, n_inner;
+
+  Problem() = default;
+  Problem(const Call& call, const Rest& rest)
+      : Call(call),
+        Rest(rest),
+        n_outer(one_block ? 1 : n_examples),
+        n_inner(one_block ? n_examples * rows_per_example : rows_per_example) {}
+
   int64_t n_rows() const { return n_outer * n_inner; }
   bool has_probabilities() const { return target_kind == kProbabilities || target_kind == kProbabilitiesAsLogits; }
   bool has_contiguous_classes() const {

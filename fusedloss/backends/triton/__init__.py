@@ -143,6 +143,7 @@ def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
 class Prepared:
     """The forward of calls alike, on contiguous logits with class indices, and weights or not, as the caller has them."""
 
+    any_batch = False
     new: Allocators
     new_state: Callable[[], Tensor]
     launches: Launches
@@ -165,11 +166,13 @@ class Prepared:
         launching.launch(self.scaling, self.device, {"dlogits_ptr": dlogits, "dloss_ptr": dloss})
 
 
-def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, shape: torch.Size) -> Prepared | None:
-    """What `forward` decides for these arguments, or None where it has to copy a tensor first, or there is nothing to do. shape:
-    the caller's logits'."""
-    logits = inputs.logits
-    if logits.numel() == 0 or not all(tensor is None or tensor.is_contiguous() for tensor in inputs):
+def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, as_given: Inputs) -> Prepared | None:
+    """What `forward` decides for these arguments, or None where it has to copy a tensor first, or there is nothing to do.
+    as_given: the inputs as the caller has them."""
+    logits, shape = inputs.logits, as_given.logits.shape
+    if logits.numel() == 0 or not all(tensor is None or tensor.is_contiguous() for tensor in (*inputs, *as_given)):
+        return None
+    if len(shape) == 1 or inputs.has_probabilities():
         return None
     new, facts = forward_allocators(inputs, options, out_dtype, needs_grad, shape), device_facts(logits.device)
     strides = logits.stride() if new.dlogits is not None else None
