@@ -20,6 +20,7 @@ COUNTED_ROWS = 64
 # many programs do (kernels/selection.py).
 ROWS_SELECTED_ALONE = 16384
 SMALL_THREADS = 128  # of a program of a kernel that reads no logits, or only scales a gradient
+SCALED_COLS = 128  # of a fused gradient at a time, where it is scaled row by row: rare, so that little code is best
 DENOMINATOR_ROWS = 512  # not PARTIALS_BLOCK: loads of one shape get one layout, and two targets are a thread's 16 bytes, not four
 
 

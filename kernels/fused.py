@@ -259,12 +259,35 @@ def scale_gradient_kernel(
     dlogits_ptr,  # (n,) in and out, any tensor without gaps
     dloss_ptr,  # ()
     n,
+    layout,
     BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
 ):
     """dlogits *= dloss; where dloss is 1, the usual case, every program reads it and returns. No host looks at it."""
     dloss = tl.load(dloss_ptr).to(tl.float32 if dlogits_ptr.dtype.element_ty != tl.float64 else tl.float64)
     if dloss != 1.0:
-        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            dlogits = tl.load(dlogits_ptr + index, mask=index < n).to(dloss.dtype)
-            tl.store(dlogits_ptr + index, dlogits * dloss, mask=index < n)
+        if dloss - dloss == 0.0:
+            for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+                index = start + tl.arange(0, BLOCK)
+                dlogits = tl.load(dlogits_ptr + index, mask=index < n).to(dloss.dtype)
+                tl.store(dlogits_ptr + index, dlogits * dloss, mask=index < n)
+        else:
+            _scale_rows(dlogits_ptr, dloss, layout, ROW_BLOCK)
+
+
+@triton.jit
+def _scale_rows(dlogits_ptr, dloss, layout, BLOCK: tl.constexpr):
+    """By an infinity or NaN: a row of zeros, as an ignored one has, is not made NaN. Rare, so that nothing is done to be fast."""
+    strides, n_cols = layout.dlogits, layout.n_cols
+    for row in range(tl.program_id(0).to(tl.int64), layout.n_rows, tl.num_programs(0)):
+        row_ptr = dlogits_ptr + row // layout.n_inner * strides.outer + row % layout.n_inner * strides.row
+        is_zero = tl.full((BLOCK,), 1, tl.int32)
+        for start in range(0, n_cols, BLOCK):
+            cols = (start + tl.arange(0, BLOCK)).to(tl.int64)
+            dlogits = tl.load(row_ptr + cols * strides.col, mask=cols < n_cols, other=0.0)
+            is_zero = is_zero & (dlogits == 0.0).to(tl.int32)
+        if tl.min(is_zero, 0) == 0:
+            for start in range(0, n_cols, BLOCK):
+                cols = (start + tl.arange(0, BLOCK)).to(tl.int64)
+                dlogits = tl.load(row_ptr + cols * strides.col, mask=cols < n_cols, other=0.0).to(dloss.dtype)
+                tl.store(row_ptr + cols * strides.col, dlogits * dloss, mask=cols < n_cols)

@@ -225,15 +225,17 @@ def row_coefficient(saved_ptr, dloss_ptr, rows, exist, n_rows, asks: tl.constexp
     dtype: tl.constexpr = saved_ptr.dtype.element_ty
     coefficient = tl.full((), 1.0, dtype) if asks.sharded else tl.load(saved_ptr)
     if asks.reduction == "none":
-        upstream = tl.load(dloss_ptr + rows, mask=exist, other=0.0).to(coefficient.dtype)
+        coefficient *= tl.load(dloss_ptr + rows, mask=exist, other=0.0).to(coefficient.dtype)
     else:
         upstream = tl.load(dloss_ptr).to(coefficient.dtype)
+        coefficient *= upstream
     if asks.reduction == "max" or asks.reduction == "topk":
         loss = tl.load(saved_ptr + STATE + 2 * n_rows + rows, mask=exist, other=float("-inf"))
         key, threshold = sortable_bits(loss), sortable_bits(tl.load(saved_ptr + 2))
-        tied = tl.load(saved_ptr + 1)
+        tied = tl.load(saved_ptr + 1) * upstream
+        # A row that is not selected has 0, not 0 times an infinite upstream gradient.
         coefficient = tl.where(key > threshold, coefficient, tl.where(key == threshold, tied, 0.0))
-    return tl.where(exist, coefficient * upstream, 0.0)
+    return tl.where(exist, coefficient, 0.0)
 
 
 @triton.jit

@@ -132,10 +132,13 @@ def slice_gradient(
 
 
 def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
-    """One launch, which returns at once where dloss is 1: dlogits *= dloss. Dense in memory, in whatever order of dimensions."""
+    """One launch, which returns at once where dloss is 1: dlogits *= dloss. Dense in memory, in whatever order of dimensions.
+
+    A row of zeros, as an ignored one has, stays so even where dloss is infinite or NaN.
+    """
     if dlogits.numel() == 0:
         return
-    launch = given.scale_launch(dlogits.numel(), device_facts(dlogits.device))
+    launch = given.scale_launch(dlogits, device_facts(dlogits.device))
     launching.launch(launch, dlogits.device, {"dlogits_ptr": dlogits, "dloss_ptr": dloss})
 
 
@@ -177,4 +180,4 @@ def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
     new, facts = forward_allocators(inputs, options, out_dtype, needs_grad, shape), device_facts(logits.device)
     strides = logits.stride() if new.dlogits is not None else None
     launches = given.forward_launches(inputs, strides, options, new.saved is not None, facts)
-    return Prepared(new, _new_state(logits), launches, given.scale_launch(logits.numel(), facts), logits.device)
+    return Prepared(new, _new_state(logits), launches, given.scale_launch(logits, facts), logits.device)

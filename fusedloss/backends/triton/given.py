@@ -13,7 +13,7 @@ from fusedloss.geometry import DeviceFacts, Geometry, Operands, operands, probab
 from fusedloss.kernels.constants import DIGIT_BITS, FRACTION_BITS, N_SELECTED_SUMS, N_SELECTION, N_STATISTICS
 from fusedloss.kernels.groups import Asks, Layout, RowShape, Shard, Strides, Work
 from fusedloss.plan import Cut, Inputs, Options, Slice
-from fusedloss.plan_triton import backward_cut, forward_cuts, scale_cut
+from fusedloss.plan_triton import SCALED_COLS, backward_cut, forward_cuts, scale_cut
 
 
 class Launches(NamedTuple):
@@ -85,6 +85,12 @@ def forward_launches(
     return _forward_launches(_kind(inputs, gradient_strides, options, facts, part), saves)
 
 
+def scale_launch(dlogits: Tensor, facts: DeviceFacts) -> Launch:
+    """dlogits: a fused gradient, (N, C, d1, ...), whose d1, ... are as one."""
+    rows = dlogits.flatten(2) if dlogits.dim() > 3 else dlogits
+    return _scale_launch(rows.shape, rows.stride(), facts)
+
+
 def backward_launch(
     inputs: Inputs, gradient_strides: tuple[int, ...], options: Options, facts: DeviceFacts, part: Slice | None = None
 ) -> Launch:
@@ -123,9 +129,11 @@ def _backward_launch(kind: Kind) -> Launch:
 
 # The same for the scaling of a fused gradient.
 @lru_cache(maxsize=1024)
-def scale_launch(n: int, facts: DeviceFacts) -> Launch:
-    cut = scale_cut(n, facts)
-    return _launch(cut, {"n": n, "BLOCK": cut.shape.cols})
+def _scale_launch(shape: torch.Size, strides: tuple[int, ...], facts: DeviceFacts) -> Launch:
+    n, none = shape.numel(), Strides(None, None, None)
+    g, cut = operands(shape, strides, None, None, 1).logits, scale_cut(n, facts)
+    layout = Layout(g.n_rows, g.n_inner, g.n_cols, none, _strides(g), none, None)
+    return _launch(cut, {"n": n, "layout": layout, "BLOCK": cut.shape.cols, "ROW_BLOCK": SCALED_COLS})
 
 
 def _asks(kind: Kind, saves: bool = False, top_k_is_fraction: bool = False) -> Asks:

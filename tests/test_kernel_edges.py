@@ -1,0 +1,100 @@
+"""Edges of the Triton kernels: infinite upstream gradients, and memory that nobody writes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GPU, INTERPRETER, Path, entered
+from problems import make_logits, make_probabilities, make_target, make_weight
+from torch import Tensor
+
+import fusedloss
+from fusedloss import ops
+from fusedloss.autograd import kernel_inputs
+from fusedloss.plan import Inputs, Options
+
+FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
+
+# Tiles; one row a program; slices; pixels.
+SHAPES = [(7, 10), (5, 1001), (2, 33001), (2, 5, 3, 4)]
+
+
+@pytest.fixture(params=[INTERPRETER, GPU])
+def kernels(request: pytest.FixtureRequest) -> Iterator[Path]:
+    with entered(request.param):
+        yield request.param
+
+
+def _gradient(function: Any, logits: Tensor, target: Tensor, dloss: float, **options: Any) -> Tensor:
+    logits = logits.clone().requires_grad_()
+    loss = function(logits, target, **options)
+    loss.backward(torch.full_like(loss, dloss))
+    assert logits.grad is not None
+    return logits.grad
+
+
+@pytest.mark.parametrize("dloss", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_infinite_upstream_gradient_leaves_ignored_rows_at_0(
+    kernels: Path, shape: tuple[int, ...], reduction: str, dloss: float
+) -> None:
+    """As in PyTorch: 0 there, and nowhere else; no number in the other rows, whose gradients are infinite or NaN."""
+    logits, target = make_logits(*shape), make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100)
+    logits[:, 0] = -torch.inf  # p is 0 there, and 0 times infinity is NaN
+    target[target == 0] = 1
+    assert (target == -100).any()
+    ours = _gradient(fusedloss.cross_entropy, logits, target, dloss, reduction=reduction)
+    torchs = _gradient(F.cross_entropy, logits, target, dloss, reduction=reduction)
+    assert torch.equal(ours == 0, torchs == 0)
+    assert torch.equal(ours.isfinite(), torchs.isfinite())
+    assert ours.movedim(1, -1)[target == -100].eq(0).all()
+
+
+@pytest.mark.parametrize("shape", [(7, 10), (5, 1001)], ids=str)
+def test_an_infinite_upstream_gradient_of_the_largest_loss_leaves_the_other_rows_at_0(
+    kernels: Path, shape: tuple[int, int]
+) -> None:
+    logits, target = make_logits(*shape), make_target(shape[0], n_classes=shape[1])
+    largest = F.cross_entropy(logits, target, reduction="none").argmax()
+    gradient = _gradient(fusedloss.cross_entropy, logits, target, torch.inf, reduction="max")
+    assert not gradient[largest].isfinite().any()
+    gradient[largest] = 0
+    assert (gradient == 0).all()
+
+
+CALLS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "none": (FP32, {"reduction": "none"}),
+    "none, smoothing": (FP32, {"reduction": "none", "label_smoothing": 0.1}),
+    "mean of float16": (FP16, {}),
+    "sum, statistics": (FP32, {"reduction": "sum", "return_stats": True}),
+    "max": (FP32, {"reduction": "max"}),
+    "topk, smoothing": (FP64, {"reduction": "topk", "top_k": 2, "label_smoothing": 0.1}),
+}
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("shape", [(7, 10), (5, 1001), (2, 33001)], ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+def test_operators_return_no_memory_that_nobody_wrote(
+    kernels: Path, soft: bool, shape: tuple[int, int], call: str, needs_grad: bool
+) -> None:
+    """PyTorch fills new memory with NaN and the largest integers where it must be deterministic."""
+    dtype, options = CALLS[call]
+    if soft:  # whose statistics no kernel has
+        options = {name: value for name, value in options.items() if name != "return_stats"}
+    target = make_probabilities(*shape, dtype=dtype) if soft else make_target(shape[0], n_classes=shape[1])
+    inputs = kernel_inputs(Inputs(make_logits(*shape, dtype=dtype), target, weight=make_weight(shape[1], dtype)))
+    torch.use_deterministic_algorithms(True)
+    try:
+        outputs = ops.forward(inputs, Options(**options), dtype, needs_grad, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, tensor in outputs._asdict().items():
+        if tensor is not None and tensor.is_floating_point():
+            assert not tensor.isnan().any(), name
+        elif tensor is not None:
+            assert (tensor < shape[0] + 1).all(), name
