@@ -94,6 +94,7 @@ def test_what_cannot_run_here_is_left_out_in_one_line() -> None:
 def test_make_bench_prints_row_by_row_and_writes_a_table_and_a_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("matplotlib")
     printed = []
 
     def measure(case: bench_cpu.Case, seconds: float) -> dict[str, float]:
