@@ -107,3 +107,11 @@ def test_public_names_are_documented() -> None:
     for name in set(fusedloss.__all__) - {"__version__"}:
         assert name in readme
         assert getattr(fusedloss, name).__doc__
+
+
+def test_the_readmes_times_are_those_that_were_written() -> None:
+    written = (ROOT / "benchmarks" / "results" / "bench_cpu.md").read_text()
+    machine = written.splitlines()[0]
+    assert f"({machine})" in README.replace("\n", " ")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in written.splitlines() if line.startswith("| ")]
+    assert _table("logits | eager") == [[row[0], *row[2:7]] for row in cells[1:]]
