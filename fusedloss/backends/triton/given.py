@@ -86,8 +86,8 @@ def forward_launches(
 
 
 def scale_launch(dlogits: Tensor, facts: DeviceFacts) -> Launch:
-    """dlogits: a fused gradient, (N, C, d1, ...), whose d1, ... are as one."""
-    rows = dlogits.flatten(2) if dlogits.dim() > 3 else dlogits
+    """dlogits: a fused gradient, (N, C, d1, ...), whose d1, ... are as one; or (n,), as that of a bias."""
+    rows = dlogits.flatten(2) if dlogits.dim() > 3 else dlogits if dlogits.dim() > 1 else dlogits.unsqueeze(0)
     return _scale_launch(rows.shape, rows.stride(), facts)
 
 
