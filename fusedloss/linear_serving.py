@@ -49,7 +49,9 @@ def serve(
             "options": options,
             "chunk_rows": chunk_rows,
         }
-        return handle_torch_function(public, tensors, input, linear_weight, target, **keywords, **extras._asdict())
+        keywords.update(extras._asdict())
+        del keywords["focal_gamma"]  # which this function has not
+        return handle_torch_function(public, tensors, input, linear_weight, target, **keywords)
     arguments = (linear_bias, weight, reduction, ignore_index, label_smoothing, options, chunk_rows, extras)
     loss, stats = _serve(input.shape[:-1], *_checked(input, linear_weight, target, *arguments))
     return (loss, stats) if extras.return_stats else loss

@@ -110,7 +110,7 @@ def _warn_of_missing_kernel() -> None:
     warnings.warn(
         f"fusedloss: {cpu.MISSING}. Losses on the CPU are PyTorch's, at its speed. Install a C++ compiler "
         "(g++ or clang++), then fusedloss again; or set FUSEDLOSS_BACKEND=reference, which asks for PyTorch's operators.",
-        stacklevel=6,  # the caller of cross_entropy
+        stacklevel=8,  # the caller of cross_entropy
     )
 
 

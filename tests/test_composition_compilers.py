@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedloss
+from fusedloss.plan import Options
 
 # torch.func.jvp makes PyTorch script its decompositions; torch.onnx warns of its own future.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -184,8 +185,7 @@ def test_compiled_autograd(reduction: str) -> None:
 def test_the_operator_differentiates_itself(reduction: str) -> None:
     """Whoever calls it directly has a right gradient, or an error; one of second order is an error."""
     logits, target = problem()[0].requires_grad_(), problem()[1]
-    options = (reduction, -100, 0.0, 0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, False)
-    arguments = (logits, target, None, None, None, None, None, *options, torch.float32)
+    arguments = (logits, target, None, None, None, None, None, *Options(reduction), torch.float32)
     backend = "cpu" if fusedloss.plan(logits, target).backend == "cpu" else pytest.skip("no C++ kernel")
     loss = torch.ops.fusedloss.forward(*arguments, True, backend)[0].sum()
     close(
