@@ -63,7 +63,8 @@ def gradient_on_this_rank(case: str, rank: int, n_ranks: int) -> Tensor:
 def _gradient_of_the_fused_layer(inputs: Tensor, target: Tensor) -> Tensor:
     module = fusedloss.LinearCrossEntropyLoss(FEATURES, CLASSES, bias=True, dtype=torch.float64, reduction="sum", chunk_rows=5)
     module.linear.load_state_dict(layer().state_dict())
-    DistributedDataParallel(module)(inputs, target, scale=global_scale(target)).backward()
+    model = DistributedDataParallel(module)  # kept: with it go the hooks that average the gradients
+    model(inputs, target, scale=global_scale(target)).backward()
     return module.linear.weight.grad
 
 
@@ -88,8 +89,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_have_the_gradient_of_the_whole_batch(case: str, results: list[dict[str, Tensor]]) -> None:
-    if case == "fused with the layer":
-        pytest.xfail("linear_cross_entropy under DistributedDataParallel is not equal to the whole batch yet")
     model, (inputs, target) = layer(), batch(case)
     torch.nn.functional.cross_entropy(model(inputs), target, **CASES[case]).backward()
     for rank in range(2):
