@@ -25,7 +25,7 @@ from fusedloss import ops, reference
 from fusedloss.known import KnownCall
 from fusedloss.plan import Inputs, Options, fuses_gradient, spatial_dims_collapse
 from fusedloss.recover import KEPT_BYTES, recovered
-from fusedloss.world import hooks_are_active, is_batched, nobody_watches
+from fusedloss.world import hooks_are_active, is_batched
 
 
 def kernel_inputs(inputs: Inputs) -> Inputs:
@@ -168,7 +168,7 @@ def _gradient(ctx: Any, dloss: Tensor, options: Options, out_dtype: torch.dtype,
         if torch.compiler.is_compiling() or is_batched(dloss):  # a compiler owns the buffers of its graphs
             dlogits = ctx.saved_tensors[0]
             return (dlogits * dloss).to(dlogits.dtype)
-        dlogits = ctx.saved_tensors[0].clone() if keeps_graph() or not nobody_watches(dloss) else _taken(ctx)
+        dlogits = ctx.saved_tensors[0].clone() if keeps_graph() else _taken(ctx)
         ops.scale_gradient(dlogits, dloss, backend)
         return dlogits
     tensors = ctx.saved_tensors

@@ -30,9 +30,9 @@ def _forgotten(logits: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
 
 
 def _place(facts: tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
-    """A tensor of no memory, which autograd puts where the logits were."""
+    """A tensor of no memory, which autograd puts where the logits were; nobody reads it, and filling it would be a launch."""
     shape, dtype, device = facts
-    return torch.zeros((), dtype=dtype, device=device).expand(shape)
+    return torch.empty((), dtype=dtype, device=device).expand(shape)
 
 
 class _ValuesAt(torch.autograd.Function):

@@ -56,9 +56,13 @@ def world_of(*tensors: Tensor | None) -> World:
     return PLAIN if nobody_watches(*tensors) else WATCHED
 
 
-@torch.compiler.assume_constant_result  # while a transform is compiled, it is active, too
 def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler: a second. While a transform is compiled, it is
+# active, too.
+_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_strided(tensor: Tensor) -> bool:
