@@ -1,22 +1,19 @@
-"""Which tests run in which process, and the backends that one test file runs on.
+"""Which tests run in which process, and fixtures for the backends that one test file runs on.
 
 TRITON_INTERPRET=1 makes an interpreter process: tests marked `interpreter` run there and nowhere else, all others elsewhere.
 """
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
 
 import budget
 import pytest
 import torch
 import torch.nn.functional as F
+from paths import AUTO, CPU, GPU, INTERPRETER, REFERENCE, TORCH, Path, entered
 
 import fusedloss
-from fusedloss.backends import cpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -85,33 +82,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{count} tests left out: {reason}")
 
 
-class Path(NamedTuple):
-    """One way through the library: a backend asked for, and the device of the tensors."""
-
-    backend: str  # what fusedloss.backend() gets; "auto" asks for nothing, "torch" means PyTorch itself
-    device: str
-
-
-TORCH = pytest.param(Path("torch", "cpu"), id="torch")
-REFERENCE = pytest.param(Path("reference", "cpu"), id="reference")
-AUTO = pytest.param(Path("auto", "cpu"), id="auto")
-INTERPRETER = pytest.param(Path("triton", "cpu"), id="triton", marks=pytest.mark.interpreter)
-GPU = pytest.param(Path("auto", "cuda"), id="cuda", marks=pytest.mark.gpu)
-CPU = pytest.param(
-    Path("cpu", "cpu"), id="cpu", marks=pytest.mark.skipif(cpu.MISSING is not None, reason=f"no C++ kernel: {cpu.MISSING}")
-)
-
-
-@contextmanager
-def entered(path: Path) -> Iterator[None]:
-    """Asks for the path's backend; new tensors land on its device."""
-    chosen = nullcontext() if path.backend in ("auto", "torch") else fusedloss.backend(path.backend)
-    # Not on the CPU: torch.device() as a context sends every call through __torch_function__, which few users' calls do.
-    device = nullcontext() if path.device == "cpu" else torch.device(path.device)
-    with chosen, device:
-        yield
-
-
 @pytest.fixture(params=[REFERENCE, CPU, INTERPRETER, GPU])
 def path(request: pytest.FixtureRequest) -> Iterator[Path]:
     """Every path, already chosen: for what the kernels cover."""
@@ -138,18 +108,6 @@ def any_cross_entropy(request: pytest.FixtureRequest) -> Iterator[Callable[..., 
     """The same for calls that the kernels may hand to the reference."""
     with entered(request.param):
         yield F.cross_entropy if request.param.backend == "torch" else fusedloss.cross_entropy
-
-
-@contextmanager
-def no_waits() -> Iterator[None]:
-    """Makes PyTorch raise where the host waits for the GPU."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype, once: as an error it would leave the mode on
-        try:
-            torch.cuda.set_sync_debug_mode("error")
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Path
+from paths import Path
 from problems import make_logits
 
 import fusedloss

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import Path as Backend
-from conftest import no_waits
+from paths import Path as Backend
+from paths import no_waits
 from problems import make_logits, make_target, make_weight
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import check_against_torch
-from conftest import AUTO, GPU, INTERPRETER, REFERENCE, Path, entered
 from oracle import torch_loss
+from paths import AUTO, GPU, INTERPRETER, REFERENCE, Path, entered
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor
 

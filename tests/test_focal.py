@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import check_against_torch
-from conftest import Path
+from paths import Path
 from problems import make_logits, make_target, make_weight
 from torch import Tensor
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from budget import assert_within_budget
-from conftest import AUTO, GPU, INTERPRETER, REFERENCE, Path, entered
 from exact import exact_loss_and_gradient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import torch_loss
+from paths import AUTO, GPU, INTERPRETER, REFERENCE, Path, entered
 from random_problems import Problem, problems
 
 import fusedloss

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import no_waits
+from paths import no_waits
 from problems import make_logits, make_target
 
 import fusedloss

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from budget import approximation
-from conftest import Path
+from paths import Path
 from problems import make_logits, make_target, make_weight
 from torch import Tensor, nn
 

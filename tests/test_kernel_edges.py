@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPU, INTERPRETER, Path, entered
+from paths import GPU, INTERPRETER, Path, entered
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import triton.language as tl
 from compare import check_against_torch
-from conftest import GPU, INTERPRETER, Path, entered
 from fusedloss.kernels import reduction
 from oracle import torch_loss
+from paths import GPU, INTERPRETER, Path, entered
 from problems import make_logits, make_probabilities, make_target, make_weight
 
 import fusedloss

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compare import check_against_torch
-from conftest import CPU, GPU, INTERPRETER, Path, entered
+from paths import CPU, GPU, INTERPRETER, Path, entered
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Path
 from linear_problems import Layer, check_layer, gradients, make_labels, make_layer
+from paths import Path
 from problems import make_probabilities, make_weight
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import check_against_torch
-from conftest import Path
+from paths import Path
 from problems import make_logits, make_target
 
 import fusedloss

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Path
+from paths import Path
 from problems import make_logits, make_target
 from torch import Tensor
 

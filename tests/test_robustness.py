@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import ALLOWED_SPILLS, TARGETS, compile_for, launches, report
-from conftest import CPU, GPU, REFERENCE, Path, entered
+from paths import CPU, GPU, REFERENCE, Path, entered
 from problems import make_logits, make_target, make_weight
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset

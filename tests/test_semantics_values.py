@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Path
+from paths import Path
 from problems import make_logits, make_probabilities, make_weight
 from torch import Tensor
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Path
+from paths import Path
 from problems import make_logits, make_target
 from sliced import check_slices, make_sliced_problem, sliced_call, sliced_rows
 

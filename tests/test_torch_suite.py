@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from budget import assert_within_budget
 from compare import check_against_torch
-from conftest import Path
+from paths import Path
 from torch import Tensor, nn
 
 import fusedloss

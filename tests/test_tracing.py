@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Path
+from paths import Path
 from poison import poisoned_memory
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor, nn

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import no_waits
+from paths import no_waits
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import files
 from training_runs import CPU, MODELS, TINY, checkpoint, config, main, run, train

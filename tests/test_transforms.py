@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Path
 from oracle import torch_loss
+from paths import Path
 from problems import make_logits, make_probabilities, make_weight
 from torch import Tensor
 from torch.autograd import forward_ad

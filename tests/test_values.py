@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from compare import check_against_torch
-from conftest import Path
+from paths import Path
 from problems import make_logits, make_probabilities, make_target, make_weight
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
