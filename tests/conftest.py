@@ -4,13 +4,15 @@ TRITON_INTERPRET=1 makes an interpreter process: tests marked `interpreter` run 
 """
 
 import os
-from collections import Counter
+import pathlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 
 import budget
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import covering
 from paths import AUTO, CPU, GPU, INTERPRETER, REFERENCE, TORCH, Path, entered
 
 import fusedloss
@@ -34,6 +36,8 @@ if INTERPRETED:
         return _patch_lang(function) if any(tl.core.is_builtin(module.load) for module in modules) else None
 
     interpreter._patch_lang = _patch_lang_once
+
+GPU_SWEEP = "on a GPU part of the whole sweep: make test-all"
 
 # Two cores and small tensors: threads would only wait for each other.
 torch.set_num_threads(1)
@@ -60,9 +64,27 @@ def _cannot_run(item: pytest.Item, config: pytest.Config) -> str | None:
         return "run without TRITON_INTERPRET" if INTERPRETED else "need TRITON_INTERPRET=1 before triton is imported"
     if item.get_closest_marker("gpu") is not None and not HAS_GPU:
         return "need a GPU, and torch.cuda sees no GPU"
-    if item.get_closest_marker("sweep") is not None and not config.getoption("--sweep"):
+    if config.getoption("--sweep"):
+        return None
+    if item.get_closest_marker("sweep") is not None:
         return "part of the whole sweep: make test-all"
+    if item.get_closest_marker("gpu") is not None and item.get_closest_marker("gpu_sweep") is not None:
+        return GPU_SWEEP
     return None
+
+
+def _out_of_the_sample(items: list[pytest.Item]) -> set[pytest.Item]:
+    """GPU tests of a grid that would compile kernels for a combination whose values, or pairs of them, are in others as well."""
+    grids: defaultdict[tuple[pathlib.Path, str], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("gpu") is not None and hasattr(item, "callspec"):
+            grids[item.path, item.nodeid.partition("[")[0]].append(item)
+    out: set[pytest.Item] = set()
+    for grid in grids.values():
+        strength = 2 if grid[0].get_closest_marker("pairs_on_a_gpu") is not None else 1
+        kept = covering([{name: repr(value) for name, value in item.callspec.params.items()} for item in grid], strength)
+        out |= set(grid) - {grid[place] for place in kept}
+    return out
 
 
 _left_out: Counter[str] = Counter()  # tests, by the reason
@@ -72,6 +94,9 @@ _left_out: Counter[str] = Counter()  # tests, by the reason
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects what cannot run: of thousands of skipped tests nobody would find the one that should not be."""
     reasons = [_cannot_run(item, config) for item in items]
+    if not config.getoption("--sweep"):
+        out = _out_of_the_sample([item for item, reason in zip(items, reasons, strict=True) if not reason])
+        reasons = [GPU_SWEEP if item in out else reason for item, reason in zip(items, reasons, strict=True)]
     config.hook.pytest_deselected(items=[item for item, reason in zip(items, reasons, strict=True) if reason])
     _left_out.update(filter(None, reasons))
     items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]

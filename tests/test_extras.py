@@ -48,14 +48,12 @@ def _check(logits: Tensor, target: Any, weight: Tensor | None = None, **options:
     check_against_torch(logits, target, weight, dloss=1.5, roundings=4, **options)
 
 
-def _sample_weight(shape: tuple[int, ...]) -> Tensor:
-    return make_weight(shape[0] * 2)[::2]  # one per example, also for pixels
-
-
 def _with(extras: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
     options = dict(extras)
     if options.pop("sample_weight", False):
-        options["sample_weight"] = _sample_weight(shape)
+        options["sample_weight"] = make_weight(shape[0] * 2)[::2]  # one per example, also for pixels
+    if options.pop("weight", False):
+        options["weight"] = make_weight(shape[1])
     return options
 
 
@@ -65,33 +63,35 @@ def path(request: pytest.FixtureRequest) -> Iterator[Path]:
         yield request.param
 
 
+# In a mean, and beside what else a row's own loss may have.
+BESIDE: list[dict[str, Any]] = [{}, {"weight": True, "label_smoothing": 0.1, "reduction": "none"}]
+beside = pytest.mark.parametrize("beside", BESIDE, ids=["mean", "none"])
+
+
 @pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_class_indices(path: Path, shape: tuple[int, ...], extras: dict[str, Any]) -> None:
+@beside
+def test_class_indices(path: Path, beside: dict[str, Any], shape: tuple[int, ...], extras: dict[str, Any]) -> None:
     target = make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100)
-    options = _with(extras, shape)
-    _check(make_logits(*shape), target, **options)
-    _check(make_logits(*shape), target, make_weight(shape[1]), label_smoothing=0.1, reduction="none", **options)
+    _check(make_logits(*shape), target, **_with({**extras, **beside}, shape))
 
 
 @pytest.mark.parametrize("extras", [{}, *EXTRAS.values()], ids=["plain", *EXTRAS])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_class_probabilities(path: Path, shape: tuple[int, ...], extras: dict[str, Any]) -> None:
-    target, options = make_probabilities(*shape), _with(extras, shape)
-    _check(make_logits(*shape), target, **options)
-    _check(make_logits(*shape), target, make_weight(shape[1]), label_smoothing=0.1, reduction="none", **options)
+@beside
+def test_class_probabilities(path: Path, beside: dict[str, Any], shape: tuple[int, ...], extras: dict[str, Any]) -> None:
+    _check(make_logits(*shape), make_probabilities(*shape), **_with({**extras, **beside}, shape))
 
 
 @pytest.mark.parametrize("extras", [{}, *EXTRAS.values()], ids=["plain", *EXTRAS])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_two_labels(path: Path, shape: tuple[int, ...], extras: dict[str, Any]) -> None:
-    labels = [make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100, seed=seed) for seed in (1, 2)]
-    labels[1][1] = labels[0][1]  # both the same
-    lams: list[Any] = [0.3, torch.tensor(0.75), torch.linspace(0, 1, shape[0])]
-    for lam in lams:
-        options = _with(extras, shape)
-        _check(make_logits(*shape), (*labels, lam), **options)
-        _check(make_logits(*shape), (*labels, lam), make_weight(shape[1]), label_smoothing=0.1, reduction="none", **options)
+@pytest.mark.parametrize("lam", ["number", "tensor", "shares"])
+@beside
+def test_two_labels(path: Path, beside: dict[str, Any], lam: str, shape: tuple[int, ...], extras: dict[str, Any]) -> None:
+    a, b = (make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100, seed=seed) for seed in (1, 2))
+    b[1] = a[1]
+    share = {"number": 0.3, "tensor": torch.tensor(0.75), "shares": torch.linspace(0, 1, shape[0])}[lam]
+    _check(make_logits(*shape), (a, b, share), **_with({**extras, **beside}, shape))
 
 
 @pytest.mark.parametrize("options", REDUCTIONS, ids=str)

@@ -127,6 +127,7 @@ def test_aligned_pixels_of_more_classes_than_registers_hold(kernels: Path, dtype
     check_against_torch(make_logits(1, 3500, 4, dtype=dtype), make_target(1, 4, n_classes=3500))
 
 
+@pytest.mark.pairs_on_a_gpu
 @pytest.mark.parametrize(
     "options",
     [

@@ -26,7 +26,10 @@ noncontiguous_like = _material("common_utils").noncontiguous_like
 MODULE = next(info for info in modules.module_db if info.module_cls is nn.CrossEntropyLoss)
 OPERATOR = next(info for info in _material("common_methods_invocations").op_db if info.name == "nn.functional.cross_entropy")
 # make_dual() itself makes PyTorch script its decompositions.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning"),
+    pytest.mark.gpu_sweep,  # more than a thousand kernel variants
+]
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

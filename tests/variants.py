@@ -4,7 +4,7 @@
     python tests/variants.py tests/test_kernels.py    # of some
 
 The tests run on the CPU, with the C++ kernel's results; each launch that the Triton path would make on an H100 is specialised by
-Triton, and goes no further.
+Triton, and goes no further. A test that fails without a GPU, and is listed, counts with what it launched until then.
 """
 
 import sys
@@ -28,13 +28,14 @@ class Variants:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         import conftest
+        import paths
 
         conftest.HAS_GPU = True  # as far as the choice of tests goes
-        on_gpu, in_its_place = conftest.GPU.values[0], conftest.Path("auto", "cpu")
+        on_gpu, in_its_place = paths.GPU.values[0], paths.Path("auto", "cpu")
         items[:] = [item for item in items if item.get_closest_marker("gpu") is not None]
         for item in items:
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            paths = [name for name, value in parameters.items() if isinstance(value, conftest.Path) and value == on_gpu]
+            paths = [name for name, value in parameters.items() if isinstance(value, paths.Path) and value == on_gpu]
             parameters.update(dict.fromkeys(paths, in_its_place))
 
     @pytest.hookimpl(wrapper=True)
