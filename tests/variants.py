@@ -35,8 +35,8 @@ class Variants:
         items[:] = [item for item in items if item.get_closest_marker("gpu") is not None]
         for item in items:
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            paths = [name for name, value in parameters.items() if isinstance(value, paths.Path) and value == on_gpu]
-            parameters.update(dict.fromkeys(paths, in_its_place))
+            on_it = [name for name, value in parameters.items() if isinstance(value, paths.Path) and value == on_gpu]
+            parameters.update(dict.fromkeys(on_it, in_its_place))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
@@ -92,7 +92,9 @@ class Variants:
 def count(arguments: list[str]) -> Variants:
     variants = Variants()
     options = ["-m", "gpu", "-p", "no:cacheprovider", "--tb=line", "--ignore=tests/test_gpu.py"]
-    pytest.main([*options, *arguments], plugins=[variants])
+    status = pytest.main([*options, *arguments], plugins=[variants])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+        sys.exit(f"nothing was counted: pytest ended with status {int(status)}")
     if not arguments:
         variants.add_streams_and_graphs()
     return variants
