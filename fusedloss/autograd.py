@@ -23,37 +23,10 @@ from torch.compiler import is_dynamo_compiling
 
 from fusedloss import ops, reference
 from fusedloss.known import KnownCall
-from fusedloss.plan import Inputs, Options, fuses_gradient, spatial_dims_collapse
+from fusedloss.plan import Inputs, Options, fuses_gradient
 from fusedloss.recover import KEPT_BYTES, recovered
-from fusedloss.world import hooks_are_active, is_batched
-
-
-def kernel_inputs(inputs: Inputs) -> Inputs:
-    """The same as the kernels take them: logits (N, C) or (N, C, S), a view wherever strides allow; one value per row."""
-    logits = inputs.logits
-    if logits.dim() == 1:
-        return inputs.as_one_row()
-    if logits.dim() == 2:
-        return inputs
-    flat = inputs.per_row(lambda values: values.reshape(-1))
-    return flat._replace(logits=_rows(logits), target=_rows(inputs.target) if inputs.has_probabilities() else flat.target)
-
-
-def expanded_to_rows(values: Tensor | None, logits: Tensor) -> Tensor | None:
-    """One value per example as one per row, (N, d1, ...)."""
-    if values is None:
-        return None
-    rows = logits.shape[:1] + logits.shape[2:]
-    if 0 < values.dim() < len(rows):
-        values = values.reshape(-1, *[1] * (len(rows) - 1))
-    return values.expand(rows)
-
-
-def _rows(logits: Tensor) -> Tensor:
-    """(N, C, S); `Plan.copies_logits` tells where strides do not allow a view."""
-    if logits.dim() > 3 and not spatial_dims_collapse(logits):
-        logits = logits.contiguous()
-    return logits.flatten(2) if logits.dim() > 3 else logits
+from fusedloss.rows import kernel_inputs
+from fusedloss.world import hooks_are_active, is_batched, nobody_watches
 
 
 def _rows_shape(logits: Tensor) -> tuple[int, ...]:
@@ -126,7 +99,13 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         known = ctx.known
         watched = torch.is_grad_enabled() or is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() != 0
-        if ctx.has_gradient and not watched and known.takes_dloss(dloss) and not keeps_graph():
+        if watched:
+            pass
+        elif not ctx.has_gradient:
+            if nobody_watches(dloss) and not is_batched(dloss):
+                logits, target, *weight, saved = ctx.saved_tensors
+                return known.prepared.backward(dloss, logits, target, weight[0] if weight else None, saved, ctx.scale), None
+        elif known.takes_dloss(dloss) and not keeps_graph():
             dlogits = _taken(ctx)
             known.prepared.scale_gradient(dlogits, dloss)
             return dlogits, None

@@ -39,7 +39,7 @@ class KnownCall:
     backend: str
     names: tuple[str, ...]  # of the tensors that are saved, besides what the kernel made
     forgets: bool  # whether logits are only saved for their place in the graph
-    prepared: Any  # the backend's: forward(logits, target, weight, scale), scale_gradient(dlogits, dloss)
+    prepared: Any  # the backend's Prepared
 
 
 KNOWN: dict[tuple[Any, ...], tuple[KnownCall, ...]] = {}  # by options and settings; only a cache: it may be emptied at any time

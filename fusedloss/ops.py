@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends import cpu as cpu_backend
+from fusedloss.backends import cpu_prepared
 from fusedloss.backends import triton as triton_backend
 from fusedloss.backends.outputs import Outputs, allocate_forward, allocate_gradient
 from fusedloss.plan import Inputs, Options, fuses_gradient
@@ -49,7 +50,8 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
 def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, backend: str, as_given: Inputs) -> Any:
     """What serves calls alike while nobody watches: the backend's Prepared, or None where such calls take more than a launch.
     as_given: the inputs as the caller has them."""
-    return _BACKENDS[backend].prepare(inputs, options, out_dtype, needs_grad, as_given)
+    preparing: Any = cpu_prepared if backend == "cpu" else triton_backend
+    return preparing.prepare(inputs, options, out_dtype, needs_grad, as_given)
 
 
 def backward(

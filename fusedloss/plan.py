@@ -62,7 +62,7 @@ class Options(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call: as the caller has them, or as the kernels do (autograd.kernel_inputs)."""
+    """The tensors of a call: as the caller has them, or as the kernels do (rows.kernel_inputs)."""
 
     logits: Tensor  # (N, C, d1, ...); for the kernels (N, C) or (N, C, S)
     target: (

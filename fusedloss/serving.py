@@ -14,10 +14,8 @@ from fusedloss.autograd import (
     CrossEntropyFunction,
     KnownCrossEntropyFunction,
     alike_lengths,
-    expanded_to_rows,
     forgets_logits,
     kernel_forward,
-    kernel_inputs,
 )
 from fusedloss.backends.triton import device_facts
 from fusedloss.checks import check_class_indices, check_options
@@ -27,6 +25,7 @@ from fusedloss.plan_cpu import cpu_plan
 from fusedloss.plan_triton import triton_plan
 from fusedloss.recover import forget_logits
 from fusedloss.route import Route, route_of
+from fusedloss.rows import expanded_to_rows, kernel_inputs
 from fusedloss.stats import LossStats
 from fusedloss.world import PLAIN, Kind
 

@@ -7,11 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedloss import backends, reference, slices
-from fusedloss.autograd import expanded_to_rows, kernel_inputs
 from fusedloss.backends import cpu, triton
 from fusedloss.checks import Facts, InputFacts, check_class_indices, check_tensors
 from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
 from fusedloss.route import autocast_is_on, dtype_of_loss
+from fusedloss.rows import expanded_to_rows, kernel_inputs
 from fusedloss.stats import LossStats
 
 # PyTorch 2.14 renamed it and warns of the old name.

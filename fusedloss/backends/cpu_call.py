@@ -60,7 +60,7 @@ def run(
     kind: Prepacked,
     outputs: Outputs,
     dloss: Tensor | None,
-    inputs: Inputs,  # as `_as_read` has them
+    inputs: Inputs,  # as `cpu.all_as_read` has them
     options: Options,
     part: Slice | None = None,
     slice_stats: Tensor | None = None,

@@ -144,12 +144,13 @@ def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """The forward of calls alike, on contiguous logits with class indices, and weights or not, as the caller has them."""
+    """Forward and backward of calls alike, on contiguous logits with class indices, and weights or not, as they are given."""
 
     any_batch = False
     new: Allocators
     new_state: Callable[[], Tensor]
     launches: Launches
+    backward_launch: Launch
     scaling: Launch
     device: torch.device
 
@@ -164,6 +165,17 @@ class Prepared:
         out = Outputs(loss, self.new_state() if saved is None else saved, dlogits, None, None)
         _launch_forward(self.launches, out, Inputs(logits, target, None, None, weight), scale, 1.0, keeps_workspace=True)
         return loss, saved, dlogits
+
+    def backward(
+        self, dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, saved: Tensor, scale: float
+    ) -> Tensor:
+        """The gradient of the logits; saved: the forward's, the scale in it."""
+        del scale
+        out = NO_OUTPUTS._replace(saved=saved, dlogits=torch.empty_like(logits))
+        inputs = Inputs(logits, target, None, None, weight)
+        arguments = {"out": out, "dloss_ptr": dloss.contiguous(), "inputs": inputs, "lam": 1.0}
+        launching.launch(self.backward_launch, self.device, arguments)
+        return out.dlogits
 
     def scale_gradient(self, dlogits: Tensor, dloss: Tensor) -> None:
         launching.launch(self.scaling, self.device, {"dlogits_ptr": dlogits, "dloss_ptr": dloss})
@@ -180,4 +192,5 @@ def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
     new, facts = forward_allocators(inputs, options, out_dtype, needs_grad, shape), device_facts(logits.device)
     strides = logits.stride() if new.dlogits is not None else None
     launches = given.forward_launches(inputs, strides, options, new.saved is not None, facts)
-    return Prepared(new, _new_state(logits), launches, given.scale_launch(logits, facts), logits.device)
+    backward_launch = given.backward_launch(inputs, logits.stride(), options, facts)
+    return Prepared(new, _new_state(logits), launches, backward_launch, given.scale_launch(logits, facts), logits.device)

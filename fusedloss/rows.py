@@ -1,0 +1,33 @@
+"""A call's tensors as the kernels take them: rows of logits (N, C) or (N, C, S), one value per row."""
+
+from torch import Tensor
+
+from fusedloss.plan import Inputs, spatial_dims_collapse
+
+
+def kernel_inputs(inputs: Inputs) -> Inputs:
+    """The same as the kernels take them: logits (N, C) or (N, C, S), a view wherever strides allow; one value per row."""
+    logits = inputs.logits
+    if logits.dim() == 1:
+        return inputs.as_one_row()
+    if logits.dim() == 2:
+        return inputs
+    flat = inputs.per_row(lambda values: values.reshape(-1))
+    return flat._replace(logits=_rows(logits), target=_rows(inputs.target) if inputs.has_probabilities() else flat.target)
+
+
+def expanded_to_rows(values: Tensor | None, logits: Tensor) -> Tensor | None:
+    """One value per example as one per row, (N, d1, ...)."""
+    if values is None:
+        return None
+    rows = logits.shape[:1] + logits.shape[2:]
+    if 0 < values.dim() < len(rows):
+        values = values.reshape(-1, *[1] * (len(rows) - 1))
+    return values.expand(rows)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """(N, C, S); `Plan.copies_logits` tells where strides do not allow a view."""
+    if logits.dim() > 3 and not spatial_dims_collapse(logits):
+        logits = logits.contiguous()
+    return logits.flatten(2) if logits.dim() > 3 else logits
