@@ -6,12 +6,12 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-interpreted test-native test-emulated test-all test-noise test-clients test-oldest check fuzz sanitize accuracy bench report gpu experiments
+.PHONY: help setup train test test-interpreted test-native test-programs test-emulated test-all test-noise test-clients test-oldest check fuzz sanitize accuracy bench report gpu experiments
 
 help:
 	@echo "make setup     create $(VENV) and install fusedloss with what the other targets need"
 	@echo "make train     train on CIFAR-10, or on scikit-learn's digits where it cannot be had (options: ARGS='--epochs 3 --loss torch')"
-	@echo "make test      the test suite in three processes, of which two run at a time (options: ARGS='-k accuracy -x')"
+	@echo "make test      the test suite in four processes, of which two run at a time (options: ARGS='-k accuracy -x')"
 	@echo "make test-all  the same with the whole sweep"
 	@echo "make test-oldest  the same as make test with the oldest PyTorch that is supported, in .venv-oldest"
 	@echo "make test-noise  the tests under Triton's interpreter, with twice the errors that a GPU's exp and division may have"
@@ -36,11 +36,11 @@ setup: $(READY)
 train: $(READY)
 	$(PY) benchmarks/train_cifar10.py $(ARGS)
 
-# In three processes, two at a time: tests/parts.py says why.
+# In four processes, two at a time: tests/parts.py says why.
 test: $(READY)
 	$(PY) tests/parts.py $(ARGS)
 
-test-interpreted test-native test-emulated: test-%: $(READY)
+test-interpreted test-native test-programs test-emulated: test-%: $(READY)
 	$(PY) tests/parts.py --part $* $(ARGS)
 
 test-all: ARGS += --sweep

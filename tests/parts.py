@@ -1,11 +1,12 @@
-"""`make test`: the suite in three processes, two at a time; their output as it comes, and one summary of all at the end.
+"""`make test`: the suite in four processes, two at a time; their output as it comes, and one summary of all at the end.
 
     python tests/parts.py                              # all, each with the options of pytest that follow
     python tests/parts.py --part native -k accuracy -x
 
 TRITON_INTERPRET must be set before triton is imported, and an interpreted process cannot compile: so the parts are processes.
-Each keeps one core busy; the third takes the core that is free first. The last line is "N passed, N failed, N skipped" of all
-parts together: an error counts as a failure, and so does a part that ended in another way than by its tests.
+Each keeps one core busy, and the next takes the core that is free first: parts of a like length end together. The last line is
+"N passed, N failed, N skipped" of all parts together: an error counts as a failure, and so does a part that ended in another way
+than by its tests.
 """
 
 import argparse
@@ -20,8 +21,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-_NAMES = ("ptxsim", "ptxsim_marks", "report", "bench_gpu", "gpu_run", "gpu_stages", "host_overhead")
-EMULATED = tuple(f"tests/test_{name}.py" for name in _NAMES)
+_EMULATED = ("ptxsim", "ptxsim_marks", "report", "bench_gpu", "gpu_run", "gpu_stages", "host_overhead")
+EMULATED = tuple(f"tests/test_{name}.py" for name in _EMULATED)
+# Tests that compile, or start programs.
+_PROGRAMS = ("compiled", "launches", "packaging", "commands", "train_*")
+PROGRAMS = tuple(f"tests/{path.name}" for name in _PROGRAMS for path in sorted((ROOT / "tests").glob(f"test_{name}.py")))
 NOTHING_TO_RUN = 5  # pytest's exit status
 
 
@@ -33,7 +37,8 @@ class Part(NamedTuple):
 
 PARTS = (
     Part("interpreted", ("-m", "interpreter"), interpreted=True),
-    Part("native", ("-m", "not interpreter", *(f"--ignore={path}" for path in EMULATED))),
+    Part("native", ("-m", "not interpreter", *(f"--ignore={path}" for path in (*PROGRAMS, *EMULATED)))),
+    Part("programs", PROGRAMS),
     Part("emulated", EMULATED),
 )
 
