@@ -6,13 +6,13 @@
 //
 // Included once per instruction set, like simd.h.
 
-constexpr int64_t MAX_FEW_COLS = 63;
+constexpr int64_t kMaxFewCols = 63;
 // With more, pages apart each, lanes.h is as fast or faster: it takes whole cache lines of every class.
-constexpr int64_t MAX_FEW_COLS_OF_PIXELS = 8;
+constexpr int64_t kMaxFewColsOfPixels = 8;
 
 INLINE bool takes_few(const Problem& problem) {
-  const bool are_few = problem.n_cols <= MAX_FEW_COLS && problem.has_contiguous_classes();
-  const bool are_pixels = problem.n_cols <= MAX_FEW_COLS_OF_PIXELS && problem.has_contiguous_rows();
+  const bool are_few = problem.n_cols <= kMaxFewCols && problem.has_contiguous_classes();
+  const bool are_pixels = problem.n_cols <= kMaxFewColsOfPixels && problem.has_contiguous_rows();
   return (are_few || are_pixels) && !problem.has_probabilities() && !problem.slice_stats && !problem.target_b && !problem.row_stats &&
          !(problem.weight && problem.smoothing > 0) && !problem.selects_rows() && problem.logit_scale == 1 &&
          problem.softcap == 0 && problem.focal_gamma == 0;
@@ -99,7 +99,7 @@ struct FewRows {
   const Problem& problem;
   const int64_t row;
   const int n;
-  alignas(64) A tile[MAX_FEW_COLS * W];  // class by class: logits, then exponentials, then gradients
+  alignas(64) A tile[kMaxFewCols * W];  // class by class: logits, then exponentials, then gradients
 
   INLINE FewRows(const Problem& problem, int64_t row, int n, const T* x) : problem(problem), row(row), n(n) {
     load_few<T, A>(tile, x, problem.logits_strides, n, problem.n_cols);
@@ -183,9 +183,9 @@ RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double c
     V max = broadcast(-kInfinity<A>), x_t{}, e_t{}, rest{}, q_sum{};
     for (int64_t c = 0; c < n_cols; ++c) max = max_(V(load(rows.tile + c * Rows::W)), max);
     const V shift = finite_max_vector<A>(max);
-    for (int64_t flush = 0; flush < n_cols; flush += FLUSH) {
+    for (int64_t flush = 0; flush < n_cols; flush += kFlush) {
       V part{}, q_part{};
-      for (int64_t c = flush; c < n_cols && c < flush + FLUSH; ++c) {
+      for (int64_t c = flush; c < n_cols && c < flush + kFlush; ++c) {
         const V z = load(rows.tile + c * Rows::W);
         const I is_target = I(target == typename Rows::Int(c));
         const V exp_z = exp_nonpositive(z - shift), e = is_target ? V{} : exp_z;

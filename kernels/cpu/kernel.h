@@ -8,6 +8,7 @@ namespace fusedloss {
 namespace {
 
 #include "simd.h"
+#include "elementary.h"
 #include "targets.h"
 #include "row_math.h"
 #include "rows.h"
@@ -15,10 +16,10 @@ namespace {
 #include "few.h"
 
 // From this many classes on, a contiguous row fills whole vectors; with fewer, the lanes of rows side by side do.
-constexpr int64_t MIN_ROW_COLS = MAX_FEW_COLS + 1;
+constexpr int64_t kMinRowCols = kMaxFewCols + 1;
 
 INLINE bool takes_rows(const Problem& problem) {
-  return problem.n_cols >= MIN_ROW_COLS && problem.has_contiguous_classes();
+  return problem.n_cols >= kMinRowCols && problem.has_contiguous_classes();
 }
 
 template <class T>

@@ -1,17 +1,17 @@
 // Many rows side by side, one per SIMD lane: few classes (CIFAR-10), or classes that are not contiguous ((N, C, d1, ...)).
 //
-// A group is up to MAX_LANES rows of one outer block. A block of its logits is copied into a tile, class by class, where it is
+// A group is up to kMaxLanes rows of one outer block. A block of its logits is copied into a tile, class by class, where it is
 // overwritten by exp(x - m), then by the gradient, which is copied out. Up to 256 classes fit the tile: each logit is read once
 // and each gradient written once. With more, the group takes block after block, as rows.h does, and the gradient reads the
 // logits once more: 64 rows of 1000 float32 classes are 256 KB, which L2 holds between the passes.
 //
 // Included once per instruction set, like simd.h.
 
-constexpr int64_t TILE_IN_L1 = 4096;  // values: 16 KB of float32
-constexpr int64_t TILE = 16384;       // values, in L2
+constexpr int64_t kTileInL1 = 4096;  // values: 16 KB of float32
+constexpr int64_t kTile = 16384;       // values, in L2
 // 256 contiguous bytes of float32 per class, whole cache lines: with the 24 that L1 has room for at 150 classes, twice the time.
-constexpr int64_t WIDE_LANES = 64;
-constexpr int64_t FLUSH = 16;  // classes summed into one float before it is added to the total: keeps rounding errors small
+constexpr int64_t kWideLanes = 64;
+constexpr int64_t kFlush = 16;  // classes summed into one float before it is added to the total: keeps rounding errors small
 
 // Lanes of a group, rounded up to whole vectors, and the columns of its tile.
 template <class A>
@@ -22,7 +22,7 @@ struct Tile {
   A& at(int64_t c, int lane) { return z[c * lanes + lane]; }
   static bool has(int64_t col, int64_t start, int64_t n) { return col >= start && col < start + n; }
 
-  alignas(64) A z[TILE], q[TILE], dz[TILE];
+  alignas(64) A z[kTile], q[kTile], dz[kTile];
   GroupState<A> state;
 };
 
@@ -136,9 +136,9 @@ template <class A, class Value>
 INLINE void add_classes(A* sums, const Tile<A>& tile, int64_t n, const Value& value) {
   for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
     Vector<A> sum = load(sums + lane);
-    for (int64_t flush = 0; flush < n; flush += FLUSH) {
+    for (int64_t flush = 0; flush < n; flush += kFlush) {
       Vector<A> part{};
-      for (int64_t c = flush; c < n && c < flush + FLUSH; ++c) part += value(c * tile.lanes + lane, lane);
+      for (int64_t c = flush; c < n && c < flush + kFlush; ++c) part += value(c * tile.lanes + lane, lane);
       sum += part;
     }
     store(sums + lane, sum);
@@ -215,13 +215,13 @@ void lane_gradients(const Problem& problem, const Terms<A>& terms, Tile<A>& tile
 
 template <class A>
 INLINE int64_t lanes_per_group(const Problem& problem) {
-  const int64_t lanes = TILE_IN_L1 / problem.n_cols / Simd<A>::W * Simd<A>::W;
-  return lanes < WIDE_LANES ? WIDE_LANES : lanes > MAX_LANES ? MAX_LANES : lanes;
+  const int64_t lanes = kTileInL1 / problem.n_cols / Simd<A>::W * Simd<A>::W;
+  return lanes < kWideLanes ? kWideLanes : lanes > kMaxLanes ? kMaxLanes : lanes;
 }
 
 template <class A>
 INLINE void shape_tile(Tile<A>& tile, int n_lanes) {
-  tile.lanes = int(padded<A>(n_lanes)), tile.cols = TILE / tile.lanes;
+  tile.lanes = int(padded<A>(n_lanes)), tile.cols = kTile / tile.lanes;
 }
 
 template <class T>

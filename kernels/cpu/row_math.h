@@ -204,18 +204,18 @@ INLINE void add_losses(CompensatedSum& sum, const A* losses, int n) {
 
 // The same per row of a group, one row per lane: what the two layouts share. Lanes without a row, or whose row does not count,
 // compute something harmless.
-constexpr int MAX_LANES = 256;
+constexpr int kMaxLanes = 256;
 
 template <class A>
 struct GroupState {
-  static constexpr int N = MAX_LANES, W = Simd<A>::W;
-  static constexpr int64_t NO_COL = INT64_MIN;
+  static constexpr int N = kMaxLanes, W = Simd<A>::W;
+  static constexpr int64_t kNoCol = INT64_MIN;
   using V = Vector<A>;
 
   alignas(64) A max[N], rest[N], x_t[N], x_b[N], w_t[N], w_b[N], k_t[N], k_b[N], shift[N], q_sum[N], q_total[N];
   alignas(64) A g[N], loss[N], lse[N], p[N], constant[N], q[N], at_t[N], at_b[N];
   alignas(64) A live[N];           // 1: the row counts, and in the backward has a coefficient other than 0; else 0
-  // Columns of the labels, which may lie outside a slice; NO_COL: none, for soft targets and lanes that are not live.
+  // Columns of the labels, which may lie outside a slice; kNoCol: none, for soft targets and lanes that are not live.
   int64_t target[N], target_b[N];
 
   // Lanes [0, lanes) for rows [row, row + n): their targets and coefficients.
@@ -247,7 +247,7 @@ struct GroupState {
     }
     for (int lane = 0; lane < lanes && !terms.soft; ++lane) {  // an index that changed since the forward is never an address
       if (!is_class(problem, target[lane]) || (terms.two_labels && !is_class(problem, target_b[lane]))) live[lane] = 0;
-      if (live[lane] == 0) target[lane] = target_b[lane] = NO_COL;
+      if (live[lane] == 0) target[lane] = target_b[lane] = kNoCol;
     }
     for (int lane = 0; lane < lanes; lane += W) {
       const auto is_live = V(load(live + lane)) != V{};
@@ -338,11 +338,11 @@ struct GroupState {
   // The labels, and which rows count; zeros where statistics are added up, or are not known.
   void read_targets(const Problem& problem, const Terms<A>& terms, int64_t row, int n, int lanes) {
     if (terms.soft) {
-      for (int lane = 0; lane < n; ++lane) target[lane] = NO_COL, live[lane] = 1;
+      for (int lane = 0; lane < n; ++lane) target[lane] = kNoCol, live[lane] = 1;
     } else {
       problem.target_kind == kUint8 ? read_labels<uint8_t>(problem, row, n) : read_labels<int64_t>(problem, row, n);
     }
-    for (int lane = n; lane < lanes; ++lane) target[lane] = target_b[lane] = NO_COL, live[lane] = 0;
+    for (int lane = n; lane < lanes; ++lane) target[lane] = target_b[lane] = kNoCol, live[lane] = 0;
     for (int lane = 0; lane < lanes; lane += W)
       store(q_sum + lane, V{}), store(q_total + lane, V{}), store(x_t + lane, V{}), store(shift + lane, V{});
   }
@@ -352,7 +352,7 @@ struct GroupState {
     const int64_t ignored = problem.ignore_index, first = problem.first_class;
     for (int lane = 0; lane < n; ++lane) {
       const int64_t t = int64_t(a[lane]);
-      target[lane] = t == ignored ? NO_COL : t - first, live[lane] = A(t != ignored);
+      target[lane] = t == ignored ? kNoCol : t - first, live[lane] = A(t != ignored);
     }
     if (!problem.target_b) return;
     const Label* b = static_cast<const Label*>(problem.target_b) + row;
@@ -360,7 +360,7 @@ struct GroupState {
       const int64_t t = int64_t(b[lane]);
       target_b[lane] = t - first;
       if (t == ignored) live[lane] = 0;
-      if (live[lane] == 0) target[lane] = target_b[lane] = NO_COL;
+      if (live[lane] == 0) target[lane] = target_b[lane] = kNoCol;
     }
   }
   // The labels' class weights and shares.
@@ -369,12 +369,12 @@ struct GroupState {
     for (int lane = 0; lane < lanes; lane += W) store(w_t + lane, one), store(k_t + lane, one);
     if (terms.weight)
       for (int lane = 0; lane < lanes; ++lane)
-        if (target[lane] != NO_COL) w_t[lane] = k_t[lane] = terms.weight[target[lane]];
+        if (target[lane] != kNoCol) w_t[lane] = k_t[lane] = terms.weight[target[lane]];
     if (!terms.two_labels) return;
     for (int lane = 0; lane < lanes; ++lane) {
       x_b[lane] = k_b[lane] = 0, w_b[lane] = 1;
       if (target_b[lane] == target[lane]) {  // one label: its whole share counts for a, whose gradient does not cancel
-        target_b[lane] = NO_COL;
+        target_b[lane] = kNoCol;
         continue;
       }
       const A share = terms.share(row + lane);
@@ -410,7 +410,7 @@ struct GroupState {
   // Whether the label with the larger share has the largest logit. A NaN is in `rest`, which infinite logits make NaN too.
   bool is_correct(const Terms<A>& terms, int lane, int64_t row) const {
     if (rest[lane] != rest[lane] && max[lane] < kInfinity<A>) return false;
-    const bool two = terms.two_labels && target_b[lane] != NO_COL;
+    const bool two = terms.two_labels && target_b[lane] != kNoCol;
     const A share = two ? terms.share(row) : A(1);
     return (x_t[lane] == max[lane] && share >= A(0.5)) || (two && x_b[lane] == max[lane] && share <= A(0.5));
   }

@@ -9,11 +9,11 @@
 //
 // Included once per instruction set, like simd.h.
 
-constexpr int64_t BLOCK = 2048;  // 8 KB of float, twice with factors per class: an L1 of 32 KB has room for what comes next
+constexpr int64_t kBlock = 2048;  // 8 KB of float, twice with factors per class: an L1 of 32 KB has room for what comes next
 
 // Vectors added to one partial sum before it goes to the sum of the block: a lane that holds a large value rounds every small one
 // added to it, which over a whole block would be 30 roundings more.
-constexpr int64_t FLUSH_VECTORS = 16;
+constexpr int64_t kFlushVectors = 16;
 
 // Columns of the longest row whose exponentials are kept, in fp32 for 16-bit logits too, rather than computed again.
 template <class A>
@@ -32,7 +32,7 @@ INLINE Vector<A> sum_whole(int64_t n, const Vectors& vector) {
   int64_t i = 0;
   while (i + 4 * W <= n) {
     Vector<A> part{};
-    for (const int64_t stop = i + FLUSH_VECTORS * W; i < stop && i + 4 * W <= n; i += 4 * W) {
+    for (const int64_t stop = i + kFlushVectors * W; i < stop && i + 4 * W <= n; i += 4 * W) {
       const Vector<A> v0 = vector(i), v1 = vector(i + W), v2 = vector(i + 2 * W), v3 = vector(i + 3 * W);
       part += (v0 + v1) + (v2 + v3);
     }
@@ -185,8 +185,8 @@ struct Scratch {
   // Of the rows of a group, for the gradient: exp(x - the running maximum of its block), or with a cap, whose derivative is one
   // of the transformed logits, those. Null: not kept.
   A* kept;
-  alignas(64) A z[BLOCK], q[BLOCK], dz[BLOCK];
-  A block_maxima[kKeptCols<A> / BLOCK];  // of one row: a group of several has one block each, whose maximum is the row's
+  alignas(64) A z[kBlock], q[kBlock], dz[kBlock];
+  A block_maxima[kKeptCols<A> / kBlock];  // of one row: a group of several has one block each, whose maximum is the row's
   GroupState<A> state;
   alignas(64) A kept_rows[kKeptCols<A>];
 
@@ -197,7 +197,7 @@ template <class A>
 struct Columns {
   int64_t start, n;
   Columns(const Problem& problem, int64_t start)
-      : start(start), n(problem.n_cols - start < BLOCK ? problem.n_cols - start : BLOCK) {}
+      : start(start), n(problem.n_cols - start < kBlock ? problem.n_cols - start : kBlock) {}
   const A* of(const A* row) const { return row ? row + start : nullptr; }
   bool has(int64_t col) const { return col >= start && col < start + n; }
 };
@@ -230,7 +230,7 @@ void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, 
   A* kept = scratch.kept_row(problem, lane);
   A m = -kInfinity<A>, shift = 0;
   double rest = 0, q_sum = 0, q_total = 0;
-  for (int64_t start = 0; start < problem.n_cols; start += BLOCK) {
+  for (int64_t start = 0; start < problem.n_cols; start += kBlock) {
     const Columns<A> columns(problem, start);
     A* z = kept ? kept + start : scratch.z;
     const A block = load_logits(z, at.x, columns, terms);
@@ -251,7 +251,7 @@ void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, 
     const Prefetch next = ahead(at.x + start + columns.n, kept ? at.dx + start : nullptr);
     rest += double(exp_block<A>(terms.capped ? scratch.z : z, z, padded<A>(columns.n), finite, next));
     m = larger;
-    if (kept) scratch.block_maxima[start / BLOCK] = m;
+    if (kept) scratch.block_maxima[start / kBlock] = m;
   }
   s.max[lane] = m, s.rest[lane] = A(rest), s.shift[lane] = shift, s.q_sum[lane] = A(q_sum), s.q_total[lane] = A(q_total);
 }
@@ -262,7 +262,7 @@ void row_gradient(const Problem& problem, const Terms<A>& terms, const GroupStat
                   const GroupPointers<T, A>& at) {
   A* kept = scratch.kept_row(problem, lane);
   const A max = s.max[lane], m = finite_max(max);
-  for (int64_t start = 0; start < problem.n_cols; start += BLOCK) {
+  for (int64_t start = 0; start < problem.n_cols; start += kBlock) {
     const Columns<A> columns(problem, start);
     A *z = kept ? kept + start : scratch.z, *e = z;
     A factor = s.p[lane], constant = s.constant[lane];
@@ -271,8 +271,8 @@ void row_gradient(const Problem& problem, const Terms<A>& terms, const GroupStat
     if (!kept || terms.capped) {
       e = scratch.z;
       exp_block<A>(e, z, padded<A>(columns.n), m, ahead(at.x + start + columns.n, at.dx + start));
-    } else if (problem.n_cols > BLOCK && scratch.block_maxima[start / BLOCK] != max) {
-      factor *= exp_nonpositive1(scratch.block_maxima[start / BLOCK] - m);
+    } else if (problem.n_cols > kBlock && scratch.block_maxima[start / kBlock] != max) {
+      factor *= exp_nonpositive1(scratch.block_maxima[start / kBlock] - m);
     }
     if (terms.per_class) {
       load_q<A>(scratch.q, block_probabilities(scratch.q, at, columns), columns.of(terms.weight), columns.n, terms);
@@ -292,7 +292,7 @@ void row_gradient(const Problem& problem, const Terms<A>& terms, const GroupStat
 // Rows of a group: their logs and divisions share vectors, and their exponentials stay in L1 until they are needed again.
 template <class A>
 INLINE int64_t rows_per_group(const Problem& problem) {
-  const int64_t rows = BLOCK / padded<A>(problem.n_cols);
+  const int64_t rows = kBlock / padded<A>(problem.n_cols);
   return rows < 1 ? 1 : rows > Simd<A>::W ? Simd<A>::W : rows;
 }
 
