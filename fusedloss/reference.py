@@ -5,6 +5,8 @@ reductions are spelled out here, because two of them are ours: the maximum, and 
 (Fan et al. 2017, "Learning with Average Top-k Loss", arXiv:1705.08826).
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,18 +61,21 @@ def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> t
     return loss, _stats(logits.detach(), rows.detach(), counted, inputs, options) if options.return_stats else None
 
 
-def torchs(inputs: Inputs, options: Options) -> Tensor:
+class Torchs(NamedTuple):
     """PyTorch's own loss, times the scale: of calls that ask for no other extra. Its sums and its NaN are PyTorch's, too."""
-    logits, target, _, _, weight, _, _ = inputs
-    loss = TORCHS(
-        logits,
-        target,
-        weight,
-        ignore_index=options.ignore_index,
-        reduction=options.reduction,
-        label_smoothing=options.label_smoothing,
-    )
-    return loss if options.scale == 1 else _number(options.scale, loss) * loss
+
+    options: Options
+
+    def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float) -> tuple[Tensor, None, None]:
+        """As the Prepared of a backend, which autograd differentiates."""
+        options = self.options
+        loss = TORCHS(logits, target, weight, None, options.ignore_index, None, options.reduction, options.label_smoothing)
+        return loss if scale == 1 else _number(scale, loss) * loss, None, None
+
+
+def torchs(inputs: Inputs, options: Options) -> Tensor:
+    """PyTorch's own loss, as `Torchs` has it."""
+    return Torchs(options).forward(inputs.logits, inputs.target, inputs.weight, options.scale)[0]
 
 
 def _number(value: float, like: Tensor) -> Tensor:

@@ -129,13 +129,15 @@ def labels_of(target: Any) -> tuple[Tensor, Tensor | None, float | Tensor]:
 def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Route, loss: Tensor) -> None:
     """Has the next call like this one go straight to its backend."""
     logits, target, weight = inputs.logits, inputs.target, inputs.weight
-    if route.world is not PLAIN or route.backend not in ("cpu", "triton") or (_CHECK_TARGETS and route.backend != "cpu"):
+    if route.world is not PLAIN or route.backend not in ("cpu", "triton", "torch") or (_CHECK_TARGETS and route.backend != "cpu"):
         return
     varies = route.backend == "cpu" and known.varies(key, logits)  # a launch is cut for a number of rows
     if not (varies or known.is_worth_remembering(key, logits)):
         return
-    needs_grad = logits.requires_grad and torch.is_grad_enabled()
-    prepared = ops.prepare(kernel_inputs(inputs), options, route.out_dtype, needs_grad, route.backend, inputs)
+    needs_grad = route.backend != "torch" and logits.requires_grad and torch.is_grad_enabled()
+    prepared: Any = reference.Torchs(options)
+    if route.backend != "torch":
+        prepared = ops.prepare(kernel_inputs(inputs), options, route.out_dtype, needs_grad, route.backend, inputs)
     if prepared is None:
         return
     fused = needs_grad and fuses_gradient(options.reduction, logits.dtype)

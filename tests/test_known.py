@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compare import check_against_torch
 from known_calls import C, N, equal, none_known, outcome, problem, served, without_known
 from paths import CPU, GPU, INTERPRETER, Path, entered
@@ -155,6 +156,26 @@ def test_nothing_is_known_of_no_rows(calls: list[Any]) -> None:
             loss, gradient = served(logits, torch.empty((shape[0], *shape[2:]), dtype=torch.int64))
             assert loss.isnan()
             assert gradient.shape == shape
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none", "label_smoothing": 0.1}, {"reduction": "sum", "scale": 0.5}], ids=str
+)
+def test_what_pytorchs_own_loss_serves_is_known(calls: list[Any], options: dict[str, Any]) -> None:
+    """Class probabilities that need a gradient, which no kernel makes."""
+    logits, target = make_logits(N, C).requires_grad_(), make_probabilities(N, C).requires_grad_()
+
+    def gradients() -> tuple[Tensor, ...]:
+        loss = fusedloss.cross_entropy(logits, target, **options)
+        return loss.detach(), *torch.autograd.grad(loss.sum(), (logits, target))
+
+    first, _, third = gradients(), gradients(), gradients()
+    assert len(calls) == 2
+    assert all(map(torch.equal, third, first))
+    theirs = F.cross_entropy(logits, target, **{name: value for name, value in options.items() if name != "scale"})
+    assert torch.equal(first[0], theirs.detach() * options.get("scale", 1.0))
+    expected = torch.autograd.grad(theirs.sum() * options.get("scale", 1.0), (logits, target))
+    torch.testing.assert_close(first[1:], expected)
 
 
 def test_known_without_a_gradient(path: Path, calls: list[Any]) -> None:
