@@ -63,21 +63,27 @@ INLINE F::V log_(F::V x) {
   F::V low = p * (f2 * f) - e * 2.12194440e-4f - 0.5f * f2;
   return (low + f + e * 0.693359375f) + (x - x);
 }
+// The same with the quotient and the polynomial of fdlibm's log: s = f / (2 + f), log m = f - f^2/2 + s (f^2/2 + R(s^2)).
 INLINE Simd<double>::V log_(Simd<double>::V x) {
-  for (int i = 0; i < Simd<double>::W; ++i) x[i] = __builtin_log(x[i]);
-  return x;
+  using D = Simd<double>;
+  D::U offset = bit_cast<D::U>(x) - 0x3fe6a09e667f3bcdull;  // of sqrt(1/2)
+  // 2^52 + e from its bits: AVX2 converts no 64-bit integers.
+  D::V e = bit_cast<D::V>((offset >> 52) | 0x4330000000000000ull) - 0x1p52;
+  D::V f = bit_cast<D::V>((offset & 0xfffffffffffffull) + 0x3fe6a09e667f3bcdull) - 1.0;
+  D::V s = f / (f + 2.0), s2 = s * s, s4 = s2 * s2, half = 0.5 * (f * f);
+  D::V even = ((s4 * 1.531383769920937332e-1 + 2.222219843214978396e-1) * s4 + 3.999999999940941908e-1) * s4;
+  D::V odd = (((s4 * 1.479819860511658591e-1 + 1.818357216161805012e-1) * s4 + 2.857142874366239149e-1) * s4 +
+              6.666666666666735130e-1) * s2;
+  D::V low = half - (s * (half + (even + odd)) + e * 1.90821492927058770002e-10);
+  return (e * 6.93147180369123816490e-1 - (low - f)) + (x - x);
 }
 
 // log(1 + x) for x >= 0 to the last bits: log(u) x / (u - 1) cancels the rounding of u = 1 + x (HP-15C handbook, Kahan).
-INLINE F::V log1p_(F::V x) {
-  F::V u = x + 1.0f, excess = u - 1.0f;
-  F::I tiny = excess == F::V{};
-  F::V one = F::V{} + 1.0f;
+template <class A>
+INLINE Vector<A> log1p_(Vector<A> x) {
+  const Vector<A> one = broadcast(A(1)), u = x + one, excess = u - one;
+  const auto tiny = excess == Vector<A>{};
   return tiny ? x : log_(u) * (x / (tiny ? one : excess));
-}
-INLINE Simd<double>::V log1p_(Simd<double>::V x) {
-  for (int i = 0; i < Simd<double>::W; ++i) x[i] = __builtin_log1p(x[i]);
-  return x;
 }
 
 // tanh after Cephes: an odd polynomial, or quotient of two, keeps the digits of small values; beyond, (1 - e) / (1 + e), e =

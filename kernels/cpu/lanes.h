@@ -8,7 +8,7 @@
 // Included once per instruction set, like simd.h.
 
 constexpr int64_t kTileInL1 = 4096;  // values: 16 KB of float32
-constexpr int64_t kTile = 16384;       // values, in L2
+constexpr int64_t kTile = 16384;     // values, in L2
 // 256 contiguous bytes of float32 per class, whole cache lines: with the 24 that L1 has room for at 150 classes, twice the time.
 constexpr int64_t kWideLanes = 64;
 constexpr int64_t kFlush = 16;  // classes summed into one float before it is added to the total: keeps rounding errors small

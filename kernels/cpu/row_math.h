@@ -101,7 +101,7 @@ template <class A>
 INLINE Vector<A> log_sum(const RowStats<A>& s, const Terms<A>& terms) {
   if (terms.soft) return log_(s.rest);
   // Where the target is not the largest, that one has put 1 into rest: one logarithm serves both.
-  return log1p_(s.x_t == s.max ? s.rest : (s.rest - A(1)) + s.e_t);
+  return log1p_<A>(s.x_t == s.max ? s.rest : (s.rest - A(1)) + s.e_t);
 }
 
 // What a focal loss multiplies k_t by: in the loss u^gamma, in the gradient u^gamma (1 + gamma nll e_t / rest).
@@ -111,7 +111,7 @@ struct Focal {
   Focal(const RowStats<A>& s, const Terms<A>& terms, Vector<A> log_d) {
     const Vector<A> odds = s.e_t / s.rest, nll = (s.max - s.x_t) + log_d;
     const auto sure = odds == kInfinity<A>;  // p_t is 1: both are 0
-    of_loss = sure ? Vector<A>{} : exp_nonpositive(-terms.focal_gamma * log1p_(odds));
+    of_loss = sure ? Vector<A>{} : exp_nonpositive(-terms.focal_gamma * log1p_<A>(odds));
     const Vector<A> slope = (sure | (odds == A(0))) ? Vector<A>{} : odds * nll;  // nll may be infinite
     of_gradient = of_loss * (A(1) + terms.focal_gamma * slope);
   }
