@@ -179,6 +179,6 @@ def _differentiable_gradient(
             inputs, dlogits = inputs.as_one_row(), dlogits if dlogits is None else dlogits.unsqueeze(0)
         if version != place._version:  # forgotten, or edited since, as it may be
             assert dlogits is not None
-            inputs = inputs._replace(logits=recovered(inputs, options, out_dtype, dlogits))
+            inputs = inputs._replace(logits=recovered(inputs, options, dlogits))
         loss, _ = reference.cross_entropy(inputs, options, out_dtype)
         return torch.autograd.grad(loss.reshape(dloss.shape), place, dloss, create_graph=True)[0]

@@ -41,7 +41,7 @@ def check_options(
     reduction: str, ignore_index: int, label_smoothing: float, extras: Extras, lam: float | Tensor = 1.0
 ) -> Options:
     """Raises on options that no tensor could make right. Tensors for scale and lam stay with the caller, and are 1.0 here."""
-    scale, _, top_k, return_stats, z_loss, logit_scale, softcap, focal_gamma = extras
+    scale, _, top_k, return_stats, z_loss, logit_scale, softcap, focal_gamma, out_dtype = extras
     if not isinstance(reduction, str):
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if reduction == "elementwise_mean":
@@ -55,6 +55,8 @@ def check_options(
         scale = 1.0
     if isinstance(lam, Tensor):
         lam = 1.0
+    if out_dtype is not None:
+        check_out_dtype(out_dtype)
     # Python's own numbers from here on: not all that pass for a number can be looked up.
     if type(ignore_index) is not int:
         ignore_index = _index("ignore_index", ignore_index)
@@ -103,6 +105,16 @@ def _options(
     smoothing = label_smoothing if label_smoothing > 0 else 0.0
     numbers = (scale, z_loss, logit_scale, float(softcap), focal_gamma, lam)
     return Options(reduction, ignore_index, smoothing, k, fraction, *numbers, bool(return_stats))
+
+
+def check_out_dtype(out_dtype: Any) -> None:
+    """Raises where it is no dtype of a loss."""
+    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+        raise TypeError(
+            f"cross_entropy(): argument 'out_dtype' must be torch.dtype, not {type(out_dtype).__name__}: {out_dtype!r}"
+        )
+    if out_dtype is not None and out_dtype not in _FLOATING:
+        raise ValueError(f"out_dtype must be one of {', '.join(map(str, _FLOATING))}, but got {out_dtype}")
 
 
 def _index(name: str, value: Any) -> int:

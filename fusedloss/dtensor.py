@@ -52,7 +52,7 @@ def not_covered(inputs: Inputs, options: Options) -> str | None:
     return None
 
 
-def cross_entropy(inputs: Inputs, options: Options) -> tuple[Tensor, LossStats | None]:
+def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> tuple[Tensor, LossStats | None]:
     """The loss as a DTensor; for a sharded batch partial sums, or the rows' losses sharded as the batch is."""
     logits: Any = inputs.logits
     mesh, placements = logits.device_mesh, logits.placements
@@ -61,7 +61,7 @@ def cross_entropy(inputs: Inputs, options: Options) -> tuple[Tensor, LossStats |
     part, group = Slice(offsets[CLASS_DIM], logits.shape[CLASS_DIM]), mesh.get_group(class_dim)
     tensors: list[Any] = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in inputs]
     local = Inputs(*tensors)
-    out_dtype = check_whole_rows(local, options, part)
+    check_whole_rows(local, options, part)
     batch_dims = [dim for dim, place in enumerate(placements) if place == Shard(0)]
     if options.reduction == "mean" and batch_dims:
         total = denominator(local, options, part)

@@ -2,6 +2,7 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from fusedloss.plan import EXTRAS, Reduction, Target
@@ -16,20 +17,21 @@ def cross_entropy(
     reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *, top_k: int | float | None = None,
     scale: float | Tensor = 1.0, sample_weight: Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
     softcap: float | None = None, focal_gamma: float = 0.0, return_stats: Literal[False] = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor: ...
 @overload
 def cross_entropy(
     input: Tensor, target: Target, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
     reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *, top_k: int | float | None = None,
     scale: float | Tensor = 1.0, sample_weight: Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
-    softcap: float | None = None, focal_gamma: float = 0.0, return_stats: Literal[True],
+    softcap: float | None = None, focal_gamma: float = 0.0, return_stats: Literal[True], out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, LossStats]: ...
 @overload
 def cross_entropy(
     input: Tensor, target: Target, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
     reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *, top_k: int | float | None = None,
     scale: float | Tensor = 1.0, sample_weight: Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
-    softcap: float | None = None, focal_gamma: float = 0.0, return_stats: bool,
+    softcap: float | None = None, focal_gamma: float = 0.0, return_stats: bool, out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]: ...
 # fmt: on
 def cross_entropy(
@@ -50,6 +52,7 @@ def cross_entropy(
     softcap: float | None = EXTRAS.softcap,
     focal_gamma: float = EXTRAS.focal_gamma,
     return_stats: bool = EXTRAS.return_stats,
+    out_dtype: torch.dtype | None = EXTRAS.out_dtype,
 ) -> Tensor | tuple[Tensor, LossStats]:
     r"""Softmax cross-entropy of logits, reduced over the batch: scale * reduce_n( -w[y_n] log softmax(x_n)[y_n] ).
 
@@ -94,15 +97,19 @@ def cross_entropy(
         focal_gamma: exponent of the focal loss, at least 0: rows that the model is sure of count less, while what a mean
             divides by stays. For class indices without label_smoothing only.
         return_stats: also return `fusedloss.LossStats`, made in the same launch.
+        out_dtype: dtype of the loss, floating point; None: PyTorch's. torch.float32 gives the loss of float16 and bfloat16 logits
+            as it was accumulated, and changes no bit of the gradient; PyTorch's is rounded to the logits' dtype, for a loss
+            around 8 in bfloat16 to a multiple of 0.03.
 
     Returns:
-        The loss in input's dtype (float32 for float16 and bfloat16 under autocast; promoted with probabilities as in
-        PyTorch): 0-d, or the shape of the class indices for reduction "none". With return_stats (loss, stats).
+        The loss in out_dtype, by default in input's (float32 for float16 and bfloat16 under autocast; promoted with
+        probabilities as in PyTorch): 0-d, or the shape of the class indices for reduction "none". With return_stats
+        (loss, stats).
 
     Raises:
         ValueError: batch sizes differ; unknown reduction; top_k missing, out of range or without "topk"; scale not 0-d;
             lam, softcap, focal_gamma or the shape of sample_weight out of range; focal_gamma with another target than class
-            indices, or with label_smoothing.
+            indices, or with label_smoothing; out_dtype not floating point.
         RuntimeError: shapes or dtypes do not fit; label_smoothing > 1; a backend was asked for that cannot serve.
         IndexError: a class index is out of range (CPU).
         NotImplementedError: input is not floating point.
@@ -131,4 +138,5 @@ def cross_entropy(
         logit_scale,
         softcap,
         focal_gamma,
+        out_dtype,
     )

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fusedloss.linear_serving import serve
-from fusedloss.plan import EXTRAS, Extras, Reduction, Target
+from fusedloss.plan import EXTRAS, Reduction, Target
 
 
 def linear_cross_entropy(
@@ -26,17 +27,19 @@ def linear_cross_entropy(
     logit_scale: float = EXTRAS.logit_scale,
     softcap: float | None = EXTRAS.softcap,
     return_stats: bool = EXTRAS.return_stats,
+    out_dtype: torch.dtype | None = EXTRAS.out_dtype,
     chunk_rows: int | None = None,
+    compact: bool = False,
 ) -> Any:  # Tensor, or (Tensor, LossStats) with return_stats
     r"""The cross-entropy of a linear layer's outputs, input @ linear_weight.T + linear_bias, which are never stored.
 
     The signature is that of `torch.nn.functional.linear_cross_entropy` (PyTorch 2.13), and the value that of
     `fusedloss.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)`. The rows are taken in chunks: the logits
     of a chunk are made, and their gradient in the same memory, before those of the next. "sum" and "mean" make the gradients of
-    the layer in the forward, with the three matmuls that training needs anyway; the other reductions, and float16, compute the
-    logits once more in the backward, "max" and "topk" only those of the selected rows. Ignored rows cost no matmul on a CPU; on
-    a GPU, where the host would have to wait for their number, leave them out yourself: keep = target != ignore_index;
-    linear_cross_entropy(input[keep], linear_weight, target[keep]).
+    the layer in the forward, with the three matmuls that training needs anyway; the other reductions compute the logits once more
+    in the backward, "max" and "topk" only those of the selected rows. So does float16, of which a gradient would underflow if it
+    were rounded before GradScaler's factor comes with the backward: four matmuls. Ignored rows cost none on a CPU, nor on a GPU
+    with `compact`.
 
     Args:
         input: (F,), (N, F) or (N, d1, ..., F), what the last layer is applied to.
@@ -49,12 +52,16 @@ def linear_cross_entropy(
         options: a `torch.nn.LinearCrossEntropyOptions`: its batch_chunk_size is chunk_rows; with acc_policy "accurate", or an
             acc_dtype of float32, the gradient of a bfloat16 or float16 linear_weight is summed in float32, as it always is
             over more than 4 chunks.
-        top_k, scale, sample_weight, z_loss, logit_scale, softcap, return_stats: as for `cross_entropy`, a row being one of input.
+        top_k, scale, sample_weight, z_loss, logit_scale, softcap, return_stats, out_dtype: as for `cross_entropy`, a row
+            being one of input.
         chunk_rows: rows of a chunk; None: as many as have 64 MiB of logits, but 256 at least (on a GPU 250 MB and 2048).
 
+        compact: on a GPU, too, rows that are ignored, or that "max" and "topk" do not select, are left out of the matmuls; the
+            host waits for their number, twice for those two. On a CPU they always are.
+
     Returns:
-        The loss in input's dtype (float32 under autocast, for which the layer's operands are cast as F.linear casts them): 0-d,
-        or input's shape without F for reduction "none". With return_stats (loss, stats).
+        The loss in out_dtype, by default in input's (float32 under autocast, for which the layer's operands are cast as F.linear
+        casts them): 0-d, or input's shape without F for reduction "none". With return_stats (loss, stats).
 
     Raises:
         RuntimeError: shapes or dtypes do not fit; linear_weight has no elements; ignore_index with class probabilities.
@@ -70,12 +77,20 @@ def linear_cross_entropy(
         input,
         linear_weight,
         target,
-        linear_bias,
-        weight,
-        reduction,
-        ignore_index,
-        label_smoothing,
-        options,
-        chunk_rows,
-        Extras(scale, sample_weight, top_k, return_stats, z_loss, logit_scale, softcap),
+        linear_bias=linear_bias,
+        weight=weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        options=options,
+        top_k=top_k,
+        scale=scale,
+        sample_weight=sample_weight,
+        z_loss=z_loss,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        return_stats=return_stats,
+        out_dtype=out_dtype,
+        chunk_rows=chunk_rows,
+        compact=compact,
     )

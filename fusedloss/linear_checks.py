@@ -11,6 +11,7 @@ class Chunking(NamedTuple):
 
     chunk_rows: int | None  # None: as many as fit the device
     float32_sum: bool  # of the gradient of a bfloat16 or float16 weight, however few the chunks
+    compact: bool  # rows that do not count are left out of the matmuls, though it makes the host wait
 
 
 def check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
@@ -89,14 +90,14 @@ def logits_shape(input: Tensor, linear_weight: Tensor) -> torch.Size:
     return input.shape[:-1] + linear_weight.shape[:-1]
 
 
-def check_chunking(options: Any, chunk_rows: int | None) -> Chunking:
+def check_chunking(options: Any, chunk_rows: int | None, compact: bool) -> Chunking:
     """options: a torch.nn.LinearCrossEntropyOptions, whose class PyTorch has from 2.13 on."""
     if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int)):
         raise TypeError(f"linear_cross_entropy(): argument 'chunk_rows' must be int, not {type(chunk_rows).__name__}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, but got {chunk_rows}")
     if options is None:
-        return Chunking(chunk_rows, False)
+        return Chunking(chunk_rows, False, bool(compact))
     try:
         asked, accurate = options.batch_chunk_size, options.acc_policy == "accurate" or options.acc_dtype == torch.float32
     except AttributeError:
@@ -105,4 +106,4 @@ def check_chunking(options: Any, chunk_rows: int | None) -> Chunking:
         ) from None
     if asked is not None and chunk_rows is not None and asked != chunk_rows:
         raise ValueError(f"options.batch_chunk_size ({asked}) and chunk_rows ({chunk_rows}) differ: pass only one")
-    return Chunking(asked if chunk_rows is None else chunk_rows, accurate)
+    return Chunking(asked if chunk_rows is None else chunk_rows, accurate, bool(compact))

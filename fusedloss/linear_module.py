@@ -26,8 +26,8 @@ class LinearCrossEntropyLoss(nn.Module):
         weight: (C,), a factor per class.
         ignore_index: class index whose rows are ignored; None: -100.
         label_smoothing: in [0, 1].
-        options, chunk_rows: how the rows are taken in chunks; see `fusedloss.linear_cross_entropy`.
-        top_k, scale, z_loss, logit_scale, softcap, return_stats: as for `fusedloss.cross_entropy`.
+        options, chunk_rows, compact: how the rows are taken in chunks; see `fusedloss.linear_cross_entropy`.
+        top_k, scale, z_loss, logit_scale, softcap, return_stats, out_dtype: as for `fusedloss.cross_entropy`.
 
     Raises:
         RuntimeError: weight is not (num_classes,), or label_smoothing not in [0, 1].
@@ -55,7 +55,9 @@ class LinearCrossEntropyLoss(nn.Module):
         logit_scale: float = EXTRAS.logit_scale,
         softcap: float | None = EXTRAS.softcap,
         return_stats: bool = EXTRAS.return_stats,
+        out_dtype: torch.dtype | None = EXTRAS.out_dtype,
         chunk_rows: int | None = None,
+        compact: bool = False,
     ) -> None:
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
@@ -76,7 +78,9 @@ class LinearCrossEntropyLoss(nn.Module):
         self.logit_scale = logit_scale
         self.softcap = softcap
         self.return_stats = return_stats
+        self.out_dtype = out_dtype
         self.chunk_rows = chunk_rows
+        self.compact = compact
 
     def forward(
         self,
@@ -105,7 +109,9 @@ class LinearCrossEntropyLoss(nn.Module):
             logit_scale=self.logit_scale,
             softcap=self.softcap,
             return_stats=self.return_stats,
+            out_dtype=self.out_dtype,
             chunk_rows=self.chunk_rows,
+            compact=self.compact,
         )
 
     def extra_repr(self) -> str:
@@ -120,7 +126,7 @@ class LinearCrossEntropyLoss(nn.Module):
             "label_smoothing": self.label_smoothing,
             "options": self.options,
         }
-        for name, default in {**EXTRAS._asdict(), "chunk_rows": None}.items():
+        for name, default in {**EXTRAS._asdict(), "chunk_rows": None, "compact": False}.items():
             value = getattr(self, name, default)
             if isinstance(value, Tensor) or value != default:
                 shown[name] = value

@@ -23,11 +23,11 @@ _TRACING_MODES = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in
 
 _library.define(
     f"linear_gradient_pass({_INPUTS}, {_OPTIONS}, bool input_grad, bool weight_grad, bool bias_grad, int? chunk_rows, "
-    "bool float32_sum, str backend, Tensor? upstream) "
+    "bool float32_sum, bool compact, str backend, Tensor? upstream) "
     "-> (Tensor loss, Tensor dinput, Tensor dweight, Tensor dbias, Tensor row_stats, Tensor n_correct)"
 )
 _library.define(
-    f"linear_row_pass({_INPUTS}, {_OPTIONS}, int? chunk_rows, str backend) "
+    f"linear_row_pass({_INPUTS}, {_OPTIONS}, int? chunk_rows, bool compact, str backend) "
     "-> (Tensor row_losses, Tensor row_stats, Tensor n_correct)"
 )
 
@@ -51,7 +51,8 @@ def row_pass(inputs: LinearInputs, options: Options, settings: Settings) -> RowP
     """`linear_passes.row_pass`; what the call does not ask for may be a tensor of no elements."""
     if nobody_traces(*inputs):
         return linear_passes.row_pass(inputs, options, settings)
-    return RowPass(*torch.ops.fusedloss.linear_row_pass.default(*inputs, *options, settings.chunk_rows, settings.backend))
+    how = settings.chunk_rows, settings.compact, settings.backend
+    return RowPass(*torch.ops.fusedloss.linear_row_pass.default(*inputs, *options, *how))
 
 
 def nobody_traces(*tensors: Tensor | None) -> bool:
@@ -62,14 +63,14 @@ def nobody_traces(*tensors: Tensor | None) -> bool:
 
 
 def _gradient_pass_impl(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, options, (*needs_grad, chunk_rows, float32_sum, backend, upstream) = _split(arguments)
-    settings = Settings(NeedsGrad(*needs_grad), chunk_rows, float32_sum, backend)
+    inputs, options, (*needs_grad, chunk_rows, float32_sum, compact, backend, upstream) = _split(arguments)
+    settings = Settings(NeedsGrad(*needs_grad), chunk_rows, float32_sum, compact, backend)
     return _all_tensors(linear_passes.gradient_pass(inputs, options, settings, upstream))
 
 
 def _row_pass_impl(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, options, (chunk_rows, backend) = _split(arguments)
-    settings = Settings(NeedsGrad(False, False, False), chunk_rows, False, backend)
+    inputs, options, (chunk_rows, compact, backend) = _split(arguments)
+    settings = Settings(NeedsGrad(False, False, False), chunk_rows, False, compact, backend)
     return _all_tensors(linear_passes.row_pass(inputs, options, settings))
 
 

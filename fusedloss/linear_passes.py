@@ -9,7 +9,7 @@ row_pass        logits = x W^T + b          a loss per row; 1 matmul
 "sum" and "mean" are one gradient pass in the forward: a_n is known beforehand, the mean's denominator by a look at the targets.
 "none", "max" and "topk" are a row pass, then a gradient pass in the backward over the rows whose loss has an upstream gradient:
 max and topk select few. Rows without one, and ignored rows, are left out of the matmuls (on a GPU, where the host would have
-to wait for their number, they are multiplied as zeros).
+to wait for their number, only if the caller says compact; else they are multiplied as zeros).
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fusedloss import ops
 from fusedloss.plan import Inputs, Options, accumulation_dtype
-from fusedloss.plan_linear import Chunks, chunks_of, sums_in_float32
+from fusedloss.plan_linear import Chunks, chunks_of, leaves_rows_out, sums_in_float32
 
 Rows = slice | Tensor  # of a chunk: a range, or indices
 
@@ -72,6 +72,7 @@ class Settings(NamedTuple):
     needs_grad: NeedsGrad
     chunk_rows: int | None  # None: as many as fit the device
     float32_sum: bool  # of the gradient of a bfloat16 or float16 weight, however few the chunks
+    compact: bool  # rows that do not count are left out of the matmuls on a GPU, too
     backend: str
 
 
@@ -147,7 +148,7 @@ class _Chunked:
             counted = upstream != 0 if counted is None else counted & (upstream != 0)
         self.index: Tensor | None = None  # of the rows that are left, None: all
         self.counted: Tensor | None = None  # which of them count, None: all
-        if counted is not None and x.device.type != "cpu":
+        if counted is not None and not leaves_rows_out(settings.backend, settings.compact):
             self.counted = counted
         elif counted is not None and not counted.all():
             self.index = counted.nonzero().squeeze(1)

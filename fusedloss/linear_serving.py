@@ -14,85 +14,48 @@ from fusedloss.linear_autograd import RowLosses, SummedLoss
 from fusedloss.linear_checks import Chunking, check_chunking, check_dtypes, check_layer, check_targets, logits_shape
 from fusedloss.linear_passes import LinearInputs, NeedsGrad, Settings
 from fusedloss.plan import ROW_REDUCTIONS, Extras, Inputs, Options, fuses_gradient
-from fusedloss.plan_linear import LinearPlan, chunks_of, sums_in_float32
-from fusedloss.route import Route, autocast_is_on, facts_of, route_with
-from fusedloss.serving import check_if_asked, labels_of, serve_checked
+from fusedloss.plan_linear import LinearPlan, chunks_of, leaves_rows_out, sums_in_float32
+from fusedloss.route import Route, autocast_is_on, facts_of, route_with, without_strides
+from fusedloss.serving import check_if_asked, labels_of, serve_checked, without_numbers
 from fusedloss.stats import LossStats
-from fusedloss.world import world_of
+from fusedloss.world import Kind, is_strided, world_of
 
 
-def serve(
-    public: Callable[..., Any],  # the function that was called
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Any,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int | None,
-    label_smoothing: float,
-    options: Any,
-    chunk_rows: int | None,
-    extras: Extras,
-) -> Any:
-    """What `linear_cross_entropy` returns for these arguments."""
+def serve(public: Callable[..., Any], input: Tensor, linear_weight: Tensor, target: Any, **arguments: Any) -> Any:
+    """What `linear_cross_entropy`, which is `public`, returns for these arguments."""
     labels, labels_b, lam = labels_of(target)
     lam_tensor = lam if isinstance(lam, Tensor) else None
-    tensors = (input, linear_weight, labels, labels_b, lam_tensor, linear_bias, weight, extras.sample_weight)
+    others = (arguments["linear_bias"], arguments["weight"], arguments["sample_weight"])
+    tensors = (input, linear_weight, labels, labels_b, lam_tensor, *others)
     if has_torch_function_variadic(*tensors):
-        keywords = {
-            "linear_bias": linear_bias,
-            "weight": weight,
-            "reduction": reduction,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "options": options,
-            "chunk_rows": chunk_rows,
-        }
-        keywords.update(extras._asdict())
-        del keywords["focal_gamma"]  # which this function has not
-        return handle_torch_function(public, tensors, input, linear_weight, target, **keywords)
-    arguments = (linear_bias, weight, reduction, ignore_index, label_smoothing, options, chunk_rows, extras)
-    loss, stats = _serve(input.shape[:-1], *_checked(input, linear_weight, target, *arguments))
-    return (loss, stats) if extras.return_stats else loss
+        return handle_torch_function(public, tensors, input, linear_weight, target, **arguments)
+    loss, stats = _serve(input.shape[:-1], *_checked(input, linear_weight, target, **arguments))
+    return (loss, stats) if arguments["return_stats"] else loss
 
 
-def planned(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Any,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int | None,
-    label_smoothing: float,
-    options: Any,
-    chunk_rows: int | None,
-    **extras: Any,
-) -> LinearPlan:
+def planned(**arguments: Any) -> LinearPlan:
     """What `plan` returns for these arguments of `linear_cross_entropy`."""
-    arguments = (linear_bias, weight, reduction, ignore_index, label_smoothing, options, chunk_rows, Extras(**extras))
-    inputs, checked, chunking = _checked(input, linear_weight, target, *arguments)
-    dtype, route = _route(inputs, checked)
+    inputs, options, chunking, out_dtype = _checked(**arguments)
+    dtype, route = _route(inputs, options, out_dtype)
     needs_grad = NeedsGrad(*map(_needs_grad, inputs[:3]))
-    shape = logits_shape(inputs.input, linear_weight)
+    shape = logits_shape(inputs.input, inputs.linear_weight)
     if route.backend in ("torch", "reference"):
         held = shape.numel() * dtype.itemsize * (2 if any(needs_grad) else 1)
         return LinearPlan(route.backend, route.reason, "unfused", len(inputs.input), 1, 1 + sum(needs_grad[:2]), held)
-    fused = fuses_gradient(checked.reduction, dtype)
+    fused = fuses_gradient(options.reduction, dtype)
     n_rows, n_classes = shape[:-1].numel(), shape[-1]
     sizes = chunks_of(n_rows, n_classes, dtype, route.backend, chunking.chunk_rows)
     # Triton's kernels write the gradient beside the logits.
     held = sizes.chunk_rows * n_classes * dtype.itemsize * (2 if route.backend == "triton" and any(needs_grad) else 1)
     if needs_grad.weight and sums_in_float32(dtype, sizes.n_chunks, chunking.float32_sum):
-        held += linear_weight.numel() * 4
+        held += inputs.linear_weight.numel() * 4
     strategy, matmuls = "forward only", 1.0
     if any(needs_grad):
         strategy = "fused" if fused else "recompute"
         again = 0.0 if fused else 1.0
         share = 1.0  # of the rows, that the backward looks at
-        if checked.reduction in ROW_REDUCTIONS and route.backend == "cpu":
-            share = reference.rows_to_select(torch.tensor(n_rows), checked).item() / max(1, n_rows)
+        if options.reduction in ROW_REDUCTIONS and leaves_rows_out(route.backend, chunking.compact):
+            share = reference.rows_to_select(torch.tensor(n_rows), options).item() / max(1, n_rows)
         matmuls += share * (again + sum(needs_grad[:2]))
     return LinearPlan(route.backend, route.reason, strategy, sizes.chunk_rows, sizes.n_chunks, matmuls, held)
 
@@ -108,32 +71,42 @@ def _checked(
     label_smoothing: float,
     options: Any,
     chunk_rows: int | None,
-    extras: Extras,
-) -> tuple[LinearInputs, Options, Chunking]:
+    compact: bool,
+    **extras: Any,
+) -> tuple[LinearInputs, Options, Chunking, torch.dtype | None]:
     """The arguments sorted, once each is right by itself and the layer fits its input; (N, d1, ..., F) as (n_rows, F)."""
+    asked = Extras(**extras)
     labels, labels_b, lam = labels_of(target)
     lam_tensor = lam if isinstance(lam, Tensor) else None
     check_layer(input, linear_weight, linear_bias)
-    check_targets(input, linear_weight, labels, labels_b, lam_tensor, extras.sample_weight, ignore_index)
-    chunking = check_chunking(options, chunk_rows)
-    checked = check_options(reduction, -100 if ignore_index is None else ignore_index, label_smoothing, extras, lam)
-    scale = extras.scale if isinstance(extras.scale, Tensor) else None
-    inputs = LinearInputs(input, linear_weight, linear_bias, labels, labels_b, lam_tensor, weight, extras.sample_weight, scale)
-    return _as_rows(inputs) if input.dim() > 2 else inputs, checked, chunking
+    check_targets(input, linear_weight, labels, labels_b, lam_tensor, asked.sample_weight, ignore_index)
+    chunking = check_chunking(options, chunk_rows, compact)
+    checked = check_options(reduction, -100 if ignore_index is None else ignore_index, label_smoothing, asked, lam)
+    scale = asked.scale if isinstance(asked.scale, Tensor) else None
+    inputs = LinearInputs(input, linear_weight, linear_bias, labels, labels_b, lam_tensor, weight, asked.sample_weight, scale)
+    return _as_rows(inputs) if input.dim() > 2 else inputs, checked, chunking, asked.out_dtype
 
 
-def _serve(batch: torch.Size, inputs: LinearInputs, options: Options, chunking: Chunking) -> tuple[Tensor, LossStats | None]:
-    dtype, route = _route(inputs, options)
+def _serve(
+    batch: torch.Size, inputs: LinearInputs, options: Options, chunking: Chunking, out_dtype: torch.dtype | None
+) -> tuple[Tensor, LossStats | None]:
+    dtype, route = _route(inputs, options, out_dtype)
     if route.backend in ("torch", "reference"):
-        loss, stats = serve_checked(_with_logits(inputs), options)
+        loss, stats = serve_checked(_with_logits(inputs), options, out_dtype)
     else:
-        inputs, factor = _as_read(_as_rows(inputs), dtype)
+        factor: Any = None  # of the loss, outside its chunks
+        if route.world.kind is Kind.COMPILED:
+            inputs, options, factor = without_numbers(inputs, options)
+        inputs, differentiable = _as_read(_as_rows(inputs), dtype)
+        factor = differentiable if factor is None else factor
         if not inputs.has_probabilities():
             check_if_asked(inputs.target, inputs.target_b, len(inputs.linear_weight), options, route)
         settings = Settings(NeedsGrad(*map(_needs_grad, inputs[:3])), *chunking, route.backend)
         fused = any(settings.needs_grad) and fuses_gradient(options.reduction, dtype)
         loss, stats = (_summed if fused else _from_rows)(inputs, options, settings)
-        loss = (loss if factor is None else loss * factor).to(route.out_dtype)
+        if factor is not None:
+            loss = loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)
+        loss = loss.to(route.out_dtype)
     if options.reduction == "none":
         loss = loss.reshape(batch + loss.shape[1:])  # of a linear_weight (C, d1, ..., F) there are (N, d1, ...)
     if stats is not None:
@@ -162,12 +135,15 @@ def _as_rows(inputs: LinearInputs) -> LinearInputs:
     )
 
 
-def _route(inputs: LinearInputs, options: Options) -> tuple[torch.dtype, Route]:
+def _route(inputs: LinearInputs, options: Options, out_dtype: torch.dtype | None) -> tuple[torch.dtype, Route]:
     """Checks the tensors and chooses the path; first the dtype of the logits."""
     x, device = inputs.input, inputs.input.device
+    for tensor in inputs:
+        if tensor is not None and not is_strided(tensor):  # the layer and the loss are PyTorch's, and so are their errors
+            return x.dtype, Route("torch", without_strides(tensor), x.dtype, world_of(*inputs))
     dtype = check_dtypes(*inputs[:3], autocast_is_on(x))
     logits = Facts(logits_shape(x, inputs.linear_weight), dtype, device, any(map(_needs_grad, inputs[:3])))
-    route = route_with(facts_of(logits, *inputs[3:-1]), options, inputs.scale is not None, world_of(*inputs))
+    route = route_with(facts_of(logits, *inputs[3:-1]), options, out_dtype, inputs.scale is not None, world_of(*inputs))
     if inputs.linear_weight.dim() > 2 and route.backend not in ("torch", "reference"):
         route = route._replace(backend="reference", reason="a linear_weight (C, d1, ..., F) has no fused path")
     return dtype, route
@@ -176,8 +152,9 @@ def _route(inputs: LinearInputs, options: Options) -> tuple[torch.dtype, Route]:
 def _with_logits(inputs: LinearInputs) -> Inputs:
     """The inputs of `cross_entropy`, for which the logits are stored."""
     x, linear_weight, linear_bias, *loss_tensors = inputs
-    bias = None if linear_bias is None else linear_bias.flatten()
-    logits = F.linear(x, linear_weight.reshape(-1, linear_weight.shape[-1]), bias)
+    bias = linear_bias.flatten() if linear_bias is not None and linear_bias.dim() > 1 else linear_bias
+    flat = linear_weight if linear_weight.dim() == 2 else linear_weight.reshape(-1, linear_weight.shape[-1])
+    logits = F.linear(x, flat, bias)
     return Inputs(logits.reshape(logits_shape(x, linear_weight)), *loss_tensors)  # type: ignore[arg-type]
 
 

@@ -44,6 +44,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
         softcap: positive bound of the logits, after logit_scale.
         focal_gamma: exponent of the focal loss, at least 0; for class indices without label_smoothing.
         return_stats: calls return (loss, `fusedloss.LossStats`).
+        out_dtype: dtype of the loss; None: PyTorch's. torch.float32: as it was accumulated.
 
     A call takes input and target, and by keyword `sample_weight`, a factor per row, and `scale`, which takes the place of the
     constructor's.
@@ -60,13 +61,14 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
         ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
         top_k: int | float | None = None, scale: float | Tensor = 1.0, z_loss: float = 0.0, logit_scale: float = 1.0,
         softcap: float | None = None, focal_gamma: float = 0.0, return_stats: Literal[False] = False,
+        out_dtype: torch.dtype | None = None,
     ) -> None: ...
     @overload
     def __init__(
         self: "CrossEntropyLoss[tuple[Tensor, LossStats]]", weight: Tensor | None = None, size_average: bool | None = None,
         ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
         top_k: int | float | None = None, scale: float | Tensor = 1.0, z_loss: float = 0.0, logit_scale: float = 1.0,
-        softcap: float | None = None, focal_gamma: float = 0.0, return_stats: Literal[True],
+        softcap: float | None = None, focal_gamma: float = 0.0, return_stats: Literal[True], out_dtype: torch.dtype | None = None,
     ) -> None: ...
     @overload
     def __init__(
@@ -74,7 +76,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
         size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean",
         label_smoothing: float = 0.0, *, top_k: int | float | None = None, scale: float | Tensor = 1.0, z_loss: float = 0.0,
         logit_scale: float = 1.0, softcap: float | None = None, focal_gamma: float = 0.0,
-        return_stats: bool,
+        return_stats: bool, out_dtype: torch.dtype | None = None,
     ) -> None: ...
     # fmt: on
     def __init__(
@@ -93,6 +95,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
         softcap: float | None = EXTRAS.softcap,
         focal_gamma: float = EXTRAS.focal_gamma,
         return_stats: bool = EXTRAS.return_stats,
+        out_dtype: torch.dtype | None = EXTRAS.out_dtype,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.top_k = top_k
@@ -102,6 +105,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
         self.softcap = softcap
         self.focal_gamma = focal_gamma
         self.return_stats = return_stats
+        self.out_dtype = out_dtype
 
     def forward(
         self,
@@ -127,6 +131,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
             softcap=self.softcap,
             focal_gamma=self.focal_gamma,
             return_stats=self.return_stats,
+            out_dtype=self.out_dtype,
         )
 
     def extra_repr(self) -> str:

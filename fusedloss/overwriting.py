@@ -25,6 +25,7 @@ def cross_entropy_overwriting_logits(
     reduction: Literal["sum", "mean"] = "mean",
     label_smoothing: float = 0.0,
     scale: float | Tensor = 1.0,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`fusedloss.cross_entropy`, but the forward overwrites `input` with its gradient and the backward hands that out.
 
@@ -34,7 +35,7 @@ def cross_entropy_overwriting_logits(
 
     Args:
         input: logits (N, C) or (N, C, d1, ...) on the CPU; float32, bfloat16 or float64; no leaf.
-        target, weight, ignore_index, label_smoothing, scale: as for `fusedloss.cross_entropy`.
+        target, weight, ignore_index, label_smoothing, scale, out_dtype: as for `fusedloss.cross_entropy`.
         reduction: "mean" or "sum".
 
     Returns:
@@ -50,13 +51,14 @@ def cross_entropy_overwriting_logits(
         "reduction": reduction,
         "label_smoothing": label_smoothing,
         "scale": scale,
+        "out_dtype": out_dtype,
     }
     if not (isinstance(input, Tensor) and input.requires_grad and torch.is_grad_enabled()):
         return functional.cross_entropy(input, target, weight, **arguments)
-    options = check_options(reduction, ignore_index, label_smoothing, EXTRAS._replace(scale=scale))
+    options = check_options(reduction, ignore_index, label_smoothing, EXTRAS._replace(scale=scale, out_dtype=out_dtype))
     scale_tensor = scale.detach().to("cpu") if isinstance(scale, Tensor) else None
     inputs = Inputs(input, target, weight=weight, scale=scale_tensor)
-    route = route_of(inputs, options)
+    route = route_of(inputs, options, out_dtype)
     if route.backend != "cpu":
         raise RuntimeError(f"only the CPU kernel can overwrite the logits, and here: {route.reason}")
     if not fuses_gradient(options.reduction, input.dtype):

@@ -13,14 +13,17 @@ from torch.nn import _reduction as _Reduction  # noqa: F401  TorchScript compile
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusedloss import functional, linear, reference
+from fusedloss.checks import check_out_dtype
 
 _lock = threading.Lock()
 _depth = 0  # how many patches are in force
+_asked: dict[object, torch.dtype | None] = {}  # the dtype of the loss that each of them wants, by patch, the latest last
+_out_dtype: torch.dtype | None = None  # that of the latest
 _replaced: dict[str, Callable[..., Tensor]] = {}  # what the first of them replaced, by name
 _TORCHS_LINEAR: Any = getattr(F, "linear_cross_entropy", None)  # from PyTorch 2.13 on
 
 
-def patch_torch() -> ExitStack:
+def patch_torch(*, out_dtype: torch.dtype | None = None) -> ExitStack:
     """Makes every call of `torch.nn.functional.cross_entropy` a call of `fusedloss.cross_entropy`, from now on or for a `with`.
 
     Where PyTorch has `linear_cross_entropy` (2.13), every call of it is one of `fusedloss.linear_cross_entropy`, likewise.
@@ -39,25 +42,33 @@ def patch_torch() -> ExitStack:
     The patch is in force in all threads of this process and in forked ones; a spawned process calls `patch_torch` itself. Blocks
     may nest and overlap: the last to end brings PyTorch's function back. What fusedloss hands to PyTorch goes to the original.
 
+    Args:
+        out_dtype: as for `fusedloss.cross_entropy`: with torch.float32 every loss is as it was accumulated, where PyTorch rounds
+            that of float16 and bfloat16 logits. Of nested blocks the one that began last decides.
+
     Returns:
         A context manager in force already; leaving it, or calling its `close()`, undoes this call, once.
     """
-    global _depth
+    global _depth, _out_dtype
+    check_out_dtype(out_dtype)
+    undo = ExitStack()
     with _lock:
         for name, ours in _OURS.items():
             if getattr(F, name) is not ours:
                 _replaced[name] = getattr(F, name)
                 setattr(F, name, ours)
         _depth += 1
-    undo = ExitStack()
-    undo.callback(_undo)
+        _asked[undo] = _out_dtype = out_dtype
+    undo.callback(_undo, undo)
     return undo
 
 
-def _undo() -> None:
-    global _depth
+def _undo(patch: ExitStack) -> None:
+    global _depth, _out_dtype
     with _lock:
         _depth -= 1
+        del _asked[patch]
+        _out_dtype = next(reversed(_asked.values()), None)
         for name, ours in _OURS.items():
             if _depth == 0 and getattr(F, name) is ours:  # else somebody else replaced it since, who may bring ours back
                 setattr(F, name, _replaced[name])
@@ -84,14 +95,18 @@ def cross_entropy(
     # Not for a mode such as `with torch.device(...)`: only for a tensor's own class, which may know PyTorch's function.
     if has_torch_function_variadic(input, target, weight) and any(map(_overrides, (input, target, weight))):
         return handle_torch_function(reference.TORCHS, (input, target, weight), input, target, weight, *options)
-    return (functional.cross_entropy if _depth else reference.TORCHS)(input, target, weight, *options)
+    if not _depth:
+        return reference.TORCHS(input, target, weight, *options)
+    return functional.cross_entropy(input, target, weight, *options, out_dtype=_out_dtype)
 
 
 def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
     tensors = (input, linear_weight, target, options.get("linear_bias"), options.get("weight"))
     if has_torch_function_variadic(*tensors) and any(map(_overrides, tensors)):
         return handle_torch_function(_TORCHS_LINEAR, tensors, input, linear_weight, target, **options)
-    return (linear.linear_cross_entropy if _depth else _TORCHS_LINEAR)(input, linear_weight, target, **options)
+    if not _depth:
+        return _TORCHS_LINEAR(input, linear_weight, target, **options)
+    return linear.linear_cross_entropy(input, linear_weight, target, **options, out_dtype=_out_dtype)
 
 
 _OURS: dict[str, Callable[..., Tensor]] = {"cross_entropy": cross_entropy}

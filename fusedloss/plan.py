@@ -27,6 +27,7 @@ class Extras(NamedTuple):
     logit_scale: float = 1.0
     softcap: float | None = None
     focal_gamma: float = 0.0
+    out_dtype: torch.dtype | None = None
 
 
 EXTRAS = Extras()

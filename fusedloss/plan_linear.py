@@ -56,6 +56,11 @@ class LinearPlan:
 MAX_ROUNDED_SUMS = 4
 
 
+def leaves_rows_out(backend: str, asked: bool) -> bool:
+    """Whether rows that do not count are left out of the matmuls: a GPU's host would have to wait for their number."""
+    return asked or backend != "triton"
+
+
 def sums_in_float32(dtype: torch.dtype, n_chunks: int, asked: bool) -> bool:
     """Whether the gradient of a weight of this dtype is summed in float32 and rounded once."""
     return dtype in (torch.bfloat16, torch.float16) and (asked or n_chunks > MAX_ROUNDED_SUMS)

@@ -47,9 +47,9 @@ class _ValuesAt(torch.autograd.Function):
         return gradients[0], None
 
 
-def recovered(inputs: Inputs, options: Options, out_dtype: torch.dtype, dlogits: Tensor) -> Tensor:
+def recovered(inputs: Inputs, options: Options, dlogits: Tensor) -> Tensor:
     """Logits (N, C, d1, ...) whose loss has the gradient dlogits, in the graph at the place of inputs.logits."""
-    dtype = torch.promote_types(out_dtype, torch.float32)
+    dtype = reference.computed_in(inputs)
     equal = torch.zeros(dlogits.shape, dtype=dtype, device=dlogits.device)
     first = equal.clone()
     first[:, 0] = 1

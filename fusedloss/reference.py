@@ -20,7 +20,7 @@ TORCHS = F.cross_entropy  # PyTorch's own, whatever `patch_torch` puts in its pl
 
 def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> tuple[Tensor, LossStats | None]:
     """Returns the loss in out_dtype, 0-d, or (N, d1, ...) for reduction "none"; and its statistics where they are asked for."""
-    compute_dtype = torch.promote_types(out_dtype, torch.float32)
+    compute_dtype = computed_in(inputs)
     logits = inputs.logits.to(compute_dtype)
     weight = inputs.weight.to(compute_dtype) if inputs.weight is not None else None
     if inputs.has_probabilities():
@@ -59,6 +59,15 @@ def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> t
         factor = factor * inputs.scale.to(compute_dtype)
     loss = (factor * reduce_rows(rows, counted, row_weights, options)).to(out_dtype)
     return loss, _stats(logits.detach(), rows.detach(), counted, inputs, options) if options.return_stats else None
+
+
+def computed_in(inputs: Inputs) -> torch.dtype:
+    """What rows are computed and summed in, whatever the loss is rounded to."""
+    dtype = torch.promote_types(inputs.logits.dtype, torch.float32)
+    if inputs.has_probabilities():
+        for tensor in (inputs.target, inputs.weight):
+            dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 class Torchs(NamedTuple):

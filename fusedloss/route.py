@@ -24,11 +24,11 @@ class Route(NamedTuple):
     world: World
 
 
-def route_of(inputs: Inputs, options: Options) -> Route:
-    """Checks the tensors and chooses the path."""
+def route_of(inputs: Inputs, options: Options, out_dtype: torch.dtype | None) -> Route:
+    """Checks the tensors and chooses the path. out_dtype: what the caller wants the loss's dtype to be; None: PyTorch's."""
     for tensor in inputs:
         if isinstance(tensor, Tensor) and not is_strided(tensor):
-            return _unstrided(tensor, inputs, options)
+            return _unstrided(tensor, inputs, options, out_dtype)
     logits = inputs.logits
     facts, world = facts_of(Facts.of("input", logits), *inputs[1:-1]), world_of(*inputs)
     if is_dtensor(logits) and backends.requested == "auto":
@@ -37,9 +37,9 @@ def route_of(inputs: Inputs, options: Options) -> Route:
         uncovered = dtensor.not_covered(inputs, options)
         if uncovered is None:
             reason = "the classes of a DTensor are sharded: one collective merges the statistics of the shards"
-            return Route("sharded", reason, dtype_of_loss(facts, False), world)
+            return Route("sharded", reason, out_dtype or dtype_of_loss(facts, autocast_is_on(logits)), world)
         world = world._replace(reason=f"{world.reason}; {uncovered}")
-    return route_with(facts, options, inputs.scale is not None, world)
+    return route_with(facts, options, out_dtype, inputs.scale is not None, world)
 
 
 def facts_of(
@@ -61,27 +61,40 @@ def facts_of(
     )
 
 
-def route_with(facts: InputFacts, options: Options, has_scale: bool, world: World) -> Route:
+def route_with(facts: InputFacts, options: Options, out_dtype: torch.dtype | None, has_scale: bool, world: World) -> Route:
     """Checks the facts and chooses the path."""
     # Once per kind of call, unless somebody traces it, with sizes that are symbols.
     choose = _choose if world is PLAIN else _choose.__wrapped__
-    return choose(facts, options.kind(), has_scale, backends.requested, world, autocast_is_on(facts.logits))
+    return choose(facts, options.kind(), out_dtype, has_scale, backends.requested, world, autocast_is_on(facts.logits))
 
 
-def _unstrided(tensor: Tensor, inputs: Inputs, options: Options) -> Route:
+def without_strides(tensor: Tensor) -> str:
+    return f"a {'quantised' if tensor.is_quantized else 'nested' if tensor.is_nested else tensor.layout} tensor has no strides"
+
+
+def _unstrided(tensor: Tensor, inputs: Inputs, options: Options, out_dtype: torch.dtype | None) -> Route:
     """What PyTorch makes of such tensors, it makes of them here; most of it is a NotImplementedError."""
-    reason = f"a {'quantised' if tensor.is_quantized else 'nested' if tensor.is_nested else tensor.layout} tensor has no strides"
+    reason = without_strides(tensor)
     others = inputs.target_b, inputs.lam, inputs.sample_weight, inputs.scale
-    is_plain = options.reduction in ("none", "sum", "mean") and not options.has_extras()
+    is_plain = options.reduction in ("none", "sum", "mean") and not options.has_extras() and out_dtype is None
     if backends.requested != "auto" or not is_plain or any(other is not None for other in others):
         raise NotImplementedError(f"{reason}, and only PyTorch's own loss, without extras, could serve it")
     return Route("torch", reason, inputs.logits.dtype, World(Kind.COMPOSED, reason))
 
 
 @lru_cache(maxsize=1024)
-def _choose(facts: InputFacts, options: Options, has_scale: bool, requested: str, world: World, autocast: bool) -> Route:
+def _choose(
+    facts: InputFacts,
+    options: Options,
+    asked: torch.dtype | None,
+    has_scale: bool,
+    requested: str,
+    world: World,
+    autocast: bool,
+) -> Route:
     check_tensors(facts, options, autocast)
-    out_dtype = dtype_of_loss(facts, autocast)
+    torchs = dtype_of_loss(facts, autocast)
+    out_dtype = asked or torchs
     if requested == "reference":
         return Route("reference", "asked for by backend('reference') or FUSEDLOSS_BACKEND", out_dtype, world)
     device = facts.logits.device.type
@@ -90,7 +103,7 @@ def _choose(facts: InputFacts, options: Options, has_scale: bool, requested: str
     if name is None:
         uncovered = f"no kernel serves device {device!r}"
     else:
-        uncovered = _not_covered(name, facts, options, out_dtype)
+        uncovered = _not_covered(name, facts, options, torchs)
         if world.kind is Kind.COMPOSED:
             uncovered = uncovered or world.reason
     if requested != "auto":
@@ -100,7 +113,8 @@ def _choose(facts: InputFacts, options: Options, has_scale: bool, requested: str
     if uncovered:
         if uncovered == cpu.MISSING and not torch.compiler.is_compiling():  # whose compiler makes PyTorch's loss as fast
             _warn_of_missing_kernel()
-        return Route("torch" if _torch_serves(facts, options, has_scale) else "reference", uncovered, out_dtype, world)
+        serves = out_dtype == torchs and _torch_serves(facts, options, has_scale)
+        return Route("torch" if serves else "reference", uncovered, out_dtype, world)
     reason = "the logits are on a GPU" if name == "triton" else f"the logits are on the CPU ({cpu.ISA})"
     return Route(str(name), reason, out_dtype, world)
 
@@ -121,7 +135,7 @@ def _torch_serves(facts: InputFacts, options: Options, has_scale: bool) -> bool:
     return options.reduction in ("none", "sum", "mean")
 
 
-def _not_covered(name: str, facts: InputFacts, options: Options, out_dtype: torch.dtype) -> str | None:
+def _not_covered(name: str, facts: InputFacts, options: Options, torchs: torch.dtype) -> str | None:
     logits, target, _, lam, weight, sample_weight = facts
     if name == "cpu":
         if cpu.MISSING is not None:
@@ -131,7 +145,7 @@ def _not_covered(name: str, facts: InputFacts, options: Options, out_dtype: torc
     if facts.has_probabilities():
         if target.needs_grad or (weight is not None and weight.needs_grad):
             return "the gradient to class probabilities, or to their weight, has no kernel"
-        if out_dtype == torch.float64 and logits.dtype != torch.float64:
+        if torchs == torch.float64 and logits.dtype != torch.float64:
             return "class probabilities or weights in float64 have no kernel for other logits"
         if options.return_stats:
             return "statistics of class probabilities have no kernel"
@@ -152,6 +166,7 @@ def autocast_is_on(tensor: Tensor | Facts) -> bool:
 
 
 def dtype_of_loss(facts: InputFacts, autocast: bool) -> torch.dtype:
+    """PyTorch's."""
     dtype = autocast_dtype(facts.logits.dtype, autocast)
     if facts.has_probabilities():
         dtype = torch.promote_types(dtype, autocast_dtype(facts.target.dtype, autocast))

@@ -81,18 +81,21 @@ def serve(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     options = check_options(reduction, ignore_index, label_smoothing, Extras(*extras), lam)
     inputs = Inputs(*tensors, scale if isinstance(scale, Tensor) else None)
-    loss, stats = serve_checked(inputs, options, None if isinstance(label_smoothing, Tensor) else key)
+    out_dtype = extras[-1]
+    loss, stats = serve_checked(inputs, options, out_dtype, None if isinstance(label_smoothing, Tensor) else key)
     return (loss, stats) if options.return_stats else loss
 
 
-def serve_checked(inputs: Inputs, options: Options, key: tuple[Any, ...] | None = None) -> tuple[Tensor, LossStats | None]:
+def serve_checked(
+    inputs: Inputs, options: Options, out_dtype: torch.dtype | None, key: tuple[Any, ...] | None = None
+) -> tuple[Tensor, LossStats | None]:
     """The loss, and statistics where they are asked for; key: by which the next such call may be known."""
     scale = inputs.scale
-    route = route_of(inputs, options)
+    route = route_of(inputs, options, out_dtype)
     factor: Any = None  # of the loss, outside the kernel
     out_dtype = route.out_dtype
     if route.world.kind is Kind.COMPILED:
-        inputs, options, factor = _without_numbers(inputs, options)
+        inputs, options, factor = without_numbers(inputs, options)
         if factor is not None:  # the sum of float16 losses may overflow before it is scaled
             route = route._replace(out_dtype=torch.promote_types(route.out_dtype, torch.float32))
     elif scale is not None:
@@ -108,12 +111,12 @@ def serve_checked(inputs: Inputs, options: Options, key: tuple[Any, ...] | None 
     return loss, stats
 
 
-def _without_numbers(inputs: Inputs, options: Options) -> tuple[Inputs, Options, float | Tensor | None]:
+def without_numbers(inputs: Any, options: Options) -> tuple[Any, Options, float | Tensor | None]:
     """The same with no number that is another in every step: a compiler takes an operator's numbers for constants, and compiles
     anew for each. The scale becomes a factor of the loss, which is fused into what follows; the share of two labels a tensor."""
     factor = inputs.scale if inputs.scale is not None else options.scale
     if inputs.target_b is not None and inputs.lam is None:
-        inputs = inputs._replace(lam=inputs.logits.new_ones((), dtype=torch.float64) * options.lam)
+        inputs = inputs._replace(lam=inputs.target.new_ones((), dtype=torch.float64) * options.lam)
     unscaled = type(factor) is float and factor == 1
     return inputs._replace(scale=None), options._replace(scale=1.0, lam=1.0), None if unscaled else factor
 
@@ -159,7 +162,7 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
     if route.backend == "sharded":
         from fusedloss import dtensor  # takes a second
 
-        return dtensor.cross_entropy(inputs, options)
+        return dtensor.cross_entropy(inputs, options, route.out_dtype)
     if inputs.logits.dim() == 1:
         loss, stats = compute(inputs.as_one_row(), options, route)
         if stats is not None:
@@ -217,7 +220,7 @@ def planned(
     scale = asked.scale if isinstance(asked.scale, Tensor) else None
     lam_tensor = lam if isinstance(lam, Tensor) else None
     inputs = Inputs(input, labels, labels_b, lam_tensor, weight, asked.sample_weight, scale)
-    route = route_of(inputs, options)
+    route = route_of(inputs, options, asked.out_dtype)
     if route.backend in ("torch", "reference", "sharded"):
         return Plan(route.backend, route.reason)
     if input.dim() == 1:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,6 +31,7 @@ def vocab_parallel_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     return_stats: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Any:
     """The loss of logits whose classes are sharded over the ranks of a group; each rank gets the gradient of its own.
 
@@ -49,8 +51,8 @@ def vocab_parallel_cross_entropy(
         first_class: the class of the first local column; by default rank * C_local, for shards of equal size.
         n_classes: classes of a whole row. Columns beyond are padding, left out of the loss, with gradient 0. By default
             n_ranks * C_local; with first_class it must be given, unless weight or class probabilities tell it.
-        ignore_index, reduction, label_smoothing, top_k, scale, sample_weight, z_loss, logit_scale, softcap, return_stats: as in
-            `cross_entropy`.
+        ignore_index, reduction, label_smoothing, top_k, scale, sample_weight, z_loss, logit_scale, softcap, return_stats,
+            out_dtype: as in `cross_entropy`.
 
     Returns:
         The loss as `cross_entropy` returns it, the same on every rank; with return_stats (loss, LossStats).
@@ -67,7 +69,7 @@ def vocab_parallel_cross_entropy(
     target, target_b, lam = labels_of(target)
     part = _slice(input, target, weight, rank, n_ranks, first_class, n_classes)
     n_local = max(0, min(input.shape[1], part.n_classes - part.first_class))
-    extras = Extras(scale, sample_weight, top_k, return_stats, z_loss, logit_scale, softcap)
+    extras = Extras(scale, sample_weight, top_k, return_stats, z_loss, logit_scale, softcap, out_dtype=out_dtype)
     options = check_options(reduction, ignore_index, label_smoothing, extras, lam)
     if n_ranks == 1:
         return cross_entropy(
@@ -88,8 +90,8 @@ def vocab_parallel_cross_entropy(
         sample_weight,
         scale if isinstance(scale, Tensor) else None,
     )
-    out_dtype = check_whole_rows(inputs, options, part)
-    loss, stats = sharded_cross_entropy(inputs, options, part, group, out_dtype)
+    torchs = check_whole_rows(inputs, options, part)
+    loss, stats = sharded_cross_entropy(inputs, options, part, group, out_dtype or torchs)
     return (loss, stats) if options.return_stats else loss
 
 

@@ -111,6 +111,28 @@ def test_compiles_as_one_graph(options: dict[str, Any]) -> None:
     torch.testing.assert_close(gradients(found, layer), gradients(expected, layer))
 
 
+@pytest.mark.parametrize("options", REDUCTIONS, ids=str)
+def test_another_scale_in_each_step_is_no_other_graph(options: dict[str, Any]) -> None:
+    layer, target = make_layer(9).leaves(), make_labels(9)
+    compilations: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compilations.append(len(inputs))
+        return graph
+
+    def step(scale: float, share: float) -> Tensor:
+        labels = (target, target.roll(1), share)
+        return fusedloss.linear_cross_entropy(layer.input, layer.weight, labels, scale=scale, chunk_rows=4, **options)
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for i in range(6):
+        expected, found = step(0.5 + i, 0.1 * i + 0.2), compiled(0.5 + i, 0.1 * i + 0.2)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), (layer.input, layer.weight)) for loss in (found, expected)))
+    assert len(compilations) <= 2  # with numbers that are constants, then with others
+
+
 def test_export_has_pytorchs_operators_only() -> None:
     class Head(nn.Module):
         def __init__(self) -> None:
@@ -199,6 +221,31 @@ def test_the_modules_extras() -> None:
         fusedloss.LinearCrossEntropyLoss(8, 11, weight=torch.ones(3))
     with pytest.raises(RuntimeError, match=r"got 1\.5"):
         fusedloss.LinearCrossEntropyLoss(8, 11, label_smoothing=1.5)
+
+
+@needs_torchs
+@pytest.mark.parametrize("name", ["input", "linear_weight", "target", "linear_bias", "weight", "probabilities"])
+@pytest.mark.filterwarnings("ignore:.*(in beta state|is in prototype stage|quantized tensor creation functions):UserWarning")
+def test_tensors_without_strides_are_pytorchs(name: str) -> None:
+    arguments: dict[str, Any] = {"input": torch.randn(4, 5), "linear_weight": torch.randn(3, 5), "target": torch.arange(4) % 3}
+    values = {"linear_bias": torch.randn(3), "weight": torch.ones(3), "probabilities": torch.rand(4, 3).softmax(1), **arguments}
+    value, name = values[name], name.replace("probabilities", "target")
+    forms = [value.to_sparse(), torch.nested.nested_tensor([value])]
+    if value.is_floating_point():
+        forms += [value.to_mkldnn(), torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)]
+    if value.dim() == 2:
+        forms += [value.to_sparse_csr(), value.to_sparse_csc()]
+    for form in forms:
+        results: list[Any] = []
+        for function in (F.linear_cross_entropy, fusedloss.linear_cross_entropy):
+            try:
+                results.append(function(**{**arguments, name: form}))
+            except Exception as error:
+                results.append(type(error))
+        if isinstance(results[0], Tensor):
+            torch.testing.assert_close(results[1], results[0])
+        else:
+            assert results[1] is results[0], form.layout
 
 
 INDICES = torch.zeros(4, dtype=torch.int64)

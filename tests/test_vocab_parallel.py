@@ -183,6 +183,17 @@ def dtensor_calls(mesh: Any) -> dict[str, Any]:
     return found
 
 
+def in_two_dtypes(mesh: Any) -> list[tuple[Tensor, Tensor]]:
+    """Losses of bfloat16 logits as PyTorch has them and as they were accumulated: of shards, of a DTensor."""
+    logits, target = make_logits(ROWS, 20, dtype=torch.bfloat16), make_target(ROWS, n_classes=20)
+    shard, dtensor = logits.tensor_split(N_RANKS, 1)[dist.get_rank()].clone(), distribute_tensor(logits, mesh, [Shard(1)])
+    losses = [
+        (vocab_parallel_cross_entropy(shard, target, out_dtype=dtype), fusedloss.cross_entropy(dtensor, target, out_dtype=dtype))
+        for dtype in (None, torch.float32)
+    ]
+    return [(of_shards, of_dtensor.full_tensor()) for of_shards, of_dtensor in losses]
+
+
 def errors() -> dict[str, str]:
     """What raises on this rank; every rank must get as far, for none may wait for another."""
     shard, target = make_logits(ROWS, 5), make_target(ROWS, n_classes=20)
@@ -233,6 +244,7 @@ def rank_main(rank: int, folder: Path, cases: list[Case]) -> None:
             results[case] = run(case, rank, groups[n_ranks])
     results["torch"] = compared_with_torch(init_device_mesh("cpu", (N_RANKS,)))
     results["dtensor"] = dtensor_calls(init_device_mesh("cpu", (N_RANKS,)))
+    results["out_dtype"] = in_two_dtypes(init_device_mesh("cpu", (N_RANKS,)))
     results["errors"] = errors()
     results["mesh"] = data_and_tensor_parallel()
     torch.save(results, folder / f"{rank}.pt")
@@ -289,6 +301,15 @@ def test_a_dtensor_of_sharded_classes_is_a_drop_in(name: str, results: list[dict
             torch.testing.assert_close(found, gradient, rtol=1e-13, atol=1e-15)
         assert "one collective" in rank["dtensor"]["plan", name]
         assert "not exactly one shards the classes" in rank["dtensor"]["plan of replicas"]
+
+
+def test_the_loss_as_it_was_accumulated(results: list[dict[Any, Any]]) -> None:
+    logits, target = make_logits(ROWS, 20, dtype=torch.bfloat16), make_target(ROWS, n_classes=20)
+    expected = F.cross_entropy(logits.double(), target).float()
+    for rank in results:
+        for rounded, loss in zip(*rank["out_dtype"], strict=True):
+            torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+            assert torch.equal(rounded, loss.bfloat16())
 
 
 def test_every_rank_raises_the_same(results: list[dict[Any, Any]]) -> None:
