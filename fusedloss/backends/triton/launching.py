@@ -145,7 +145,9 @@ def ticket(device: torch.device, keeps_workspace: bool) -> Tensor:
     The first is the launch's; one more for each group of programs (kernels/reduction.py), or for each row that a forward may cut
     into slices, which are fewer than the SMs. They belong to one stream, on which launches follow each other. A CUDA graph gets
     its own, zeroed by a node of the graph: its replays may run beside anything else. So does a compiled graph, which may own the
-    pool of all memory that is allocated while it runs (CUDA graph trees), and would find ours still alive.
+    pool of all memory that is allocated while it runs (CUDA graph trees), and would find ours still alive. So does a call on a
+    stream that is not torch's: its handle may be given to another once it is destroyed, and that of the per-thread default stream
+    stands for another stream in every thread.
     """
     if device.type != "cuda":
         return _zero_counters(device)
@@ -154,14 +156,15 @@ def ticket(device: torch.device, keeps_workspace: bool) -> Tensor:
             return ticket(device, keeps_workspace)
     if not keeps_workspace or torch.cuda.is_current_stream_capturing():
         return _zero_counters(device)
-    return _stream_ticket(device, torch.cuda.current_stream(device).cuda_stream)
+    stream = torch.cuda.current_stream(device).stream_id  # 0: the default stream; odd: of torch's pool; else a foreign handle
+    return _stream_ticket(device, stream) if stream == 0 or stream % 2 == 1 else _zero_counters(device)
 
 
 def _zero_counters(device: torch.device) -> Tensor:
     return torch.zeros((N_COUNTERS,), dtype=torch.int32, device=device)
 
 
-# Saves a launch that clears the counters, in each call; 4 KB per stream that has launched.
+# Saves a launch that clears the counters, in each call; 4 KB per stream of torch's that has launched.
 @cache
 def _stream_ticket(device: torch.device, stream: int) -> Tensor:
     del stream  # part of the key
