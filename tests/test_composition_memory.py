@@ -285,6 +285,24 @@ def test_dtensor(mesh: Any, placement: str, patched: bool) -> None:
     close(*results)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("placement", ["replicated", "rows", "classes"])
+def test_dtensor_under_compile(mesh: Any, placement: str) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    of_logits = {"replicated": Replicate(), "rows": Shard(0), "classes": Shard(1)}[placement]
+    results = []
+    for call in BOTH:
+        torch.compiler.reset()
+        logits = distribute_tensor(make_logits(6, 8), mesh, [of_logits]).requires_grad_()
+        target = distribute_tensor(make_target(6, n_classes=8), mesh, [Shard(0) if placement == "rows" else Replicate()])
+        loss = torch.compile(call, backend="aot_eager")(logits, target)
+        loss.backward()
+        results.append((loss.full_tensor(), logits.grad.full_tensor()))
+    torch.compiler.reset()
+    close(*results)
+
+
 class Logged(Tensor):
     """A wrapper that knows ATen's operators only."""
 
