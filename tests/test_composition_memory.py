@@ -250,7 +250,7 @@ def test_logits_edited_behind_autograds_back(order: int, monkeypatch: pytest.Mon
     close(*results)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # of a second one in a process, PyTorch compiles no backward
 def mesh() -> Iterator[Any]:
     from torch.distributed.tensor import init_device_mesh
 
