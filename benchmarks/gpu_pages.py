@@ -6,6 +6,7 @@ A plot, results/gpu.png, comes at the end of a stage, where matplotlib is instal
 import importlib.util
 import io
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from files import write_atomically
 
 Record = dict[str, Any]
 OURS = "fusedloss"
+AS_IT_IS = "as it is"
 PHASES = ("both", "accumulation", "forward", "backward")
 TITLES = {
     "both": "Forward + backward",
@@ -21,6 +23,7 @@ TITLES = {
     "forward": "Forward",
     "backward": "Backward",
 }
+VERDICTS = {"failed": "", "running": "Still running", "stopped": "Stopped before the end", "left out": "Left out"}
 NOISE = 1.02  # a peer is ahead when it needs less than our time by more than this
 ONCE = 1.05  # of the floor's bytes: "once read, once written"
 
@@ -50,6 +53,7 @@ def page(data: Record, has_plot: bool) -> str:
         f"**{machine['gpu']}**, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['sms']} SMs; driver, clocks, power limit: "
         f"{machine['driver, clocks, power limit']}. CUDA {machine['cuda']}, Python {machine['python']}, {versions}"
         f"{f' (not installed: {missing})' if missing else ''}. Written by `benchmarks/gpu.py` on {machine['date']}.",
+        verdict(data),
         stages_table(data["stages"]),
         problems(data["stages"]),
     ]
@@ -59,10 +63,10 @@ def page(data: Record, has_plot: bool) -> str:
             "## Speed",
             f"A copy of 1 GB moved {copy:,.0f} GB/s in the same run (read + write). Forward and backward together: microseconds "
             "on the device; the bytes that no implementation can do without (logits read once, gradient written once) over that "
-            "time; the same in % of the copy; and how many times as long each other implementation takes (below 1 it is faster).",
+            "time; the same in % of the copy; and each other implementation's time over ours: below 1 it is faster.",
             summary(data),
             "![Forward + backward, in % of the copy bandwidth](results/gpu.png)" if has_plot else "",
-            "## Where others are faster",
+            "## Where others need less",
             losses(records),
         ]
     parts.append(traffic(data))
@@ -79,6 +83,23 @@ def page(data: Record, has_plot: bool) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- verdict
+
+
+def verdict(data: Record) -> str:
+    """Two or three sentences: what a reader wants to know who reads no further."""
+    stages = data["stages"]
+    by_word = {word: [name.replace("_", " ") for name in stages if stages[name]["verdict"] == word] for word in VERDICTS}
+    passed = sum(int(n.replace(",", "")) for found in stages.values() for n in re.findall(r"([\d,]+) passed", found["outcome"]))
+    failed = ", ".join(by_word["failed"])
+    found = [f"**{f'Failed: {failed}' if failed else 'Nothing failed'}**; {passed:,} tests passed."]
+    found += [f"{what}: {', '.join(by_word[word])}." for word, what in VERDICTS.items() if what and by_word[word]]
+    both = [cell for cell in groups(records_of(data, "benchmarks"), "both").values() if OURS in cell]
+    if both:
+        shares = sorted(cell[OURS]["% of copy"] for cell in both)
+        behind = sum(any(other["device_us"] * NOISE < cell[OURS]["device_us"] for other in cell.values()) for cell in both)
+        found.append(f"Forward + backward: {shares[0]:.0f} to {shares[-1]:.0f} % of a copy's bandwidth;")
+        found.append(f"something else is faster in {behind} of {len(both)} cases.")
+    return " ".join(found)
 
 
 def stages_table(stages: Record) -> str:
@@ -126,7 +147,8 @@ def summary(data: Record) -> str:
     records = records_of(data, "benchmarks")
     others = [name for name in implementations(records) if name != OURS]
     scaled = groups(records, "accumulation")
-    head = ["logits", "us", "GB/s", "% of copy", *others, "us, loss / 8", *(f"{name}, loss / 8" for name in others)]
+    over = [f"{name} / ours" for name in others]
+    head = ["logits", "ours, us", "GB/s", "% of copy", *over, "(loss / 8): ours, us", *(f"(loss / 8): {name}" for name in over)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for key, found in groups(records, "both").items():
         if OURS not in found:
@@ -185,9 +207,9 @@ def losses(records: list[Record]) -> str:
                 if OURS not in found or (phase != "both" and key != "device_us"):
                     continue
                 ours = found[OURS][key]
-                ahead = [f"{name} {other[key] / ours:.2f}" for name, other in found.items() if other[key] * NOISE < ours]
+                ahead = [f"{other[key] / ours:.2f} with {name}" for name, other in found.items() if other[key] * NOISE < ours]
                 if ahead:
-                    lines.append(f"- {TITLES[phase]}, {shape}, {dtype}: {what} in ours: {', '.join(ahead)}.")
+                    lines.append(f"- {TITLES[phase]}, {shape}, {dtype}: of our {what} {', '.join(ahead)}.")
     return "\n".join(lines) or "Nowhere: neither forward + backward, of loss or loss / 8, nor the forward alone."
 
 
@@ -215,11 +237,23 @@ def tuning(records: list[Record]) -> str:
             mark = "**" if setting in found and found[setting]["device_us"] == least else ""
             cells.append(f"{mark}{time}{mark}, {found[setting]['launch']}" if setting in found else "")
         lines.append(f"| {shape} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *faster(by_shape)])
 
 
-def named(setting: dict[str, int]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in setting.items()) or "as it is"
+def faster(by_shape: dict[str, dict[str, Record]]) -> list[str]:
+    """What the table says of the plan."""
+    lines = []
+    for shape, found in by_shape.items():
+        setting, least = min(found.items(), key=lambda item: item[1]["device_us"])
+        usual = found.get(AS_IT_IS)
+        if usual is not None and least["device_us"] * NOISE < usual["device_us"]:
+            times = least["device_us"] / usual["device_us"]
+            lines.append(f"- {shape}: {setting} takes {times:.2f} of the time of the plan as it is.")
+    return lines or ["No setting beats the plan as it is by more than the 2 % that two runs differ by."]
+
+
+def named(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in setting.items()) or AS_IT_IS
 
 
 def draw(records: list[Record], path: Path) -> None:

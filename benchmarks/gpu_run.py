@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # a checkout that nothing was installed from, whose fusedloss is imported after this file
 RECORDS = "FUSEDLOSS_RECORDS"  # the file that a command appends its records to
 SECONDS_TO_END = 5  # after an interrupt, in which pytest still says what it did
 POLL_SECONDS = 0.2
@@ -54,7 +55,8 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         path, printed = Path(folder) / "records", Path(folder) / "output"
         path.touch()
-        variables = {**os.environ, "PYTHONUNBUFFERED": "1", RECORDS: str(path), **environment}
+        folders = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # the command's own, as ours
+        variables = {**os.environ, "PYTHONPATH": folders, "PYTHONUNBUFFERED": "1", RECORDS: str(path), **environment}
         start = heard = time.monotonic()
         records: list[Record] = []
         stopped = hung = False

@@ -1,6 +1,7 @@
 """benchmarks/accuracy.py: its 50 digits agree with float64 where that is exact, and its page says what the kernels reach."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -38,7 +39,8 @@ def test_fifty_digits(case: accuracy.Case) -> None:
 def test_the_page(tmp_path: Path) -> None:
     file = tmp_path / "page.md"
     command = [sys.executable, str(ROOT / "benchmarks" / "accuracy.py"), "a sure row: [40, 0]", "--output", str(file)]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment)
     line = re.search(r"\| fp32 \|(.*)\|", file.read_text())
     assert line is not None
     exact, torchs, kernel, reference, triton, *_ = (float(cell) for cell in line.group(1).split("|"))

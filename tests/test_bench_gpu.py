@@ -1,4 +1,4 @@
-"""The GPU benchmarks (bench_gpu.py, gpu_tune.py) on a CPU, with a stub for the device's clock: nothing is measured."""
+"""The GPU benchmarks (bench_gpu.py) on a CPU, with a stub for the device's clock: nothing is measured."""
 
 import json
 import subprocess
@@ -139,21 +139,3 @@ def test_an_empty_interval_is_subtracted(monkeypatch: pytest.MonkeyPatch) -> Non
     assert clock.run(lambda: calls.append(1) or "work") == pytest.approx(2e-6)
     assert clock() == pytest.approx(2e-6)
     assert calls == [1]
-
-
-def test_every_setting_of_the_plan_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import bench_gpu
-    import gpu_tune
-
-    monkeypatch.setattr(bench_gpu.TIMER, "clock", Clock())
-    monkeypatch.setattr(gpu_tune, "SHAPES", {"rows": (4, 1000)})
-    for setting in gpu_tune.SETTINGS:
-        for name in setting:
-            monkeypatch.setattr(gpu_tune.constants, name, getattr(gpu_tune.constants, name))  # put back afterwards
-        gpu_tune.measure(setting, "cpu")
-        for name, value in setting.items():
-            assert getattr(gpu_tune.constants, name) == value
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [record["setting"] for record in found] == gpu_tune.SETTINGS
-    assert {(record["shape"], record["device_us"]) for record in found} == {("rows, 4 x 1000", 2000.0)}

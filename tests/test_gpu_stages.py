@@ -17,6 +17,7 @@ import gpu_run
 import gpu_smoke
 import gpu_stages
 import gpu_traffic
+import gpu_training
 
 import fusedloss
 from fusedloss.backends.triton.launching import kernels
@@ -178,13 +179,42 @@ def test_training_with_both_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_stages, "TRAINING_PACKAGES", ())
     line = "epoch 8/8  test loss 0.1 accuracy  {}%  3.5 ms/step"
     answers = [finished(line.format(99.44)), finished(line.format(99.17)), finished(line.format(99)), finished(line.format(90))]
-    commands = stub_run(monkeypatch, answers)
+    commands = stub_run(monkeypatch, [*answers, finished("", 0), finished("", None)])
     found = gpu_stages.training(40, nothing)
-    assert (found["verdict"], found["outcome"]) == ("passed", "99.44% with fused, 99.17% with torch")
+    assert (found["verdict"], found["outcome"]) == (
+        "passed",
+        "99.44% right, 3.5 ms a step with fused, 99.17% right, 3.5 ms a step with torch; on scikit-learn's digits",
+    )
     assert [command[command.index("--loss") + 1] for command in commands] == ["fused", "torch"]
+    assert "train_cifar10.py" in commands[0][1]
     assert gpu_stages.training(40, nothing)["failures"] == ["the accuracies differ by 9.00%"]
+    silent = gpu_stages.training(40, nothing)
+    assert (silent["verdict"], silent["failures"]) == ("failed", ["fused: nothing was printed"])
+    assert gpu_stages.training(40, nothing)["verdict"] == "stopped"
+
+
+def test_training_on_made_images_where_packages_are_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(gpu_stages, "TRAINING_PACKAGES", ("a_package_that_is_not_there", "torch"))
-    assert gpu_stages.training(40, nothing)["outcome"] == "the training script needs a_package_that_is_not_there"
+    commands = []
+    outcomes = []
+
+    def here(command: list[str], *_: Any) -> gpu_run.Finished:
+        commands.append(command)
+        options = [*command[2:], "--epochs", "1", "--images", "64"]  # the last one counts
+        options[options.index("cuda")] = "cpu"
+        status = gpu_training.main(options)
+        outcomes.append(capsys.readouterr().out)
+        return finished(outcomes[-1], status)
+
+    monkeypatch.setattr(gpu_training, "TEST_IMAGES", 32)
+    monkeypatch.setattr(gpu_stages, "run", here)
+    found = gpu_stages.training(40, nothing)
+    assert found["verdict"] == "passed", found
+    assert found["outcome"].endswith("; on made images, as the digits need a_package_that_is_not_there")
+    assert [Path(command[1]).name for command in commands] == ["gpu_training.py"] * 2
+    assert found["output"] == "".join(outcomes)
 
 
 def test_smoke_cases_are_right_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
