@@ -145,8 +145,7 @@ def _taken(ctx: Any) -> Tensor:
 def _gradient(ctx: Any, dloss: Tensor, options: Options, out_dtype: torch.dtype, backend: str) -> Tensor:
     if ctx.has_gradient and not torch.is_grad_enabled():
         if torch.compiler.is_compiling() or is_batched(dloss):  # a compiler owns the buffers of its graphs
-            dlogits = ctx.saved_tensors[0]
-            return (dlogits * dloss).to(dlogits.dtype)
+            return ops.scaled(ctx.saved_tensors[0], dloss)
         dlogits = ctx.saved_tensors[0].clone() if keeps_graph() else _taken(ctx)
         ops.scale_gradient(dlogits, dloss, backend)
         return dlogits

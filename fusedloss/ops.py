@@ -83,6 +83,11 @@ def scale_gradient(dlogits: Tensor, dloss: Tensor, backend: str) -> None:  # dlo
         torch.ops.fusedloss.scale_gradient.default(dlogits, dloss, backend)
 
 
+def scaled(dlogits: Tensor, dloss: Tensor) -> Tensor:  # dloss: 0-d
+    """dlogits * dloss out of place, by PyTorch's operators. Zeros, as an ignored row has, stay so whatever dloss is."""
+    return torch.where(dlogits == 0, dlogits, (dlogits.to(dloss.dtype) * dloss).to(dlogits.dtype))
+
+
 def _forward_impl(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, rest = Inputs(*arguments[:_N_INPUTS]), arguments[_N_INPUTS:]
     options, (out_dtype, needs_grad, backend) = Options(*rest[:_N_OPTIONS]), rest[_N_OPTIONS:]
@@ -148,7 +153,7 @@ def _gradient_of_forward(ctx: Any, dloss: Tensor, *_: object) -> tuple[Tensor | 
         )
     if len(ctx.saved_tensors) == 1:
         (dlogits,) = ctx.saved_tensors
-        gradient = (dlogits.to(dloss.dtype) * dloss).to(dlogits.dtype)  # out of place: a graph may run its backward again
+        gradient = scaled(dlogits, dloss)  # out of place: a graph may run its backward again
     else:
         *tensors, saved = ctx.saved_tensors
         gradient = torch.ops.fusedloss.backward.default(dloss, *tensors, saved, *options, backend)

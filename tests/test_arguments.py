@@ -146,12 +146,15 @@ def test_global_scale_of_two_labels() -> None:
 
 
 @pytest.mark.skipif(cpu.MISSING is not None, reason=f"no C++ kernel: {cpu.MISSING}")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the compiler
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("upstream", [torch.inf, -torch.inf, torch.nan])
-def test_an_ignored_row_has_gradient_0_whatever_comes_from_above(upstream: float) -> None:
+def test_an_ignored_row_has_gradient_0_whatever_comes_from_above(upstream: float, compiled: bool) -> None:
+    ours: Any = torch.compile(fusedloss.cross_entropy, backend="aot_eager") if compiled else fusedloss.cross_entropy
     for reduction in ("mean", "sum"):
         for _ in range(3):
             gradients = []
-            for function in (fusedloss.cross_entropy, F.cross_entropy):
+            for function in (ours, F.cross_entropy):
                 logits, target = make_logits(8, 10).requires_grad_(), make_target(8, n_classes=10)
                 target[3] = -100
                 loss = function(logits, target, reduction=reduction)
