@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusedloss import distributed, linear_ops, reference
-from fusedloss.checks import Facts, check_options
+from fusedloss.checks import Facts
 from fusedloss.linear_autograd import RowLosses, SummedLoss
 from fusedloss.linear_checks import Chunking, check_chunking, check_dtypes, check_layer, check_targets, logits_shape
 from fusedloss.linear_passes import LinearInputs, NeedsGrad, Settings
+from fusedloss.option_checks import check_options
 from fusedloss.plan import ROW_REDUCTIONS, Extras, Inputs, Options, fuses_gradient
 from fusedloss.plan_linear import LinearPlan, chunks_of, leaves_rows_out, sums_in_float32
 from fusedloss.route import Route, autocast_is_on, facts_of, route_with, without_strides

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedloss import functional, ops
 from fusedloss.autograd import kernel_inputs
-from fusedloss.checks import check_options
+from fusedloss.option_checks import check_options
 from fusedloss.plan import EXTRAS, Inputs, Options, fuses_gradient, spatial_dims_collapse
 from fusedloss.route import route_of
 

@@ -13,7 +13,7 @@ from torch.nn import _reduction as _Reduction  # noqa: F401  TorchScript compile
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusedloss import functional, linear, reference
-from fusedloss.checks import check_out_dtype
+from fusedloss.option_checks import check_out_dtype
 
 _lock = threading.Lock()
 _depth = 0  # how many patches are in force

@@ -18,8 +18,9 @@ from fusedloss.autograd import (
     kernel_forward,
 )
 from fusedloss.backends.triton import device_facts
-from fusedloss.checks import check_class_indices, check_options
+from fusedloss.checks import check_class_indices
 from fusedloss.geometry import DeviceFacts
+from fusedloss.option_checks import check_options
 from fusedloss.plan import Extras, Inputs, Options, Plan, fuses_gradient
 from fusedloss.plan_cpu import cpu_plan
 from fusedloss.plan_triton import triton_plan

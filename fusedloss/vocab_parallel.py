@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedloss.checks import Facts, check_options
+from fusedloss.checks import Facts
 from fusedloss.functional import cross_entropy
+from fusedloss.option_checks import check_options
 from fusedloss.plan import Extras, Inputs, Reduction, Slice
 from fusedloss.serving import labels_of
 from fusedloss.sharded import check_whole_rows, sharded_cross_entropy
