@@ -99,7 +99,13 @@ def verdict(data: Record) -> str:
         behind = sum(any(other["device_us"] * NOISE < cell[OURS]["device_us"] for other in cell.values()) for cell in both)
         found.append(f"Forward + backward: {shares[0]:.0f} to {shares[-1]:.0f} % of a copy's bandwidth;")
         found.append(f"something else is faster in {behind} of {len(both)} cases.")
+    if moved := [over_the_floor(record) for record in records_of(data, "traffic") if "read" in record]:
+        found.append(f"DRAM moved {min(moved):.2f} to {max(moved):.2f} times the bytes of the floor.")
     return " ".join(found)
+
+
+def over_the_floor(record: Record) -> float:
+    return (record["read"] + record["written"]) / record["floor"]
 
 
 def stages_table(stages: Record) -> str:
@@ -135,7 +141,7 @@ def traffic(data: Record) -> str:
     for record in records:
         if "read" not in record:  # still running
             continue
-        over = (record["read"] + record["written"]) / record["floor"]
+        over = over_the_floor(record)
         shape = f"{record['case']}, {' x '.join(map(str, record['shape']))}"
         numbers = f"{record['launches']} | {record['read'] / 1e6:,.0f} | {record['written'] / 1e6:,.0f} | {over:.3f}"
         lines.append(f"| {shape} | {numbers} | {'yes' if over < ONCE else 'no'} |")

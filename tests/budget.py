@@ -3,6 +3,9 @@
 On a GPU, float32 may be off by more than roundings: its exp and its division have relative errors of up to 2^-22 (PTX:
 ex2.approx, div.full), where a CPU's are rounded correctly. An element of the gradient, exp / sum, has three of them: of the exp,
 of the sum of exps, of the division; a loss, log(sum) / denominator, has two. Shorter types round such errors away.
+
+The softcap's gradient, 1 - t^2 of a rounded t, is within the same. sech^2 from the exponential, 4 e / (1 + e)^2, was tried: it is
+more exact where t is near 1, and takes 8 to 20 % more instructions per logit; there the gradient is small beside the largest.
 """
 
 import torch

@@ -104,6 +104,7 @@ def test_all_stages_in_order_and_a_page_after_each(gpu_with_stubs: Any, tmp_path
         "**a stub**, 1 GiB, 1 SMs",
         "**Nothing failed**; 6 tests passed. Stopped before the end: gpu tests, traffic, other tests.",
         "Forward + backward: 14 to 14 % of a copy's bandwidth; something else is faster in 0 of 2 cases.",
+        "DRAM moved 1.02 to 1.02 times the bytes of the floor.",
         "| gpu tests | stopped | 2 passed, 1 skipped; stopped after 12 s | 12 |",
         "| kernel tests | passed | 2 passed, 1 skipped | 12 |",
         "- benchmarks: left out: 3 x out of time: 100 s",
