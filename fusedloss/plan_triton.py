@@ -20,6 +20,9 @@ COUNTED_ROWS = 64
 # many programs do (kernels/selection.py).
 ROWS_SELECTED_ALONE = 16384
 SMALL_THREADS = 128  # of a program of a kernel that reads no logits, or only scales a gradient
+SCALED_ELEMENTS = (
+    4096  # of a fused gradient at a time; of the last ones each is accessed on its own, and 64 per thread would spill
+)
 SCALED_COLS = 128  # of a fused gradient at a time, where it is scaled row by row: rare, so that little code is best
 DENOMINATOR_ROWS = 512  # not PARTIALS_BLOCK: loads of one shape get one layout, and two targets are a thread's 16 bytes, not four
 
@@ -84,10 +87,8 @@ def backward_cut(t: Operands, options: Options, device: DeviceFacts) -> Cut:
 
 def scale_cut(n_elements: int, device: DeviceFacts) -> Cut:
     """The multiplication of a fused gradient: few programs, since most launches return at once."""
-    # Of a number that is no multiple of 16 each element is accessed on its own, and 64 per thread would spill.
-    block = 8192 if n_elements % 16 == 0 else 4096
-    n_programs = max(1, min(4 * device.n_sms, -(-n_elements // block)))
-    return Cut("scale_gradient_kernel", n_programs, warps(SMALL_THREADS, device), Block(1, block))
+    n_programs = max(1, min(4 * device.n_sms, -(-n_elements // SCALED_ELEMENTS)))
+    return Cut("scale_gradient_kernel", n_programs, warps(SMALL_THREADS, device), Block(1, SCALED_ELEMENTS))
 
 
 def _denominator_cut(n_rows: int, device: DeviceFacts) -> Cut:

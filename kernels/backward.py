@@ -30,19 +30,19 @@ from .tile import by_turn, load_held, load_turn_targets, store_packed, tile_cols
 from .tile_softmax import Blocks, exponentials, label_logit, row_blocks, tile_gradients
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["n_rows"])
 def backward_tile_kernel(
-    out, dloss_ptr, inputs, layout,
+    out, dloss_ptr, inputs, layout, n_rows,
     lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    focal_gamma: "fp64", ignore_index: "i64", asks: tl.constexpr, shape: tl.constexpr,
+    focal_gamma: "fp64", asks: tl.constexpr, shape: tl.constexpr,
 ):  # fmt: skip
     """Gradient of shape.rows rows of one block of rows."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     N_TURNS: tl.constexpr = shape.n_turns
     terms = load_terms(inputs, 1.0, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
-    n_rows, n_cols = layout.n_rows, tile_cols(layout, shape)
-    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index, shard=layout.shard)
-    rows = tile_rows(layout, shape)
+    n_cols = tile_cols(layout, shape)
+    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, shard=layout.shard)
+    rows = tile_rows(layout, n_rows, shape)
     sources = tile_sources(inputs, layout, rows, asks, shape)
     dlogits = tile_lines(out.dlogits, layout.dlogits, rows, shape)
     turn_rows = by_turn(tl.where(rows.exist, rows.index, n_rows), N_TURNS)  # rows past the end get an index that is no row's
@@ -111,22 +111,22 @@ def _gradient(logits_ptr, q_ptr, cols, mask, read, row_max, factors, problem, as
     return column_gradient(tl.exp(x - row_max) * factors.p, x, q, cols, mask, factors, problem, asks)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["n_rows"])
 def backward_row_kernel(
-    out, dloss_ptr, inputs, layout,
+    out, dloss_ptr, inputs, layout, n_rows,
     lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    focal_gamma: "fp64", ignore_index: "i64", asks: tl.constexpr, shape: tl.constexpr,
+    focal_gamma: "fp64", asks: tl.constexpr, shape: tl.constexpr,
 ):  # fmt: skip
     """Gradient of shape.cols columns of one row, in whole groups; the first block of a row also writes its two ragged edges."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     COLS: tl.constexpr = shape.cols
     SECTOR: tl.constexpr = elements_in_sector(inputs.logits)
-    n_rows, n_cols = layout.n_rows, layout.n_cols
+    n_cols = layout.n_cols
     blocks_per_row = tl.num_programs(0) // n_rows
     row = (tl.program_id(0) // blocks_per_row).to(tl.int64)  # int64: row * row_stride passes 2**31
     part = tl.program_id(0) % blocks_per_row
     terms = load_terms(inputs, 1.0, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
-    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index, shard=layout.shard)
+    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, shard=layout.shard)
     label = load_label(row, problem, asks)
     g = weighted(row_coefficient(out.saved, dloss_ptr, row, row < n_rows, n_rows, asks), row, label, inputs)
     read = label.valid & (g != 0)  # the other rows are not read

@@ -34,20 +34,20 @@ from .tile import by_row, by_turn, load_held, load_turn_targets, tile_cols, tile
 from .tile_softmax import tile_statistics
 
 
-@triton.jit(do_not_specialize=["ignore_index", "top_k"])
+@triton.jit(do_not_specialize=["n_rows", "top_k"])
 def forward_tile_kernel(
-    out, inputs, work, layout,
+    out, inputs, work, layout, n_rows,
     scale: "fp64", lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    focal_gamma: "fp64", ignore_index: "i64", top_k: "i64", asks: tl.constexpr, shape: tl.constexpr,
+    focal_gamma: "fp64", top_k: "i64", asks: tl.constexpr, shape: tl.constexpr,
 ):  # fmt: skip
     """Losses of shape.rows rows of one block of rows."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     N_TURNS: tl.constexpr = shape.n_turns
     TURN_ROWS: tl.constexpr = shape.turn_rows
     terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
-    n_rows, n_cols = layout.n_rows, tile_cols(layout, shape)
-    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index, shard=layout.shard)
-    rows = tile_rows(layout, shape)
+    n_cols = tile_cols(layout, shape)
+    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, shard=layout.shard)
+    rows = tile_rows(layout, n_rows, shape)
     sources = tile_sources(inputs, layout, rows, asks, shape)
     held = load_held(inputs, n_rows, n_cols, asks, shape)
     turn_rows = by_turn(tl.where(rows.exist, rows.index, n_rows), N_TURNS)  # rows past the end get an index that is no row's
@@ -88,22 +88,22 @@ def forward_tile_kernel(
         reduce_batch(out, work, loss_sum, count_sum, terms.scale, top_k, tl.program_id(0), tl.num_programs(0), n_rows, asks)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "top_k"])
+@triton.jit(do_not_specialize=["n_rows", "top_k"])
 def forward_row_kernel(
-    out, inputs, work, layout,
+    out, inputs, work, layout, n_rows,
     scale: "fp64", lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    focal_gamma: "fp64", ignore_index: "i64", top_k: "i64", asks: tl.constexpr, shape: tl.constexpr,
+    focal_gamma: "fp64", top_k: "i64", asks: tl.constexpr, shape: tl.constexpr,
 ):  # fmt: skip
     """Loss of one row, shape.cols classes at a time; or of one slice of it, and the last to finish has the row's."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     N_SLICES: tl.constexpr = shape.n_slices
     COLS: tl.constexpr = shape.cols
     SECTOR: tl.constexpr = elements_in_sector(inputs.logits)
-    n_rows, n_cols = layout.n_rows, layout.n_cols
+    n_cols = layout.n_cols
     row = (tl.program_id(0) // N_SLICES).to(tl.int64)  # int64: row * row_stride passes 2**31
     part = tl.program_id(0) % N_SLICES
     terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
-    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index, shard=layout.shard)
+    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, shard=layout.shard)
     label = load_label(row, problem, asks)
     n_read = tl.where(label.valid, n_cols, 0)  # a row that does not count is not read
     head, n_main = whole_groups(row, layout.logits.row, n_read, SECTOR, shape)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .groups import Problem
-from .label import load_target, read_label, weight_in_mean, weighted
+from .label import load_target, load_targets_from, read_label, weight_in_mean, weighted
 from .reduction import count_rows, mean_coefficient, store_stats, sum_over_programs
 from .row import (
     Span,
@@ -42,13 +42,12 @@ from .tile import by_row, by_turn, load_held, load_turn_targets, store_packed, t
 from .tile_softmax import one_thread_per_row, tile_gradients, tile_statistics
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["n_rows"])
 def denominator_kernel(
     out,  # saved[0]: the coefficient of a row's loss in the mean
     inputs,
     work,  # arrived is cleared for the launch that follows, where that cuts rows into slices
     scale: "fp64",
-    ignore_index: "i64",
     n_rows,
     n_cols,
     asks: tl.constexpr,
@@ -56,12 +55,13 @@ def denominator_kernel(
 ):
     """Counts, or sums the weights of, every n_programs-th block of rows; the last program divides. Reads targets, not logits."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
-    problem = Problem(inputs=inputs, terms=(), n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index, shard=None)
+    problem = Problem(inputs=inputs, terms=(), n_rows=n_rows, n_cols=n_cols, shard=None)
     total = tl.zeros((BLOCK_ROWS,), dtype)
     for start in range(tl.program_id(0) * BLOCK_ROWS, n_rows, tl.num_programs(0) * BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
         exist = rows < n_rows
-        total += weight_in_mean(load_target(inputs.target, rows, exist, ignore_index), rows, exist, problem, asks, dtype)
+        target = load_targets_from(start, inputs.target, rows, n_rows, asks)
+        total += weight_in_mean(target, rows, exist, problem, asks, dtype)
         if work.arrived is not None:
             tl.store(work.arrived + 1 + rows, 0, mask=exist)
     if work.arrived is not None:
@@ -89,20 +89,20 @@ def _tile_coefficient(out, work, turn_rows, targets, problem, asks: tl.constexpr
     return g
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["n_rows"])
 def fused_tile_kernel(
-    out, inputs, work, layout,
+    out, inputs, work, layout, n_rows,
     scale: "fp64", lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    focal_gamma: "fp64", ignore_index: "i64", asks: tl.constexpr, shape: tl.constexpr,
+    focal_gamma: "fp64", asks: tl.constexpr, shape: tl.constexpr,
 ):  # fmt: skip
     """Losses and gradients of shape.rows rows of one block of rows."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     N_TURNS: tl.constexpr = shape.n_turns
     TURN_ROWS: tl.constexpr = shape.turn_rows
     terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
-    n_rows, n_cols = layout.n_rows, tile_cols(layout, shape)
-    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index, shard=None)
-    rows = tile_rows(layout, shape)
+    n_cols = tile_cols(layout, shape)
+    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, shard=None)
+    rows = tile_rows(layout, n_rows, shape)
     sources = tile_sources(inputs, layout, rows, asks, shape)
     dlogits = tile_lines(out.dlogits, layout.dlogits, rows, shape)
     held = load_held(inputs, n_rows, n_cols, asks, shape)
@@ -158,7 +158,7 @@ def _row_coefficient(out, work, label, problem, asks: tl.constexpr, shape: tl.co
     elif ROWS > 0:
         rows = tl.arange(0, ROWS)
         exist = rows < problem.n_rows
-        target = load_target(problem.inputs.target, rows, exist, problem.ignore_index)
+        target = load_target(problem.inputs.target, rows, exist, asks)
         weights = weight_in_mean(target, rows, exist, problem, asks, dtype)
         g = mean_coefficient(scale, tl.sum(weights, 0))
     else:
@@ -166,11 +166,11 @@ def _row_coefficient(out, work, label, problem, asks: tl.constexpr, shape: tl.co
     return g
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["n_rows"])
 def fused_row_kernel(
-    out, inputs, work, layout,
+    out, inputs, work, layout, n_rows,
     scale: "fp64", lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    focal_gamma: "fp64", ignore_index: "i64", asks: tl.constexpr, shape: tl.constexpr,
+    focal_gamma: "fp64", asks: tl.constexpr, shape: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of one row, or of one slice of it: read once, kept in registers, written once.
 
@@ -181,14 +181,14 @@ def fused_row_kernel(
     N_BLOCKS: tl.constexpr = shape.n_blocks
     COLS: tl.constexpr = shape.cols
     SECTOR: tl.constexpr = elements_in_sector(inputs.logits)
-    n_rows, n_cols = layout.n_rows, layout.n_cols
+    n_cols = layout.n_cols
     program, part = tl.program_id(0), 0
     if N_SLICES > 1:
         drawn = tl.atomic_add(work.arrived, 1, sem="relaxed")  # not the program id: slices.py says why
         program, part = drawn // N_SLICES, drawn % N_SLICES
     row = program.to(tl.int64)  # int64: row * row_stride passes 2**31
     terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
-    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, ignore_index=ignore_index, shard=None)
+    problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, shard=None)
     label = load_label(row, problem, asks)
     g = _row_coefficient(out, work, label, problem, asks, shape)
     row_g = weighted(g, row, label, inputs)
@@ -254,11 +254,12 @@ def fused_row_kernel(
             count_rows(out, work, n_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_rows"])
 def scale_gradient_kernel(
     dlogits_ptr,  # (n,) in and out, any tensor without gaps
     dloss_ptr,  # ()
     n,
+    n_rows,
     layout,
     BLOCK: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
@@ -269,18 +270,22 @@ def scale_gradient_kernel(
         if dloss - dloss == 0.0:
             for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
                 index = start + tl.arange(0, BLOCK)
-                dlogits = tl.load(dlogits_ptr + index, mask=index < n).to(dloss.dtype)
-                tl.store(dlogits_ptr + index, dlogits * dloss, mask=index < n)
+                if start + BLOCK <= n:  # see load_targets_from
+                    tl.store(dlogits_ptr + index, tl.load(dlogits_ptr + index).to(dloss.dtype) * dloss)
+                else:
+                    dlogits = tl.load(dlogits_ptr + index, mask=index < n).to(dloss.dtype)
+                    tl.store(dlogits_ptr + index, dlogits * dloss, mask=index < n)
         else:
-            _scale_rows(dlogits_ptr, dloss, layout, ROW_BLOCK)
+            _scale_rows(dlogits_ptr, dloss, n_rows, layout, ROW_BLOCK)
 
 
 @triton.jit
-def _scale_rows(dlogits_ptr, dloss, layout, BLOCK: tl.constexpr):
+def _scale_rows(dlogits_ptr, dloss, n_rows, layout, BLOCK: tl.constexpr):
     """By an infinity or NaN: a row of zeros, as an ignored one has, is not made NaN. Rare, so that nothing is done to be fast."""
     strides, n_cols = layout.dlogits, layout.n_cols
-    for row in range(tl.program_id(0).to(tl.int64), layout.n_rows, tl.num_programs(0)):
-        row_ptr = dlogits_ptr + row // layout.n_inner * strides.outer + row % layout.n_inner * strides.row
+    n_inner = n_rows if layout.n_inner is None else layout.n_inner
+    for row in range(tl.program_id(0).to(tl.int64), n_rows, tl.num_programs(0)):
+        row_ptr = dlogits_ptr + row // n_inner * strides.outer + row % n_inner * strides.row
         is_zero = tl.full((BLOCK,), 1, tl.int32)
         for start in range(0, n_cols, BLOCK):
             cols = (start + tl.arange(0, BLOCK)).to(tl.int64)

@@ -6,6 +6,7 @@ The host gives every kernel of logits the same things, in this order:
     inputs      fusedloss.plan.Inputs, likewise: the call's own tensors
     work        Work: what the programs of a launch leave for each other
     layout      Layout: shape and strides
+    n_rows      for which no kernel is specialised
     scale, ...  seven numbers of the loss, float64 (a float in a group would arrive as float32)
     asks        Asks: what the loss consists of; a kernel is compiled without the rest
     shape       TileShape or RowShape: how a program holds its rows
@@ -50,10 +51,9 @@ class Shard(NamedTuple):
 
 class Layout(NamedTuple):
     """Rows are (n_rows / n_inner, n_inner): a block of a tensor has n_inner rows, `row` apart, and a row's classes lie `col`
-    apart. (N, C) is a single block."""
+    apart. The number of rows, which is another in many calls, is not here: a kernel is specialised for the numbers in a group."""
 
-    n_rows: Any
-    n_inner: Any
+    n_inner: Any  # None: all rows are a single block, as those of (N, C)
     n_cols: Any
     logits: Strides
     dlogits: Strides
@@ -66,6 +66,7 @@ class Asks:
     """What the caller asked for."""
 
     reduction: str
+    ignore_index: int
     probabilities: bool  # the target is class probabilities: inputs.target is like the logits
     smoothing: bool
     z_loss: bool
@@ -181,7 +182,6 @@ class Problem(NamedTuple):
     terms: Terms
     n_rows: Any
     n_cols: Any
-    ignore_index: Any
     shard: Any
 
 

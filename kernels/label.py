@@ -7,10 +7,21 @@ from .groups import Label
 
 
 @triton.jit
-def load_target(target_ptr, rows, exist, ignore_index):
+def load_target(target_ptr, rows, exist, asks: tl.constexpr):
     """Class indices of rows; ignore_index of rows that do not exist."""
     target = tl.load(target_ptr + rows, mask=exist, other=0).to(tl.int64)  # uint8 156 stays 156, it is not -100
-    return tl.where(exist, target, ignore_index)  # not the load's `other`: -100 is 156 in uint8
+    return tl.where(exist, target, asks.ignore_index)  # not the load's `other`: -100 is 156 in uint8
+
+
+@triton.jit
+def load_targets_from(first, target_ptr, rows, n_rows, asks: tl.constexpr):
+    """The same of rows side by side from `first` on. Without a mask where all exist: no number of rows is known to the compiler
+    to be a multiple of 16 bytes, and every access that such a mask may end would be narrow."""
+    if first + rows.shape[0] <= n_rows:
+        target = tl.load(target_ptr + rows).to(tl.int64)
+    else:
+        target = load_target(target_ptr, rows, rows < n_rows, asks)
+    return target
 
 
 @triton.jit
@@ -25,7 +36,7 @@ def all_classes(problem, asks: tl.constexpr):
 @triton.jit
 def check_target(target, problem, asks: tl.constexpr):
     """Whether a row counts, and whether its class exists."""
-    counted = target != problem.ignore_index
+    counted = target != asks.ignore_index
     return counted, counted & (target >= 0) & (target < all_classes(problem, asks))
 
 
@@ -78,7 +89,7 @@ def _with_second_label(first, rows, exist, problem, asks: tl.constexpr):
     """Both labels with their shares. Where they are the same class the first has all, and the second has the weight 0."""
     dtype: tl.constexpr = problem.terms.lam.dtype
     inputs = problem.inputs
-    target_b = load_target(inputs.target_b, rows, exist, problem.ignore_index)
+    target_b = load_target(inputs.target_b, rows, exist, asks)
     counted_b, valid_b = check_target(target_b, problem, asks)
     counted, valid = first.counted & counted_b, first.valid & valid_b
     lam = problem.terms.lam
@@ -103,7 +114,7 @@ def weight_in_mean(target, rows, exist, problem, asks: tl.constexpr, dtype: tl.c
     """What each row, whose first label is loaded, adds to the mean's denominator; 0 for those that do not exist."""
     counted, valid = check_target(target, problem, asks)
     if asks.two_labels:
-        target_b = load_target(problem.inputs.target_b, rows, exist, problem.ignore_index)
+        target_b = load_target(problem.inputs.target_b, rows, exist, asks)
         counted_b, _ = check_target(target_b, problem, asks)
         weight = (counted & counted_b).to(dtype)
     else:

@@ -98,7 +98,7 @@ def edge_columns(span, n_cols, SECTOR: tl.constexpr):
 @triton.jit
 def load_label(row, problem, asks: tl.constexpr):
     exists = row < problem.n_rows
-    target = row if asks.probabilities else load_target(problem.inputs.target, row, exists, problem.ignore_index)
+    target = row if asks.probabilities else load_target(problem.inputs.target, row, exists, asks)
     return read_label(target, row, exists, problem, asks)
 
 

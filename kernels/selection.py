@@ -35,7 +35,7 @@ def _threshold(selection_ptr, dtype: tl.constexpr):
     return bits.to(tl.uint64, bitcast=True) if dtype == tl.float64 else bits.to(tl.uint32)
 
 
-@triton.jit(do_not_specialize=["shift"])
+@triton.jit(do_not_specialize=["shift", "n_rows"])
 def digit_kernel(
     out,  # in: the row losses in saved
     work,  # selection, in and out, see begin_selection; the ticket, and the digits' counters from HISTOGRAM on
@@ -60,7 +60,7 @@ def digit_kernel(
         tl.store(work.selection + 1, rank - n_above)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def selected_kernel(
     out,  # the loss, and the coefficients at the head of saved; in: the row losses in saved
     inputs,  # the scale, if it is a tensor

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .label import load_target
+from .label import load_target, load_targets_from
 
 
 class Rows(NamedTuple):
@@ -108,10 +108,10 @@ def one_thread_each(rows):
 
 
 @triton.jit
-def tile_rows(layout, shape: tl.constexpr):
+def tile_rows(layout, n_rows, shape: tl.constexpr):
     """This program's rows."""
     ROWS: tl.constexpr = shape.rows
-    n_inner = layout.n_inner
+    n_inner = n_rows if layout.n_inner is None else layout.n_inner
     if shape.is_packed:  # a single block of rows
         outer = tl.zeros((), tl.int64)
         inner = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -169,7 +169,11 @@ def load_turn_targets(turn_rows, rows, problem, asks: tl.constexpr, shape: tl.co
     """The class indices of each turn's rows; with class probabilities anything."""
     targets = turn_rows
     if not asks.probabilities:
-        target = load_target(problem.inputs.target, rows.index, rows.exist, problem.ignore_index)
+        if shape.is_packed:
+            first = tl.program_id(0) * shape.rows
+            target = load_targets_from(first, problem.inputs.target, rows.index, problem.n_rows, asks)
+        else:
+            target = load_target(problem.inputs.target, rows.index, rows.exist, asks)
         targets = by_turn(target, shape.n_turns)
     return targets
 

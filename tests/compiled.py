@@ -138,6 +138,22 @@ def compile_for(launch: Launch, target: str) -> Any:
         return launch.function.warmup(**launch.arguments, grid=(launch.n_programs,))
 
 
+def variants(recorded: list[Launch], target: str) -> set[tuple[str, str]]:
+    """The kernels that Triton would compile for these launches, by name and key; nothing is compiled."""
+    found: set[tuple[str, str]] = set()
+
+    def keep(function: Any, key: str, *_: Any) -> None:
+        found.add((function.__name__, key))
+
+    with (
+        mock.patch.object(triton.JITFunction, "_do_compile", keep),
+        mock.patch.object(_Driver, "get_current_device", return_value="nothing was compiled for"),
+    ):
+        for launch in recorded:
+            compile_for(launch, target)
+    return found
+
+
 def report(kernel: Any, target: str) -> Report:
     shared_bytes = kernel.metadata.shared
     if target.startswith("gfx"):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import ALLOWED_SPILLS, OTHER_TARGETS, TARGETS, compile_for, launches, report
+from compiled import ALLOWED_SPILLS, OTHER_TARGETS, TARGETS, compile_for, launches, report, variants
 from sliced import sliced_call
 
 import fusedloss
@@ -243,6 +243,19 @@ def test_compiles_for_other_gpus_without_spills(monkeypatch: pytest.MonkeyPatch,
     for launch in launches(monkeypatch, target, lambda: _call(*CASES[case])):
         found = report(compile_for(launch, target), target)
         assert found.spills <= ALLOWED_SPILLS, f"{launch.kernel}: {found}"
+
+
+@pytest.mark.parametrize("case", ["ticket", "one row a program", "slices", "topk", "selection", "recompute, shared tile"])
+def test_any_number_of_rows_takes_the_same_kernels(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """The last batch of an epoch, or a batch of tokens, compiles nothing anew."""
+    (_, n_cols), dtype, options = CASES[case]
+    found, kernels_of_a_call = set(), set()
+    first = 20000 if case == "selection" else 2048
+    for n_rows in (first, first + 1, first + 8, first + 1040):
+        recorded = launches(monkeypatch, "sm_90", lambda n_rows=n_rows: _call((n_rows, n_cols), dtype, options))
+        kernels_of_a_call |= {launch.kernel for launch in recorded}
+        found |= variants(recorded, "sm_90")
+    assert sorted(name for name, _ in found) == sorted(kernels_of_a_call)
 
 
 def test_cases_select_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

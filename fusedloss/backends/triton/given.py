@@ -109,7 +109,7 @@ def _forward_launches(kind: Kind, saves: bool) -> Launches:
     main = _logits_launch(cuts.main, kind, t, asks, numbers)
     counting = None
     if cuts.counting is not None:
-        shared = {"ignore_index": options.ignore_index, "n_rows": g.n_rows, "n_cols": g.n_cols, "asks": asks}
+        shared = {"n_rows": g.n_rows, "n_cols": g.n_cols, "asks": asks}
         counting = _launch(cuts.counting, {**shared, "BLOCK_ROWS": cuts.counting.shape.rows})
     *digits, selected = cuts.selection or (None,)
     steps = [_launch(cut, {"n_rows": g.n_rows, "shift": DIGIT_BITS * (len(digits) - 1 - i)}) for i, cut in enumerate(digits)]
@@ -132,14 +132,15 @@ def _backward_launch(kind: Kind) -> Launch:
 def _scale_launch(shape: torch.Size, strides: tuple[int, ...], facts: DeviceFacts) -> Launch:
     n, none = shape.numel(), Strides(None, None, None)
     g, cut = operands(shape, strides, None, None, 1).logits, scale_cut(n, facts)
-    layout = Layout(g.n_rows, g.n_inner, g.n_cols, none, _strides(g), none, None)
-    return _launch(cut, {"n": n, "layout": layout, "BLOCK": cut.shape.cols, "ROW_BLOCK": SCALED_COLS})
+    layout = Layout(_n_inner(g), g.n_cols, none, _strides(g), none, None)
+    return _launch(cut, {"n": n, "n_rows": g.n_rows, "layout": layout, "BLOCK": cut.shape.cols, "ROW_BLOCK": SCALED_COLS})
 
 
 def _asks(kind: Kind, saves: bool = False, top_k_is_fraction: bool = False) -> Asks:
     options = kind.options
     return Asks(
         options.reduction,
+        options.ignore_index,
         probabilities=kind.probabilities_strides is not None,
         smoothing=options.label_smoothing > 0,
         z_loss=options.z_loss != 0,
@@ -158,22 +159,26 @@ def _logits_launch(cut: Cut, kind: Kind, t: Operands, asks: Asks, numbers: dict[
     options, g = kind.options, t.logits
     shape = replace(cut.shape, waits=not interprets()) if isinstance(cut.shape, RowShape) else cut.shape
     shard = None if kind.part is None else Shard(*kind.part)
-    layout = Layout(g.n_rows, g.n_inner, g.n_cols, _strides(g), _strides(t.dlogits), _strides(t.probabilities), shard)
+    layout = Layout(_n_inner(g), g.n_cols, _strides(g), _strides(t.dlogits), _strides(t.probabilities), shard)
     return _launch(
         cut,
         {
             "layout": layout,
+            "n_rows": g.n_rows,
             "smoothing": options.label_smoothing,
             "z_loss": options.z_loss,
             "logit_scale": options.logit_scale,
             "softcap": options.softcap,
             "focal_gamma": options.focal_gamma,
-            "ignore_index": options.ignore_index,
             **numbers,
             "asks": asks,
             "shape": shape,
         },
     )
+
+
+def _n_inner(g: Geometry) -> int | None:
+    return None if g.n_outer == 1 else g.n_inner
 
 
 def _strides(g: Geometry | None) -> Strides:

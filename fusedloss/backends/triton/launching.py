@@ -23,7 +23,7 @@ class Launch:
 
     @property
     def n_rows(self) -> int:
-        return self.constants["layout"].n_rows
+        return self.constants["n_rows"]
 
     @cached_property
     def function(self) -> Any:
