@@ -34,6 +34,7 @@ def draws_last(ticket_ptr, n):
     3.7.1 puts no CTA barrier between a tensor store and an atomic.
     """
     last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == n - 1
+    tl.debug_barrier()  # it acquires for the other waves: on RDNA those of the other compute unit have a cache of their own
     tl.store(ticket_ptr, 0, mask=last)  # ready for the next launch, or the next replay of a CUDA graph
     return last
 

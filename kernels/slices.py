@@ -46,7 +46,9 @@ def publish_slice(stats, slices_ptr, arrived_ptr, row, n_rows, part, asks: tl.co
     if asks.every_class:
         tl.store(slice_ptr + 2 * plane, stats.smooth_sum)
         tl.store(slice_ptr + 3 * plane, stats.weight_total)
-    return tl.atomic_add(arrived_ptr, 1, sem="acq_rel") + 1
+    n_published = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") + 1
+    tl.debug_barrier()  # for the other waves: see draws_last
+    return n_published
 
 
 @triton.jit
@@ -78,6 +80,7 @@ def wait_for_slices(arrived_ptr, arrived, N_SLICES: tl.constexpr):
     """Returns when all slices of the row have published. One thread looks; a barrier holds the others until it has seen it."""
     while arrived < N_SLICES:
         arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire")
+    tl.debug_barrier()  # for the other waves: see draws_last
 
 
 @triton.jit

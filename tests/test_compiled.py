@@ -1,5 +1,6 @@
 """Every kernel variant compiles for every GPU we name, without spills, with 16-byte accesses where rows are aligned."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -243,6 +244,23 @@ def test_compiles_for_other_gpus_without_spills(monkeypatch: pytest.MonkeyPatch,
     for launch in launches(monkeypatch, target, lambda: _call(*CASES[case])):
         found = report(compile_for(launch, target), target)
         assert found.spills <= ALLOWED_SPILLS, f"{launch.kernel}: {found}"
+
+
+@pytest.mark.parametrize("case", ["recompute, slices", "slices"])
+def test_all_waves_acquire_what_a_ticket_publishes(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """RDNA's two compute units of a work group have a cache each: the wave that drew the ticket acquires for its own alone."""
+    acquires = re.compile(r"global_atomic_\w+ [^\n]*glc|buffer_gl0_inv|s_barrier|s_cbranch\w* |global_load\w*|buffer_load\w*")
+    n_drawn = 0
+    for launch in launches(monkeypatch, "gfx1100", lambda: _call(*CASES[case])):
+        if launch.kernel not in ("forward_row_kernel", "fused_row_kernel"):
+            continue
+        assert launch.arguments["num_warps"] > 1
+        steps = acquires.findall(compile_for(launch, "gfx1100").asm["amdgcn"])
+        drawn = [i for i, step in enumerate(steps) if "atomic" in step and steps[i + 1] == "buffer_gl0_inv"]
+        for i in drawn:  # of one wave; then all meet, and each drops its old lines
+            assert steps[i + 1 : i + 5] == ["buffer_gl0_inv", "s_barrier", "s_barrier", "buffer_gl0_inv"]
+        n_drawn += len(drawn)
+    assert n_drawn == {"recompute, slices": 1, "slices": 4}[case]
 
 
 @pytest.mark.parametrize("case", ["ticket", "one row a program", "slices", "topk", "selection", "recompute, shared tile"])
