@@ -22,8 +22,11 @@ FUSED_ROW_THREADS = 512
 # A longer row is cut into slices: programs that wait for each other, of few threads, so that an SM has room for four and some
 # load while others wait.
 SLICE_THREADS = 128
-# All slices of a row must be resident at once, beside whatever else the GPU does. Where the SMs are fewer, so are the slices.
+# All slices of a row that wait for each other must be resident at once, beside whatever else the GPU does. Where the SMs are
+# fewer, so are the slices; and they take no more than a quarter of the SMs unless the row needs them: there may be other such
+# launches, or fewer SMs for ours.
 MAX_SLICES = 64
+WAITING_SHARE = 4
 # Rows fewer than the SMs are cut into slices of at least so many columns until all SMs have one. Not rows shorter than
 # LONG_ROW_COLS: their exchange of statistics, 1 to 2 microseconds, costs more than an SM needs to read them.
 MIN_SLICE_COLS = 4096
@@ -64,12 +67,12 @@ def backward_rows(t: Operands, device: DeviceFacts) -> Cut:
 
 def fused_rows(t: Operands, more: bool, device: DeviceFacts) -> Cut | None:
     """Cuts rows into blocks that fit into the registers; None where the slices of a row would be more than can wait for each
-    other."""
+    other, or may not."""
     g, soft = t.logits, t.probabilities is not None
     fitting = (FUSED_ROW_BLOCKS_MORE if more else FUSED_ROW_BLOCKS_PROBABILITIES if soft else FUSED_ROW_BLOCKS)[t.itemsize]
     all_registers = more or soft  # the blocks are so many that they take all that a thread can have
     n_cols = _row_cols(g, t.itemsize)
-    filling = _slices_that_fill(g, device)
+    filling = min(_slices_that_fill(g, device), max(1, device.n_sms // WAITING_SHARE)) if device.may_wait else 1
     threads = device.warp_size
     while threads * FUSED_COLS_PER_THREAD * fitting < n_cols:
         threads *= 2
@@ -79,7 +82,7 @@ def fused_rows(t: Operands, more: bool, device: DeviceFacts) -> Cut | None:
     blocks = -(-n_cols // block_cols)
     n_blocks = -(-blocks // max(-(-blocks // fitting), filling))
     n_slices = -(-blocks // n_blocks)
-    if n_slices > min(MAX_SLICES, device.n_sms):
+    if n_slices > (min(MAX_SLICES, device.n_sms) if device.may_wait else 1):
         return None
     registers = None if all_registers else register_limit(FUSED_ROW_REGISTERS, device)
     shape = RowShape(block_cols, _row_group(g, t.itemsize), n_slices, n_blocks)

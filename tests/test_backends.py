@@ -13,6 +13,8 @@ from problems import make_logits, make_probabilities, make_target
 import fusedloss
 from fusedloss import backends
 from fusedloss.backends import cpu
+from fusedloss.geometry import DeviceFacts
+from fusedloss.plan import Cut
 from fusedloss.plan_triton import ROWS_SELECTED_ALONE
 
 
@@ -135,6 +137,37 @@ def test_the_plan_of_probabilities_on_a_gpu(shape: tuple[int, ...], reduction: s
     passes = 1 if reduction == "mean" else 2
     assert (plan.read_bytes, plan.write_bytes) == (passes * 3 * one_pass, one_pass)  # float32 probabilities: twice the bytes
     assert plan.launches == (3 if reduction == "mean" and plan.forward.n_slices > 1 else 2)
+
+
+def _forward_of(n_rows: int, n_cols: int, device: DeviceFacts) -> Cut:
+    logits = torch.empty(n_rows, n_cols, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with fusedloss.backend("triton"):
+        plan = fusedloss.plan(logits, torch.empty(n_rows, dtype=torch.long, device="meta"), device=device)
+    assert plan.strategy == "fused"
+    return plan.forward
+
+
+def test_slices_that_wait_take_a_quarter_of_the_gpu_unless_a_row_needs_more() -> None:
+    for n_cols in (50257, 128256, 256000):
+        assert 1 < _forward_of(1, n_cols, DeviceFacts()).n_slices <= 132 // 4
+    assert _forward_of(1, 128256, DeviceFacts(n_sms=40)).n_slices == 12  # as many columns as fit take 11.4 programs
+    assert _forward_of(1, 128256, DeviceFacts(n_sms=12)).n_slices == 12
+
+
+@pytest.mark.parametrize("n_cols", [32000, 50257, 128256])
+@pytest.mark.parametrize("n_rows", [1, 8192])
+def test_where_nobody_may_wait_no_row_is_shared(n_rows: int, n_cols: int) -> None:
+    cut = _forward_of(n_rows, n_cols, DeviceFacts(may_wait=False))
+    assert cut.n_slices == 1
+    assert cut.kernel == ("fused_row_kernel" if n_cols == 32000 else "fused_tile_kernel")
+
+
+@pytest.mark.parametrize(("value", "may_wait"), [("", True), ("0", True), ("1", False)])
+def test_the_environment_says_whether_programs_may_wait(value: str, may_wait: bool) -> None:
+    asked = "import torch; from fusedloss.backends.triton import device_facts; print(device_facts(torch.device('cpu')).may_wait)"
+    environment = {**os.environ, "FUSEDLOSS_NO_WAIT": value}
+    done = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(may_wait)
 
 
 def test_the_plan_refuses_what_the_call_refuses() -> None:

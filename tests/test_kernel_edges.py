@@ -1,4 +1,4 @@
-"""Edges of the Triton kernels: infinite upstream gradients, and memory that nobody writes."""
+"""Edges of the Triton kernels: infinite upstream gradients, memory that nobody writes, rows that nobody may share."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import check_against_torch
 from paths import GPU, INTERPRETER, Path, entered
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 import fusedloss
 from fusedloss import ops
 from fusedloss.autograd import kernel_inputs
+from fusedloss.backends import triton
 from fusedloss.plan import Inputs, Options
 
 FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
@@ -98,3 +100,13 @@ def test_operators_return_no_memory_that_nobody_wrote(
             assert not tensor.isnan().any(), name
         elif tensor is not None:
             assert (tensor < shape[0] + 1).all(), name
+
+
+@pytest.mark.parametrize("shape", [(2, 33001), (3, 46000)], ids=str)
+def test_rows_too_long_for_a_program_where_none_may_wait(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    """They are read twice."""
+    facts = triton.device_facts(torch.device(kernels.device))._replace(may_wait=False)
+    monkeypatch.setattr(triton, "device_facts", lambda _: facts)
+    check_against_torch(make_logits(*shape, dtype=torch.bfloat16), make_target(shape[0], n_classes=shape[1], ignored=-100))

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedloss import environment
 from fusedloss.geometry import VECTOR_BYTES, DeviceFacts
 from fusedloss.kernels.constants import N_COUNTERS
 from fusedloss.plan import Cut
+
+MAY_WAIT = environment.choice("FUSEDLOSS_NO_WAIT", ("0", "1")) == "0"
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +137,9 @@ def interprets() -> bool:
 def device_facts(device: torch.device) -> DeviceFacts:
     """Facts of a GPU; those of an H100 for any other device, where kernels are only planned, interpreted or emulated."""
     if device.type != "cuda":
-        return DeviceFacts()
+        return DeviceFacts(may_wait=MAY_WAIT)
     found = torch.cuda.get_device_properties(device)
-    return DeviceFacts(found.multi_processor_count, found.warp_size, torch.version.hip is None)
+    return DeviceFacts(found.multi_processor_count, found.warp_size, torch.version.hip is None, MAY_WAIT)
 
 
 def ticket(device: torch.device, keeps_workspace: bool) -> Tensor:
