@@ -69,12 +69,16 @@ ALL = [
 ]
 
 
+def _k(target: Tensor) -> int:
+    return max(1, len(target) // 10)
+
+
 def _eager(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(input, weight), target)
 
 
 def _eager_topk(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(input, weight), target, reduction="none").topk(len(target) // 10).values.mean()
+    return F.cross_entropy(F.linear(input, weight), target, reduction="none").topk(_k(target)).values.mean()
 
 
 def implementations(case: Case) -> dict[str, Callable[..., Tensor]]:
@@ -90,13 +94,13 @@ def implementations(case: Case) -> dict[str, Callable[..., Tensor]]:
 
             def torchs(input: Tensor, weight: Tensor, target: Tensor, options: object = options) -> Tensor:
                 loss = F.linear_cross_entropy(input, weight, target, options=options, reduction="none" if topk else "mean")
-                return loss.topk(len(target) // 10).values.mean() if topk else loss
+                return loss.topk(_k(target)).values.mean() if topk else loss
 
             found[name] = torchs
 
     def ours(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         if topk:
-            return fusedloss.linear_cross_entropy(input, weight, target, reduction="topk", top_k=len(target) // 10)
+            return fusedloss.linear_cross_entropy(input, weight, target, reduction="topk", top_k=_k(target))
         return fusedloss.linear_cross_entropy(input, weight, target)
 
     found["ours"] = ours

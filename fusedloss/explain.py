@@ -53,7 +53,7 @@ def plan(
     if linear_weight is not None:
         arguments = signature(linear_cross_entropy).bind(input, linear_weight, target, weight=weight, **options)
         arguments.apply_defaults()
-        return linear_serving.planned(**arguments.arguments)
+        return linear_serving.planned(device, **arguments.arguments)
     arguments = signature(cross_entropy).bind(input, target, weight, **options)
     arguments.apply_defaults()
     return serving.planned(device, **arguments.arguments)

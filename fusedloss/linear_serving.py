@@ -9,13 +9,15 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusedloss import distributed, linear_ops, reference
+from fusedloss.backends.triton import device_facts
 from fusedloss.checks import Facts
+from fusedloss.geometry import DeviceFacts
 from fusedloss.linear_autograd import RowLosses, SummedLoss
 from fusedloss.linear_checks import Chunking, check_chunking, check_dtypes, check_layer, check_targets, logits_shape
 from fusedloss.linear_passes import LinearInputs, NeedsGrad, Settings
 from fusedloss.option_checks import check_options
 from fusedloss.plan import ROW_REDUCTIONS, Extras, Inputs, Options, fuses_gradient
-from fusedloss.plan_linear import LinearPlan, chunks_of, leaves_rows_out, sums_in_float32
+from fusedloss.plan_linear import LinearPlan, chunks_of, leaves_rows_out, overwrites, sums_in_float32
 from fusedloss.route import Route, autocast_is_on, facts_of, route_with, without_strides
 from fusedloss.serving import check_if_asked, labels_of, serve_checked, without_numbers
 from fusedloss.stats import LossStats
@@ -34,7 +36,7 @@ def serve(public: Callable[..., Any], input: Tensor, linear_weight: Tensor, targ
     return (loss, stats) if arguments["return_stats"] else loss
 
 
-def planned(**arguments: Any) -> LinearPlan:
+def planned(device: DeviceFacts | None, **arguments: Any) -> LinearPlan:
     """What `plan` returns for these arguments of `linear_cross_entropy`."""
     inputs, options, chunking, out_dtype = _checked(**arguments)
     dtype, route = _route(inputs, options, out_dtype)
@@ -46,8 +48,11 @@ def planned(**arguments: Any) -> LinearPlan:
     fused = fuses_gradient(options.reduction, dtype)
     n_rows, n_classes = shape[:-1].numel(), shape[-1]
     sizes = chunks_of(n_rows, n_classes, dtype, route.backend, chunking.chunk_rows)
-    # Triton's kernels write the gradient beside the logits.
-    held = sizes.chunk_rows * n_classes * dtype.itemsize * (2 if route.backend == "triton" and any(needs_grad) else 1)
+    held = sizes.chunk_rows * n_classes * dtype.itemsize
+    if route.backend == "triton" and any(needs_grad):
+        facts = device or device_facts(inputs.input.device)
+        soft = _as_rows(inputs).has_probabilities()
+        held *= 1 if overwrites(sizes.chunk_rows, n_classes, dtype, soft, options, facts) else 2
     if needs_grad.weight and sums_in_float32(dtype, sizes.n_chunks, chunking.float32_sum):
         held += inputs.linear_weight.numel() * 4
     strategy, matmuls = "forward only", 1.0

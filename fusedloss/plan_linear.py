@@ -5,6 +5,10 @@ from typing import NamedTuple
 
 import torch
 
+from fusedloss.geometry import DeviceFacts, operands
+from fusedloss.plan import Options, fuses_gradient
+from fusedloss.plan_triton import forward_cuts, holds_rows
+
 # Bytes of a chunk's logits, and rows of a chunk at least: each chunk reads the weight and its gradient again. More rows are
 # faster and hold more: `chunk_rows` is the caller's to raise.
 CPU_BYTES, CPU_ROWS = 64 << 20, 256
@@ -64,6 +68,14 @@ def leaves_rows_out(backend: str, asked: bool) -> bool:
 def sums_in_float32(dtype: torch.dtype, n_chunks: int, asked: bool) -> bool:
     """Whether the gradient of a weight of this dtype is summed in float32 and rounded once."""
     return dtype in (torch.bfloat16, torch.float16) and (asked or n_chunks > MAX_ROUNDED_SUMS)
+
+
+def overwrites(n_rows: int, n_classes: int, dtype: torch.dtype, soft: bool, options: Options, device: DeviceFacts) -> bool:
+    """Whether Triton's kernels write the gradient of a chunk's logits in their place; soft: of class probabilities."""
+    shape, strides = torch.Size((n_rows, n_classes)), (n_classes, 1)
+    t = operands(shape, strides, strides, strides if soft else None, dtype.itemsize)
+    options = options._replace(reduction="sum")
+    return fuses_gradient("sum", dtype) and holds_rows(forward_cuts(t, options, device).main)
 
 
 def chunks_of(n_rows: int, n_classes: int, dtype: torch.dtype, backend: str, asked: int | None) -> Chunks:

@@ -60,6 +60,12 @@ def forward_cuts(t: Operands, options: Options, device: DeviceFacts) -> ForwardC
     return ForwardCuts(_denominator_cut(n_rows, device) if counts else None, main)
 
 
+def holds_rows(cut: Cut) -> bool:
+    """Whether a fused launch has read all of its rows, the labels' logits included, before it writes: the gradient may then lie
+    where the logits do. Slices of a row wait until all have read theirs; what does not fit on chip is read again later."""
+    return bool(cut.shape.n_blocks > 0)
+
+
 def _forward_cut(t: Operands, options: Options, device: DeviceFacts) -> Cut:
     more = holds_more(options, t.itemsize)
     if takes_rows(t):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from compare import check_against_torch
+from in_place import check_in_place
 from problems import make_logits, make_probabilities, make_target, make_weight
 from sliced import check_slices
 
@@ -165,6 +166,14 @@ def test_classes_in_several_places(shape: tuple[int, ...]) -> None:
         check_slices(triton, shape, widths, FP32, weight=True, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("order", ["in-order", "reverse", 1, 2], ids=lambda order: f"order {order}")
+@pytest.mark.parametrize("shape", [(37, 10), (9, 150), (9, 1000), (70, 1001), (5, 40001)], ids=str)
+def test_the_gradient_may_take_the_place_of_the_logits(shape: tuple[int, int], order: str | int) -> None:
+    with emulated(order=order):  # which counts a race where a program overwrites what another, or a slice, has yet to read
+        for options in ({}, {"label_smoothing": 0.1, "weight": True}, {"target": "two labels"}):
+            check_in_place(shape, BF16, in_place=True, reduction="mean", **options)
+
+
 @pytest.mark.parametrize("shape", [(300, 1003), (5, 40001)], ids=str)
 def test_order_does_not_change_a_bit(shape: tuple[int, int]) -> None:
     logits = make_logits(*shape).requires_grad_()
@@ -191,7 +200,7 @@ def _slices(n_rows: int, n_cols: int) -> int:
 @pytest.mark.parametrize("order", ["in-order", "reverse", 1, 2, 3], ids=lambda order: f"order {order}")
 @pytest.mark.parametrize("shape", [(5, 40001), (140, 50257)], ids=str)
 def test_slices_need_no_more_room_than_one_row_has(shape: tuple[int, int], order: str | int) -> None:
-    """Whatever the order in which the GPU starts programs: they take their rows from a counter, so that none waits in vain."""
+    # Whatever the order in which the GPU starts programs: they take their rows from a counter, so that none waits in vain.
     logits = make_logits(*shape, dtype=BF16)
     target = make_target(shape[0], n_classes=shape[1], ignored=-100)
     with emulated(order=order, resident=_slices(*shape), budget=1_000_000):

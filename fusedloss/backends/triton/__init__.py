@@ -20,7 +20,7 @@ from fusedloss.backends.triton import given, launching
 from fusedloss.backends.triton.given import Launches
 from fusedloss.backends.triton.launching import Launch, device_facts
 from fusedloss.kernels.constants import STATE
-from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
+from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype, fuses_gradient
 
 __all__ = [
     "Prepared",
@@ -45,6 +45,10 @@ def forward(
     """One launch: every row's loss, and their reduction. The fused strategy writes the gradient in the same launch."""
     inputs = given.laid_out(inputs)
     outputs = allocate_forward(inputs, options, out_dtype, needs_grad)
+    return _forward(outputs, inputs, options, keeps_workspace)
+
+
+def _forward(outputs: Outputs, inputs: Inputs, options: Options, keeps_workspace: bool) -> Outputs:
     strides = None if outputs.dlogits is None else outputs.dlogits.stride()
     facts = device_facts(inputs.logits.device)
     launches = given.forward_launches(inputs, strides, options, outputs.saved is not None, facts)
@@ -55,11 +59,16 @@ def forward(
 
 
 def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> Outputs:
-    """The same for reduction "sum" or "mean", and any dtype; nobody reads the logits afterwards."""
+    """The same for reduction "sum" or "mean", and any dtype; the gradient takes the place of the logits where that can be."""
+    logits = inputs.logits
+    if fuses_gradient(options.reduction, logits.dtype):
+        inputs = given.laid_out(inputs)
+        if given.overwrites(inputs, options, device_facts(logits.device)):
+            outputs = allocate_forward(inputs, options, out_dtype, False)
+            return _forward(outputs._replace(dlogits=logits), inputs, options, keeps_workspace=True)
+        return forward(inputs, options, out_dtype, True)
     outputs = forward(inputs, options, out_dtype, True)
-    if outputs.dlogits is None:  # float16
-        outputs = outputs._replace(dlogits=backward(outputs.saved.new_ones(()), inputs, outputs.saved, options))
-    return outputs
+    return outputs._replace(dlogits=backward(outputs.saved.new_ones(()), inputs, outputs.saved, options))
 
 
 def _new_state(logits: Tensor) -> Callable[[], Tensor]:

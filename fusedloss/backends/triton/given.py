@@ -13,7 +13,7 @@ from fusedloss.geometry import DeviceFacts, Geometry, Operands, operands, probab
 from fusedloss.kernels.constants import DIGIT_BITS, FRACTION_BITS, N_SELECTED_SUMS, N_SELECTION, N_STATISTICS
 from fusedloss.kernels.groups import Asks, Layout, RowShape, Shard, Strides, Work
 from fusedloss.plan import Cut, Inputs, Options, Slice
-from fusedloss.plan_triton import SCALED_COLS, backward_cut, forward_cuts, scale_cut
+from fusedloss.plan_triton import SCALED_COLS, backward_cut, forward_cuts, holds_rows, scale_cut
 
 
 class Launches(NamedTuple):
@@ -83,6 +83,13 @@ def forward_launches(
 ) -> Launches:
     """gradient_strides: of the gradient that a fused forward writes; saves: the caller gets `saved`; part: a slice's forward."""
     return _forward_launches(_kind(inputs, gradient_strides, options, facts, part), saves)
+
+
+def overwrites(inputs: Inputs, options: Options, facts: DeviceFacts) -> bool:
+    """Whether a fused forward may write the gradient over the logits."""
+    cut = forward_launches(inputs, inputs.logits.stride(), options, False, facts).main.cut
+    # The interpreter launches what waits twice, and would read gradients the second time.
+    return holds_rows(cut) and not (cut.n_slices > 1 and interprets())
 
 
 def scale_launch(dlogits: Tensor, facts: DeviceFacts) -> Launch:
