@@ -18,6 +18,7 @@ from fusedloss.module import CrossEntropyLoss
 from fusedloss.overwriting import cross_entropy_overwriting_logits
 from fusedloss.patch import patch_torch
 from fusedloss.stats import LossStats
+from fusedloss.warming import warmup
 
 __all__ = [
     "CrossEntropyLoss",
@@ -31,4 +32,5 @@ __all__ = [
     "linear_cross_entropy",
     "patch_torch",
     "plan",
+    "warmup",
 ]

@@ -200,8 +200,7 @@ def check_if_asked(target: Tensor, target_b: Tensor | None, n_classes: int, opti
                 check_class_indices(labels, n_classes, options.ignore_index)
 
 
-def planned(
-    device: DeviceFacts | None,
+def asked(
     input: Tensor,
     target: Any,
     weight: Tensor | None,
@@ -211,17 +210,23 @@ def planned(
     reduction: str,
     label_smoothing: float,
     **extras: Any,
-) -> Plan:
-    """What `plan` returns for these arguments of `cross_entropy`."""
+) -> tuple[Inputs, Options, Route]:
+    """What `cross_entropy` makes of these arguments, and the way it would take."""
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     labels, labels_b, lam = labels_of(target)
-    asked = Extras(**extras)
-    options = check_options(reduction, ignore_index, label_smoothing, asked, lam)
-    scale = asked.scale if isinstance(asked.scale, Tensor) else None
+    extra = Extras(**extras)
+    options = check_options(reduction, ignore_index, label_smoothing, extra, lam)
+    scale = extra.scale if isinstance(extra.scale, Tensor) else None
     lam_tensor = lam if isinstance(lam, Tensor) else None
-    inputs = Inputs(input, labels, labels_b, lam_tensor, weight, asked.sample_weight, scale)
-    route = route_of(inputs, options, asked.out_dtype)
+    inputs = Inputs(input, labels, labels_b, lam_tensor, weight, extra.sample_weight, scale)
+    return inputs, options, route_of(inputs, options, extra.out_dtype)
+
+
+def planned(device: DeviceFacts | None, **arguments: Any) -> Plan:
+    """What `plan` returns for these arguments of `cross_entropy`."""
+    inputs, options, route = asked(**arguments)
+    input = inputs.logits
     if route.backend in ("torch", "reference", "sharded"):
         return Plan(route.backend, route.reason)
     if input.dim() == 1:

@@ -98,6 +98,19 @@ def test_a_graph_captured_on_a_stream_of_its_own_needs_no_call_there_before(case
     assert same(run(case, logits, target), expected)
 
 
+def test_a_capture_after_a_warmup_needs_no_call_before() -> None:
+    logits, target = torch.randn(64, 777, device="cuda", requires_grad=True), torch.zeros(64, dtype=torch.long, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match=r"fusedloss\.warmup"), torch.cuda.graph(graph):
+        fusedloss.cross_entropy(logits, target, z_loss=1e-3, softcap=3.0)
+    fusedloss.warmup(logits, target, z_loss=1e-3, softcap=3.0)
+    with torch.cuda.graph(graph):
+        loss = fusedloss.cross_entropy(logits, target, z_loss=1e-3, softcap=3.0)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(loss, fusedloss.cross_entropy(logits, target, z_loss=1e-3, softcap=3.0))
+
+
 @cases
 def test_replays_run_beside_calls_on_the_stream_of_the_capture(case: str) -> None:
     logits, target = make(case)

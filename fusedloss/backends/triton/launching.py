@@ -55,6 +55,9 @@ def launch(of: Launch, device: torch.device, arguments: dict[str, Any]) -> None:
             launch(of, device, arguments)
         return
     n_programs = of.cut.n_programs
+    if device.type == "meta":  # there is nothing to launch on
+        _ = _compiled_ahead(of, arguments).run  # loads it
+        return
     if not keeps_compiled(device):
         try:
             of.function[(n_programs,)](**of.constants, **of.own(arguments))
@@ -92,9 +95,23 @@ def launch(of: Launch, device: torch.device, arguments: dict[str, Any]) -> None:
     if compiled is not None:
         compiled[(n_programs, 1, 1)](*values)
         return
+    if _captures(device) and _compiled_ahead(of, arguments).module is None:
+        raise RuntimeError(
+            f"{of.cut.kernel} was not loaded before the capture of this CUDA graph, and a capture allows no loading. Make the "
+            "same call once before, or fusedloss.warmup(input, target, ...) with tensors like these"
+        )
     compiled = of.function[(n_programs,)](**of.constants, **of.own(arguments))
     if compiled is not None:  # None from Triton's interpreter
         of.compiled[tuple(key)] = compiled
+
+
+def _captures(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _compiled_ahead(of: Launch, arguments: dict[str, Any]) -> Any:
+    """Triton's kernel for such a launch on the current device; compiled, but not loaded, if there was none."""
+    return of.function.warmup(**of.constants, **of.own(arguments), grid=(of.cut.n_programs,))
 
 
 def keeps_compiled(device: torch.device) -> bool:
@@ -132,12 +149,19 @@ def interprets() -> bool:
     return isinstance(kernels()["fused_row_kernel"], InterpretedFunction)
 
 
-# Saves a question to the driver in each call; one entry per device.
-@cache
 def device_facts(device: torch.device) -> DeviceFacts:
-    """Facts of a GPU; those of an H100 for any other device, where kernels are only planned, interpreted or emulated."""
+    """Facts of a GPU, the current one for meta tensors; those of an H100 for any other device, where kernels are only planned,
+    interpreted or emulated."""
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     if device.type != "cuda":
         return DeviceFacts(may_wait=MAY_WAIT)
+    return _facts_of_gpu(device)
+
+
+# Saves a question to the driver in each call; one entry per device.
+@cache
+def _facts_of_gpu(device: torch.device) -> DeviceFacts:
     found = torch.cuda.get_device_properties(device)
     return DeviceFacts(found.multi_processor_count, found.warp_size, torch.version.hip is None, MAY_WAIT)
 
