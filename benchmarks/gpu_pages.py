@@ -78,6 +78,7 @@ def page(data: Record, has_plot: bool) -> str:
             "measured: bench_gpu.py.",
         ]
         parts += [f"### {TITLES[phase]}\n\n{table(records, phase)}" for phase in PHASES if groups(records, phase)]
+    parts.append(last_layer(records_of(data, "last_layer")))
     parts.append(tuning(records_of(data, "tune")))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -217,6 +218,35 @@ def losses(records: list[Record]) -> str:
                 if ahead:
                     lines.append(f"- {TITLES[phase]}, {shape}, {dtype}: of our {what} {', '.join(ahead)}.")
     return "\n".join(lines) or "Nowhere: neither forward + backward, of loss or loss / 8, nor the forward alone."
+
+
+def last_layer(records: list[Record]) -> str:
+    """A line for each case of the loss fused with the last linear layer."""
+    if not records:
+        return ""
+    names = list(dict.fromkeys(record["implementation"] for record in records))
+    by_case: defaultdict[str, dict[str, Record]] = defaultdict(dict)
+    for record in records:
+        by_case[record["case"]][record["implementation"]] = record
+    lines = [
+        "## The loss fused with the last linear layer",
+        "",
+        "Forward and backward of rows x features -> classes: device time in milliseconds; in brackets the time of the three "
+        "matmuls alone, over all rows, in % of it, and the memory beyond inputs and gradients. How: gpu_linear.py.",
+        "",
+        f"| case | {' | '.join(names)} |",
+        "|---" * (1 + len(names)) + "|",
+    ]
+    for case, found in by_case.items():
+        cells = []
+        for name in names:
+            if name not in found:
+                cells.append("")
+                continue
+            share = f"{100 * found['matmuls']['device_us'] / found[name]['device_us']:.0f} %, " if "matmuls" in found else ""
+            cells.append(f"{found[name]['device_us'] / 1e3:.2f} ({share}{found[name]['extra_bytes'] / 1e6:,.0f} MB)")
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def tuning(records: list[Record]) -> str:

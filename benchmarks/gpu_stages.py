@@ -113,6 +113,12 @@ def benchmarks(seconds: float, progress: Progress) -> Result:
     return result(finished, f"{len(finished.records)} measured", failures=failures, left_out=reasons)
 
 
+def last_layer(seconds: float, progress: Progress) -> Result:
+    finished = run([sys.executable, str(FOLDER / "gpu_linear.py")], seconds, None, progress)
+    failures = [last_line(finished.output)] if finished.status else []
+    return result(finished, f"{len(finished.records)} measured", failures=failures)
+
+
 def tune(seconds: float, progress: Progress) -> Result:
     finished = run([sys.executable, str(FOLDER / "gpu_tune.py")], seconds, None, progress)
     failures = [last_line(finished.output)] if finished.status else []
@@ -202,11 +208,12 @@ STAGES = {
     "smoke": Stage(40, smoke),
     "gpu_tests": Stage(80, pytest_stage("tests/test_gpu.py")),  # alone: streams, threads and graphs
     "kernel_tests": Stage(90, pytest_stage(*FILES, parallel=True)),
-    "benchmarks": Stage(150, benchmarks),
+    "benchmarks": Stage(120, benchmarks),
+    "last_layer": Stage(40, last_layer),
     "traffic": Stage(40, traffic),
     "memcheck": Stage(50, sanitizer("memcheck")),
     "training": Stage(40, training),
-    "other_tests": Stage(50, pytest_stage("tests", *OTHERS, parallel=True)),
+    "other_tests": Stage(40, pytest_stage("tests", *OTHERS, parallel=True)),
     "racecheck": Stage(60, sanitizer("racecheck")),
     "tune": Stage(120, tune),
 }

@@ -20,6 +20,12 @@ def liger(logits: Tensor, target: Tensor) -> Tensor:
     return function.apply(logits, target, None, -100, 0.0, 0.0, "mean", None, False)[0]
 
 
+def liger_linear(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Liger's loss fused with the last linear layer."""
+    function = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
+    return function.apply(input, weight, target)[0]
+
+
 def flash_attn(logits: Tensor, target: Tensor) -> Tensor:
     losses, _ = importlib.import_module("flash_attn.ops.triton.cross_entropy").cross_entropy_loss(logits, target)
     return losses.sum() / (target != -100).sum()

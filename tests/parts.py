@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-_EMULATED = ("ptxsim", "ptxsim_marks", "report", "bench_gpu", "gpu_run", "gpu_stages", "host_overhead")
+_EMULATED = ("ptxsim", "ptxsim_marks", "report", "bench_gpu", "gpu_run", "gpu_stages", "gpu_linear", "host_overhead")
 EMULATED = tuple(f"tests/test_{name}.py" for name in _EMULATED)
 # Tests that compile, or start programs.
 _PROGRAMS = ("compiled", "launches", "packaging", "commands", "train_*")

@@ -53,6 +53,10 @@ def answer(command: list[str]) -> gpu_run.Finished:
         return finished("", 0, smoke_records(*["right"] * 16))
     if "bench_gpu" in words:
         return finished("SKIPPED [3] benchmarks/bench_gpu.py:200: out of time: 100 s", 0, BENCHMARKED)
+    if "gpu_linear" in words:
+        times = {"eager": 4000.0, "ours": 2500.0, "matmuls": 2000.0}
+        record = {"case": "rows", "extra_bytes": 5e6}
+        return finished("", 0, [{**record, "implementation": name, "device_us": time} for name, time in times.items()])
     if "gpu_traffic" in words:
         return finished(NCU, None, LAUNCHED)
     if "train_cifar10" in words:
@@ -92,7 +96,7 @@ def test_all_stages_in_order_and_a_page_after_each(gpu_with_stubs: Any, tmp_path
     status, pages = gpu_with_stubs()
     assert status == 0
     data = json.loads((tmp_path / "results" / "gpu.json").read_text())
-    usual = ["smoke", "gpu_tests", "kernel_tests", "benchmarks", "traffic", "memcheck", "training", "other_tests"]
+    usual = ["smoke", "gpu_tests", "kernel_tests", "benchmarks", "last_layer", "traffic", "memcheck", "training", "other_tests"]
     assert list(data["stages"]) == usual
     assert "| smoke | running | still running | 0 |" in pages[0]
     assert "| smoke | passed | 16 of 16 cases right | 12 |" in pages[1]
@@ -114,6 +118,7 @@ def test_all_stages_in_order_and_a_page_after_each(gpu_with_stubs: Any, tmp_path
         "| training | passed | 99.44% right, 3.1 ms a step with fused, 99.44% right, 3.1 ms a step with torch; on scikit-learn's",
     ):
         assert line in first_page, line
+    assert "| rows | 4.00 (50 %, 5 MB) | 2.50 (80 %, 5 MB) | 2.00 (100 %, 5 MB) |" in text
     assert sorted(path.name for path in (tmp_path / "log").iterdir()) == sorted(f"{name}.txt" for name in usual)
     assert not list(tmp_path.rglob(".*"))
 
