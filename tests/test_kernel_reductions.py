@@ -1,0 +1,108 @@
+"""The batch reduction of the Triton kernels: many programs, and the selections of "max" and "topk"."""
+
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+from compare import check_against_torch
+from fusedloss.kernels import reduction, selection
+from oracle import torch_loss
+from paths import GPU, INTERPRETER, Path, entered
+from problems import make_logits, make_target, make_weight
+
+import fusedloss
+from fusedloss.plan_triton import ROWS_SELECTED_ALONE
+
+FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.fixture(params=[INTERPRETER, GPU])
+def kernels(request: pytest.FixtureRequest) -> Any:
+    with entered(request.param):
+        yield request.param
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"reduction": "topk", "top_k": 0.5}], ids=str)
+def test_programs_in_groups(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    """The number of groups made small: 21 programs in two of 11 and 10, three blocks of partials each."""
+    for module in (reduction, selection):
+        monkeypatch.setattr(module, "PARTIALS_BLOCK", tl.constexpr(4))
+    monkeypatch.setattr(reduction, "MAX_UNGROUPED", tl.constexpr(20))
+    monkeypatch.setattr(reduction, "N_GROUPS", tl.constexpr(2))
+    problem = make_logits(21, 300), make_target(21, n_classes=300, ignored=-100), make_weight(300)
+    with fusedloss.backend("triton"):
+        check_against_torch(*problem, **options)
+        torch.testing.assert_close(fusedloss.cross_entropy(*problem, **options), torch_loss(*problem, **options))
+
+
+MANY = ROWS_SELECTED_ALONE + 100
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        ((MANY, 2), FP32, {"reduction": "max"}),
+        pytest.param((MANY, 2), FP32, {"top_k": 1000}, marks=pytest.mark.sweep),
+        pytest.param((MANY, 2), BF16, {"top_k": 10**6}, marks=pytest.mark.sweep),
+        ((MANY, 2), FP64, {"top_k": 0.3}),
+        ((1, 3, 127, 131), BF16, {"top_k": 0.3}),
+    ],
+    ids=str,
+)
+def test_selection_among_many_rows(kernels: Path, shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]) -> None:
+    target = make_target(*shape[:1], *shape[2:], n_classes=shape[1], ignored=-100)
+    check_against_torch(make_logits(*shape, dtype=dtype), target, **{"reduction": "topk", **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 5000},
+        pytest.param({"top_k": 20}, marks=pytest.mark.sweep),
+        pytest.param({"reduction": "max"}, marks=pytest.mark.sweep),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", ["ties", "infinite", "nan", "one row counts", "no row counts"])
+def test_selection_among_many_rows_is_that_among_few(kernels: Path, case: str, options: dict[str, Any]) -> None:
+    """What the reference, which has one way for both, makes of losses that tie, or are no numbers."""
+    logits, target = make_logits(MANY, 2).round(), make_target(MANY, n_classes=2, ignored=-100)
+    if case == "infinite":
+        logits[::10] = torch.tensor([0.0, -torch.inf])
+    elif case == "nan":
+        logits[5] = torch.nan
+        target[5] = 0
+    elif case == "one row counts":
+        target[:] = -100
+        target[77] = 1
+    elif case == "no row counts":
+        target[:] = -100
+    options = {"reduction": "topk", **options}
+    logits.requires_grad_()
+    ours = fusedloss.cross_entropy(logits, target, **options)
+    (gradient,) = torch.autograd.grad(ours, logits)
+    with fusedloss.backend("reference"):
+        expected = fusedloss.cross_entropy(logits, target, **options)
+        (expected_gradient,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(ours, expected, equal_nan=True)
+    torch.testing.assert_close(gradient, expected_gradient, equal_nan=True)
+
+
+@pytest.mark.parametrize("n_cols", [10, pytest.param(1001, marks=pytest.mark.sweep)])
+def test_top_k_among_many_rows(kernels: Path, n_cols: int) -> None:
+    """More rows than the last program reads at a time; ties across the block boundary share the gradient."""
+    n_rows = 1100
+    logits = make_logits(n_rows, n_cols) if n_cols == 10 else make_logits(10, n_cols).repeat(n_rows // 10, 1)
+    target = make_target(n_rows, n_classes=n_cols) if n_cols == 10 else torch.arange(n_rows, device=logits.device) % 10
+    logits.requires_grad_()
+    rows = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+    loss = fusedloss.cross_entropy(logits, target, reduction="topk", top_k=150)
+    torch.testing.assert_close(loss.double(), rows.topk(150).values.mean(), rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    threshold = rows.topk(150).values[-1]
+    tied, above = (rows - threshold).abs() < 1e-5, rows > threshold + 1e-5
+    coefficient = above.double() + tied * (150 - above.sum()) / tied.sum()
+    (expected,) = torch.autograd.grad((rows * coefficient.detach() / 150).sum(), logits)
+    torch.testing.assert_close(gradient, expected.float(), rtol=1e-4, atol=1e-9)
