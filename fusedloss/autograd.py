@@ -3,7 +3,7 @@
 forward   loss, saved, dlogits = op.forward(logits, ...)   saved: per-row statistics and the reduction's coefficients
 backward  dlogits, scaled by dloss                         fused strategy: every backward of first order
           op.forward(logits, ...), scaled by dloss         the same where hooks had the say over what is saved
-          op.backward(dloss, logits, saved)                recompute strategy
+          op.backward(dloss, logits, saved)                recompute strategy; the gradient of entropies is added to it
           autograd.grad(reference(logits))                 under create_graph: differentiable to any order
 
 A call holds one tensor of the logits' size, as PyTorch's loss holds their log-softmax: the fused gradient, or the logits. All of
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from fusedloss import ops, reference
+from fusedloss.backends.outputs import ENTROPY
 from fusedloss.known import KnownCall
 from fusedloss.plan import Inputs, Options, fuses_gradient
 from fusedloss.recover import KEPT_BYTES, recovered
@@ -36,7 +37,7 @@ def _rows_shape(logits: Tensor) -> tuple[int, ...]:
 def kernel_forward(
     inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, backend: str
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """The loss; with statistics also (2, n_rows) and (3,), as `ops.forward` has them. No gradient but the operator's own."""
+    """The loss; with statistics also (3, n_rows) and (3,), as `ops.forward` has them. No gradient but the operator's own."""
     outputs = ops.forward(kernel_inputs(inputs), options, out_dtype, needs_grad, backend)
     loss = outputs.loss
     if options.reduction == "none" and inputs.logits.dim() > 2:
@@ -65,12 +66,21 @@ class CrossEntropyFunction(torch.autograd.Function):
             ctx.save_for_backward(*(getattr(inputs, name) for name in ctx.names), *([] if fused else [outputs.saved]))
         if not options.return_stats:
             return loss
-        ctx.mark_non_differentiable(outputs.row_stats, outputs.counts)
+        if options.differentiates_entropy():
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(outputs.counts)
+        else:
+            ctx.mark_non_differentiable(outputs.row_stats, outputs.counts)
         return loss, outputs.row_stats, outputs.counts
 
     @staticmethod
-    def backward(ctx: Any, *dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, dlosses[0], *ctx.call), None, None, None, None  # the other dlosses are of statistics
+    def backward(ctx: Any, dloss: Tensor | None, *dstats: Tensor | None) -> tuple[Tensor | None, ...]:
+        dentropy = None
+        if ctx.call[0].differentiates_entropy():
+            dentropy = None if dstats[0] is None else dstats[0][ENTROPY]
+            if dloss is None and dentropy is None:
+                return None, None, None, None, None
+        return _gradient(ctx, dloss, dentropy, *ctx.call), None, None, None, None
 
 
 class KnownCrossEntropyFunction(torch.autograd.Function):
@@ -109,7 +119,7 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
             dlogits = _taken(ctx)
             known.prepared.scale_gradient(dlogits, dloss)
             return dlogits, None
-        return _gradient(ctx, dloss, known.options._replace(scale=ctx.scale), known.out_dtype, known.backend), None
+        return _gradient(ctx, dloss, None, known.options._replace(scale=ctx.scale), known.out_dtype, known.backend), None
 
 
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # retain_graph, or create_graph
@@ -142,7 +152,13 @@ def _taken(ctx: Any) -> Tensor:
     return dlogits
 
 
-def _gradient(ctx: Any, dloss: Tensor, options: Options, out_dtype: torch.dtype, backend: str) -> Tensor:
+def _gradient(
+    ctx: Any, dloss: Tensor | None, dentropy: Tensor | None, options: Options, out_dtype: torch.dtype, backend: str
+) -> Tensor:
+    """dloss, dentropy: None where no loss was made of the rows' losses, or of their entropies (n_rows,)."""
+    if dloss is None:
+        assert dentropy is not None
+        dloss = torch.zeros_like(dentropy, dtype=out_dtype)
     if ctx.has_gradient and not torch.is_grad_enabled():
         if torch.compiler.is_compiling() or is_batched(dloss):  # a compiler owns the buffers of its graphs
             return ops.scaled(ctx.saved_tensors[0], dloss)
@@ -152,18 +168,24 @@ def _gradient(ctx: Any, dloss: Tensor, options: Options, out_dtype: torch.dtype,
     tensors = ctx.saved_tensors
     dlogits, tensors = (tensors[0], tensors[1:]) if ctx.has_gradient else (None, tensors)
     by_name = dict(zip(ctx.names, tensors, strict=False))
-    if torch.is_grad_enabled() or is_batched(dloss):
-        return _differentiable_gradient(ctx, dloss, by_name, dlogits, options, out_dtype)
+    if torch.is_grad_enabled() or is_batched(dloss) or (dentropy is not None and is_batched(dentropy)):
+        return _differentiable_gradient(ctx, dloss, dentropy, by_name, dlogits, options, out_dtype)
     inputs = Inputs(**by_name)
     if fuses_gradient(options.reduction, inputs.logits.dtype):
         dlogits = ops.forward(kernel_inputs(inputs), options, out_dtype, True, backend).dlogits.view(inputs.logits.shape)
         ops.scale_gradient(dlogits, dloss, backend)
         return dlogits
-    return ops.backward(dloss, kernel_inputs(inputs), tensors[-1], options, backend).view(inputs.logits.shape)
+    return ops.backward(dloss, kernel_inputs(inputs), tensors[-1], options, backend, dentropy).view(inputs.logits.shape)
 
 
 def _differentiable_gradient(
-    ctx: Any, dloss: Tensor, by_name: dict[str, Tensor], dlogits: Tensor | None, options: Options, out_dtype: torch.dtype
+    ctx: Any,
+    dloss: Tensor,
+    dentropy: Tensor | None,
+    by_name: dict[str, Tensor],
+    dlogits: Tensor | None,
+    options: Options,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """From PyTorch's operators: under create_graph the gradient must be differentiable itself, under vmap (is_grads_batched) no
     kernel serves dloss."""
@@ -179,5 +201,9 @@ def _differentiable_gradient(
         if version != place._version:  # forgotten, or edited since, as it may be
             assert dlogits is not None
             inputs = inputs._replace(logits=recovered(inputs, options, dlogits))
-        loss, _ = reference.cross_entropy(inputs, options, out_dtype)
-        return torch.autograd.grad(loss.reshape(dloss.shape), place, dloss, create_graph=True)[0]
+        loss, stats = reference.cross_entropy(inputs, options._replace(return_stats=dentropy is not None), out_dtype)
+        losses, upstream = [loss.reshape(dloss.shape)], [dloss]
+        if dentropy is not None:
+            assert stats is not None
+            losses, upstream = [*losses, stats.entropy.reshape(dentropy.shape)], [*upstream, dentropy]
+        return torch.autograd.grad(losses, place, upstream, create_graph=True)[0]

@@ -96,7 +96,8 @@ def cross_entropy(
         softcap: positive bound of the logits, after logit_scale.
         focal_gamma: exponent of the focal loss, at least 0: rows that the model is sure of count less, while what a mean
             divides by stays. For class indices without label_smoothing only.
-        return_stats: also return `fusedloss.LossStats`, made in the same launch.
+        return_stats: also return `fusedloss.LossStats`, made in the same launch; with reduction "none" its `entropy` has a
+            gradient.
         out_dtype: dtype of the loss, floating point; None: PyTorch's. torch.float32 gives the loss of float16 and bfloat16 logits
             as it was accumulated, and changes no bit of the gradient; PyTorch's is rounded to the logits' dtype, for a loss
             around 8 in bfloat16 to a multiple of 0.03.

@@ -25,7 +25,7 @@ _N_TENSORS = len(LinearInputs._fields)
 
 
 class SummedLoss(torch.autograd.Function):
-    """The sum of the rows' losses, 0-d in the dtype of accumulation; with statistics also (2, n_rows) and 0-d."""
+    """The sum of the rows' losses, 0-d in the dtype of accumulation; with statistics also (3, n_rows) and 0-d."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
@@ -58,7 +58,7 @@ class SummedLoss(torch.autograd.Function):
 
 
 class RowLosses(torch.autograd.Function):
-    """The rows' losses without scale, (n_rows,) in the dtype of accumulation; with statistics also (2, n_rows) and 0-d."""
+    """The rows' losses without scale, (n_rows,) in the dtype of accumulation; with statistics also (3, n_rows) and 0-d."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:

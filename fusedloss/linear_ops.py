@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedloss import linear_passes
+from fusedloss.backends.outputs import N_ROW_STATS
 from fusedloss.linear_passes import GradientPass, LinearInputs, NeedsGrad, RowPass, Settings
 from fusedloss.ops import _OPTIONS, _library
 from fusedloss.plan import Options, accumulation_dtype
@@ -114,4 +115,4 @@ def _empty_stats(inputs: LinearInputs, options: Options) -> tuple[Tensor | None,
     if not options.return_stats:
         return None, None
     x = inputs.input
-    return x.new_empty((2, x.shape[0]), dtype=accumulation_dtype(x.dtype)), x.new_empty((), dtype=torch.int64)
+    return x.new_empty((N_ROW_STATS, x.shape[0]), dtype=accumulation_dtype(x.dtype)), x.new_empty((), dtype=torch.int64)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fusedloss import ops
+from fusedloss.backends.outputs import N_ROW_STATS
 from fusedloss.plan import Inputs, Options, accumulation_dtype
 from fusedloss.plan_linear import Chunks, chunks_of, leaves_rows_out, sums_in_float32
 
@@ -83,7 +84,7 @@ class GradientPass(NamedTuple):
     dinput: Tensor | None
     dweight: Tensor | None
     dbias: Tensor | None
-    row_stats: Tensor | None  # (2, n_rows), A: log-sum-exp and loss of every row; with return_stats
+    row_stats: Tensor | None  # (3, n_rows), A: log-sum-exp, loss and entropy of every row; with return_stats
     n_correct: Tensor | None  # 0-d, int64; with return_stats
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -155,7 +156,7 @@ class _Chunked:
         n_rows = len(x) if self.index is None else len(self.index)
         self.sizes = chunks_of(n_rows, len(linear_weight), x.dtype, settings.backend, settings.chunk_rows)
         self.logits = x.new_empty((self.sizes.chunk_rows, len(linear_weight)))
-        self.row_stats = x.new_zeros((2, len(x)), dtype=self.dtype) if options.return_stats else None
+        self.row_stats = x.new_zeros((N_ROW_STATS, len(x)), dtype=self.dtype) if options.return_stats else None
         self.n_correct = x.new_zeros((), dtype=torch.int64) if options.return_stats else None
 
     def chunks(self) -> Iterator[Rows]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from fusedloss.backends import cpu as cpu_backend
 from fusedloss.backends import cpu_prepared
 from fusedloss.backends import triton as triton_backend
-from fusedloss.backends.outputs import Outputs, allocate_forward, allocate_gradient
+from fusedloss.backends.outputs import ENTROPY, Outputs, allocate_forward, allocate_gradient
+from fusedloss.entropy import add_gradient
 from fusedloss.plan import Inputs, Options, fuses_gradient
 from fusedloss.world import nobody_watches
 
@@ -36,7 +37,7 @@ _library.define(
     f"forward({_INPUTS}, {_OPTIONS}, ScalarType out_dtype, bool needs_grad, str backend) "
     "-> (Tensor loss, Tensor saved, Tensor dlogits, Tensor row_stats, Tensor counts)"
 )
-_library.define(f"backward(Tensor dloss, {_INPUTS}, Tensor saved, {_OPTIONS}, str backend) -> Tensor")
+_library.define(f"backward(Tensor dloss, {_INPUTS}, Tensor saved, {_OPTIONS}, str backend, Tensor? dentropy=None) -> Tensor")
 _library.define("scale_gradient(Tensor(a!) dlogits, Tensor dloss, str backend) -> ()")
 
 
@@ -60,11 +61,19 @@ def backward(
     saved: Tensor,
     options: Options,
     backend: str,
+    dentropy: Tensor | None = None,  # (n_rows,)
 ) -> Tensor:
     """Returns the gradient of the logits, in their dtype, with their strides where they are dense."""
     if nobody_watches(dloss, *inputs):
-        return _BACKENDS[backend].backward(dloss, inputs, saved, options)
-    return torch.ops.fusedloss.backward.default(dloss, *inputs, saved, *options, backend)
+        return _backward(dloss, inputs, saved, options, backend, dentropy)
+    return torch.ops.fusedloss.backward.default(dloss, *inputs, saved, *options, backend, dentropy)
+
+
+def _backward(dloss: Tensor, inputs: Inputs, saved: Tensor, options: Options, backend: str, dentropy: Tensor | None) -> Tensor:
+    dlogits: Tensor = _BACKENDS[backend].backward(dloss, inputs, saved, options)
+    if dentropy is not None:
+        add_gradient(dlogits, dentropy, inputs, options)
+    return dlogits
 
 
 def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype, backend: str) -> Outputs:
@@ -99,8 +108,9 @@ def _all_tensors(outputs: Outputs) -> tuple[Tensor, ...]:
 
 
 def _backward_impl(dloss: Tensor, *arguments: Any) -> Tensor:
-    inputs, (saved, *options, backend) = Inputs(*arguments[:_N_INPUTS]), arguments[_N_INPUTS:]
-    return _BACKENDS[backend].backward(dloss, inputs, saved, Options(*options))
+    inputs, (saved, *rest) = Inputs(*arguments[:_N_INPUTS]), arguments[_N_INPUTS:]
+    backend, dentropy = (*rest[_N_OPTIONS:], None)[:2]  # the dispatcher leaves out what has its default
+    return _backward(dloss, inputs, saved, Options(*rest[:_N_OPTIONS]), backend, dentropy)
 
 
 def _scale_gradient_impl(dlogits: Tensor, dloss: Tensor, backend: str) -> None:
@@ -135,7 +145,7 @@ def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     _, saved, dlogits, row_stats, counts = output
     tensors, rest = Inputs(*inputs[:_N_INPUTS]), inputs[_N_INPUTS:]
     options, needs_grad, backend = Options(*rest[:_N_OPTIONS]), rest[-2], rest[-1]
-    ctx.mark_non_differentiable(saved, dlogits, row_stats, counts)
+    ctx.mark_non_differentiable(saved, dlogits, counts, *([] if options.differentiates_entropy() else [row_stats]))
     ctx.set_materialize_grads(False)
     ctx.call = options, needs_grad, backend
     if fuses_gradient(options.reduction, tensors.logits.dtype):
@@ -144,7 +154,9 @@ def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
         ctx.save_for_backward(*tensors, saved)
 
 
-def _gradient_of_forward(ctx: Any, dloss: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+def _gradient_of_forward(
+    ctx: Any, dloss: Tensor | None, dsaved: None, ddlogits: None, drow_stats: Tensor | None, dcounts: None
+) -> tuple[Tensor | None, ...]:
     options, needs_grad, backend = ctx.call
     if not needs_grad or torch.is_grad_enabled():
         raise RuntimeError(
@@ -152,11 +164,17 @@ def _gradient_of_forward(ctx: Any, dloss: Tensor, *_: object) -> tuple[Tensor | 
             "fusedloss.cross_entropy has all of them"
         )
     if len(ctx.saved_tensors) == 1:
+        assert dloss is not None
         (dlogits,) = ctx.saved_tensors
         gradient = scaled(dlogits, dloss)  # out of place: a graph may run its backward again
     else:
         *tensors, saved = ctx.saved_tensors
-        gradient = torch.ops.fusedloss.backward.default(dloss, *tensors, saved, *options, backend)
+        dentropy = None if drow_stats is None else drow_stats[ENTROPY]
+        if dloss is None:  # no loss was made of the rows' losses
+            if dentropy is None:
+                return (None,) * (1 + _N_INPUTS + _N_OPTIONS + 2)
+            dloss = torch.zeros_like(dentropy)
+        gradient = torch.ops.fusedloss.backward.default(dloss, *tensors, saved, *options, backend, dentropy)
     return gradient, *[None] * (_N_INPUTS + _N_OPTIONS + 2)
 
 

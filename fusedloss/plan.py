@@ -52,6 +52,10 @@ class Options(NamedTuple):
     lam: float = 1.0  # share of the first of two labels; Inputs.lam takes its place
     return_stats: bool = False
 
+    def differentiates_entropy(self) -> bool:
+        """Whether one of the statistics has a gradient."""
+        return self.return_stats and self.reduction == "none"
+
     def kind(self) -> "Options":
         """The key of what is decided once for all calls alike: without the numbers that are others in every step."""
         return self if self.scale == 1 and self.lam == 1 else self._replace(scale=1.0, lam=1.0)

@@ -58,7 +58,12 @@ def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> t
     if inputs.scale is not None:
         factor = factor * inputs.scale.to(compute_dtype)
     loss = (factor * reduce_rows(rows, counted, row_weights, options)).to(out_dtype)
-    return loss, _stats(logits.detach(), rows.detach(), counted, inputs, options) if options.return_stats else None
+    if not options.return_stats:
+        return loss, None
+    stats = _stats(logits.detach(), rows.detach(), counted, inputs, options)
+    if options.differentiates_entropy():
+        stats = stats._replace(entropy=_entropies(logits, counted))
+    return loss, stats
 
 
 def computed_in(inputs: Inputs) -> torch.dtype:
@@ -211,7 +216,15 @@ def _stats(logits: Tensor, rows: Tensor, counted: Tensor, inputs: Inputs, option
         n_counted=counted.sum(),
         n_correct=(counted & correct).sum(),
         worst=worst_row(rows.flatten(), counted.flatten()),
+        entropy=_entropies(logits, counted),
     )
+
+
+def _entropies(logits: Tensor, counted: Tensor) -> Tensor:
+    """-sum_c p_c log p_c of the counted rows; a logit of -inf has no part in it."""
+    log_p = logits.log_softmax(1)
+    p = log_p.exp()
+    return torch.where(counted, -(torch.where(p == 0, 0, log_p) * p).sum(1), 0)
 
 
 def _has_largest(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:

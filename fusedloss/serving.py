@@ -17,6 +17,7 @@ from fusedloss.autograd import (
     forgets_logits,
     kernel_forward,
 )
+from fusedloss.backends.outputs import N_ROW_STATS
 from fusedloss.backends.triton import device_facts
 from fusedloss.checks import check_class_indices
 from fusedloss.geometry import DeviceFacts
@@ -167,7 +168,8 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
     if inputs.logits.dim() == 1:
         loss, stats = compute(inputs.as_one_row(), options, route)
         if stats is not None:
-            stats = stats._replace(lse=stats.lse.reshape(()), row_loss=stats.row_loss.reshape(()))
+            lse, row_loss, entropy = (values.reshape(()) for values in (stats.lse, stats.row_loss, stats.entropy))
+            stats = stats._replace(lse=lse, row_loss=row_loss, entropy=entropy)
         return loss.reshape(()), stats
     if inputs.lam is not None or inputs.sample_weight is not None:
         inputs = inputs._replace(
@@ -188,8 +190,9 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
     if not options.return_stats:
         return result, None
     loss, row_stats, counts = result
-    lse, row_loss = row_stats.view(2, inputs.logits.shape[0], *inputs.logits.shape[2:])
-    return loss, LossStats(lse, row_loss, *counts.unbind())
+    lse, row_loss, entropy = row_stats.view(N_ROW_STATS, inputs.logits.shape[0], *inputs.logits.shape[2:])
+    n_counted, n_correct, worst = counts.unbind()
+    return loss, LossStats(lse.detach(), row_loss.detach(), n_counted, n_correct, worst, entropy)
 
 
 def check_if_asked(target: Tensor, target_b: Tensor | None, n_classes: int, options: Options, route: Route) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedloss import backends, reference, slices
 from fusedloss.backends import cpu, triton
 from fusedloss.checks import Facts, InputFacts, check_class_indices, check_tensors
+from fusedloss.entropy import add_gradient
 from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
 from fusedloss.route import autocast_is_on, dtype_of_loss
 from fusedloss.rows import expanded_to_rows, kernel_inputs
@@ -49,11 +50,13 @@ def check_whole_rows(inputs: Inputs, options: Options, part: Slice) -> torch.dty
 def sharded_cross_entropy(
     inputs: Inputs, options: Options, part: Slice, group: "dist.ProcessGroup | None", out_dtype: torch.dtype
 ) -> tuple[Tensor, LossStats | None]:
+    if reference.computed_in(inputs) == torch.float64:  # of float32 logits with float64 probabilities, too, as whole rows are
+        inputs = inputs._replace(logits=inputs.logits.double())
     logits = inputs.logits
     row_shape = (logits.shape[0], *logits.shape[2:])
     lam = expanded_to_rows(inputs.lam, logits)
-    of_rows = options._replace(reduction="none", scale=1.0, return_stats=False)
-    rows, lse, correct = _SlicedRowLosses.apply(
+    of_rows = options._replace(reduction="none", scale=1.0)
+    rows, lse, correct, entropy = _SlicedRowLosses.apply(
         logits, inputs._replace(lam=lam, sample_weight=None, scale=None), of_rows, part, group
     )
     counted, row_weights = _counted(inputs, options, part, rows.dtype)
@@ -69,12 +72,14 @@ def sharded_cross_entropy(
         return loss, None
     dtype = accumulation_dtype(logits.dtype)
     detached = rows.detach()
+    entropy = entropy.to(dtype).view(row_shape)
     return loss, LossStats(
         lse=lse.to(dtype).view(row_shape),
         row_loss=detached.to(dtype).view(row_shape),
         n_counted=counted.sum(),
         n_correct=correct.sum(),
         worst=reference.worst_row(detached, counted),
+        entropy=entropy if options.differentiates_entropy() else entropy.detach(),
     )
 
 
@@ -92,39 +97,56 @@ def denominator(inputs: Inputs, options: Options, part: Slice) -> Tensor:
 
 
 class _SlicedRowLosses(torch.autograd.Function):
-    """Loss, log-sum-exp and whether the target is the largest, of every row (n_rows,), from this rank's slice of them."""
+    """Loss, log-sum-exp, whether the target is the largest, and with statistics the entropy, of every row (n_rows,), from this
+    rank's slice of them."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, inputs: Inputs, options: Options, part: Slice, group: "dist.ProcessGroup | None"
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        local = _local(kernel_inputs(inputs._replace(logits=logits)), part)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        whole = kernel_inputs(inputs._replace(logits=logits))
+        local, is_soft = _local(whole, part), whole.has_probabilities()
         backend = _backend(local)
         published = backend.slice_statistics(local, options, part)
+        if is_soft and options.return_stats:
+            published[2] = slices.logits_of_likeliest(local, whole.target.amax(1), options) if logits.shape[1] else -torch.inf
         n_ranks, (n_statistics, n_rows) = dist.get_world_size(group), published.shape
         gathered = published.new_empty((n_ranks * n_statistics, n_rows))
         _all_gather(gathered, published, group=group)
-        stats = slices.merge(gathered.view(n_ranks, n_statistics, n_rows).to(torch.float64))
+        stats = slices.merge(gathered.view(n_ranks, n_statistics, n_rows).to(torch.float64), options.return_stats, is_soft)
         rows = slices.describe_rows(local, options, part, torch.float64)
         losses, lse = slices.row_losses(stats, rows, options, part)
-        ctx.call = backend, rows.weight_total, options, part
+        ctx.call = backend, rows.weight_total, options._replace(return_stats=False), part
+        ctx.has_entropy = options.return_stats
+        ctx.set_materialize_grads(False)
         ctx.present = [tensor is not None for tensor in local]
-        merged = torch.stack([tensor for tensor in stats if tensor is not None]).to(published.dtype)
-        ctx.save_for_backward(logits, merged, *(tensor for tensor in local[1:] if tensor is not None))
+        merged = torch.stack(stats.of_loss()).to(published.dtype)
+        entropy, of_entropy = None, []
+        if options.return_stats:
+            entropy = slices.row_entropies(stats, rows)
+            of_entropy = [slices.log_sum(stats, rows.k_t is None), entropy]
+        ctx.save_for_backward(logits, merged, *of_entropy, *(tensor for tensor in local[1:] if tensor is not None))
         correct = slices.is_correct(stats, rows, local, options)
         ctx.mark_non_differentiable(lse, correct)
-        return losses, lse, correct
+        return losses, lse, correct, entropy
 
     @staticmethod
-    def backward(ctx: Any, dlosses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dlosses: Tensor | None, dlse: None, dcorrect: None, dentropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("the loss of sharded classes has no second derivative (create_graph=True)")
         logits, merged, *saved = ctx.saved_tensors
+        log_d, entropy, saved = (*saved[:2], saved[2:]) if ctx.has_entropy else (None, None, saved)
         rest = iter(saved)
         tensors: list[Any] = [next(rest) if present else None for present in ctx.present[1:]]
         inputs = Inputs(kernel_inputs(Inputs(logits, logits)).logits, *tensors)
-        backend, *call = ctx.call
-        dlogits = backend.slice_gradient(dlosses.to(merged.dtype), inputs, merged, *call)
+        backend, weight_total, options, part = ctx.call
+        drows = torch.zeros_like(merged[0]) if dlosses is None else dlosses.to(merged.dtype)
+        dlogits = backend.slice_gradient(drows, inputs, merged, weight_total, options, part)
+        if dentropy is not None:
+            whole_rows = (merged[0], log_d.to(merged.dtype), entropy.to(merged.dtype))
+            add_gradient(dlogits, dentropy.to(merged.dtype), inputs, options, whole_rows)
         return dlogits.view(logits.shape), None, None, None, None
 
 

@@ -4,18 +4,23 @@ A row's classes lie in slices; each slice s publishes of its transformed logits 
 
     max_s                       the largest
     rest_s = sum exp(z - max_s) over its classes, but for the target where it lies here
-    x_t                         the target's logit where it lies here, else 0 (x_b: the second of two labels')
+    x_t                         the target's logit where it lies here, else 0 (x_b: the second of two labels'; of class
+                                probabilities see logits_of_likeliest)
     Q_s = sum q_c,  S_s = sum q_c (max_s - z_c)      with label smoothing or class probabilities; q_c as below
+    G_s = sum exp(z - max_s) (max_s - z), as rest_s  for statistics; always the last
 
 and with m = max of max_s the whole row has
 
     rest = sum_s rest_s exp(max_s - m),   x_t = sum_s x_t,   Q = sum_s Q_s,   S = sum_s S_s + Q_s (m - max_s)
+    G = sum_s (G_s + rest_s (m - max_s)) exp(max_s - m)
 
 from which follow, exactly as from one slice, with d = rest + exp(x_t - m) (d = rest for probabilities),
 
     index:          loss = w_t (m - x_t + log d)                                  dloss/dz_c = w_t (exp(z_c - m) / d - [c = t])
     smoothing eps:  loss = (1 - eps) of that + eps/C (Q log d + S),  q_c = w_c
     probabilities:  loss = Q log d + S,  q_c = w_c ((1 - eps) p_c + eps/C)        dloss/dz_c = Q exp(z_c - m) / d - q_c
+
+    entropy:        log d + (G + exp(x_t - m) (m - x_t)) / d
 
 The kernels make the statistics of a slice and its gradient; this file has both in PyTorch's operators too, for devices without a
 kernel, and what is done with a row's statistics, which is a negligible part of the work.
@@ -40,6 +45,11 @@ class SliceStats(NamedTuple):
     q_total: Any = None  # Tensor | None: with label smoothing or class probabilities
     q_sum: Any = None
     x_b: Any = None  # Tensor | None: of two labels
+    gap_sum: Any = None  # Tensor | None: for the entropy
+
+    def of_loss(self) -> list[Tensor]:
+        """What the backward reads."""
+        return [values for values in self[:-1] if values is not None]
 
 
 class Rows(NamedTuple):
@@ -75,13 +85,17 @@ def describe_rows(inputs: Inputs, options: Options, part: Slice, dtype: torch.dt
     return Rows(counted, outside, factors[0], factors[1] if len(factors) == 2 else None, weight_total)
 
 
-def merge(slices: Tensor) -> SliceStats:
+def merge(slices: Tensor, has_entropy: bool, is_soft: bool = False) -> SliceStats:
     """Merges (n_slices, n_statistics, n_rows) into statistics of whole rows; the order of the sums is that of the slices."""
-    stats = SliceStats(*slices.unbind(1))
+    *of_loss, last = slices.unbind(1)
+    stats = SliceStats(*of_loss)._replace(gap_sum=last) if has_entropy else SliceStats(*slices.unbind(1))
     largest = stats.max.amax(0)
     shift = _finite(largest)
-    rest = (stats.rest * torch.exp(stats.max - shift)).sum(0)
-    merged = SliceStats(largest, rest, stats.x_t.sum(0))
+    factors = torch.exp(stats.max - shift)
+    merged = SliceStats(largest, (stats.rest * factors).sum(0), stats.x_t.amax(0) if is_soft else stats.x_t.sum(0))
+    if stats.gap_sum is not None:
+        gaps = stats.gap_sum + stats.rest * (shift - _finite(stats.max))
+        merged = merged._replace(gap_sum=torch.where(factors == 0, 0, gaps * factors).sum(0))
     if stats.q_total is not None and stats.q_sum is not None:
         moved = torch.where(stats.q_total == 0, 0, stats.q_total * (shift - _finite(stats.max)))
         merged = merged._replace(q_total=stats.q_total.sum(0), q_sum=(stats.q_sum + moved).sum(0))
@@ -124,15 +138,24 @@ def row_losses(stats: SliceStats, rows: Rows, options: Options, part: Slice) -> 
     return torch.where(rows.counted, losses, 0), torch.where(rows.counted, lse, 0)
 
 
+def row_entropies(stats: SliceStats, rows: Rows) -> Tensor:
+    """Entropy of whole rows; 0 where a row is not counted, NaN where its class index is out of range."""
+    d, gap_sum = stats.rest, stats.gap_sum
+    if rows.k_t is not None:
+        e_t = torch.exp(stats.x_t - _finite(stats.max))
+        d, gap_sum = d + e_t, gap_sum + torch.where(e_t == 0, 0, e_t * (stats.max - stats.x_t))
+    entropies = (log_sum(stats, rows.k_t is None) + gap_sum / d).masked_fill(rows.outside, torch.nan)
+    return torch.where(rows.counted, entropies, 0)
+
+
 def _weighted(factor: Tensor, loss: Tensor, skips_zero: bool) -> Tensor:
     """Of two labels, one without a share does not enter, though its logit be -inf."""
     return torch.where((factor == 0) & (loss == torch.inf), 0, factor * loss) if skips_zero else factor * loss
 
 
 def is_correct(stats: SliceStats, rows: Rows, inputs: Inputs, options: Options) -> Tensor:
-    """Whether a counted row's target, the label with the larger share of two, has the largest logit."""
-    if rows.k_t is None:
-        return torch.zeros_like(rows.counted)
+    """Whether a counted row's target, the label with the larger share of two, or the class of the largest probability, has the
+    largest logit."""
     found = stats.x_t == stats.max
     if stats.x_b is not None:
         share = torch.full_like(stats.max, options.lam) if inputs.lam is None else inputs.lam
@@ -142,9 +165,16 @@ def is_correct(stats: SliceStats, rows: Rows, inputs: Inputs, options: Options) 
     return rows.counted & ~rows.outside & ~stats.rest.isnan() & found
 
 
+def logits_of_likeliest(inputs: Inputs, largest: Tensor, options: Options) -> Tensor:
+    """(n_rows,): the largest logit of this slice's classes that have the row's largest probability (N, ...), or -inf. It takes
+    the place of x_t, for statistics of class probabilities."""
+    z = transformed(inputs.logits, options)[0]
+    return z.masked_fill(inputs.target != largest.unsqueeze(1), -torch.inf).amax(1).flatten()
+
+
 def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
     """What a slice publishes, (n_statistics, n_rows), in PyTorch's operators; inputs as the kernels take them."""
-    z = _transformed(inputs.logits, options)[0]
+    z = transformed(inputs.logits, options)[0]
     shape = (z.shape[0], *z.shape[2:])
     if z.shape[1] == 0:  # nothing but padding
         empty = z.new_zeros(n_statistics(inputs, options), math.prod(shape))
@@ -162,9 +192,15 @@ def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
         found[2] = logits_of[0]
     if q is not None:
         found += [q.expand_as(z).sum(1), (q * (shift - z)).sum(1)]
-    elif n_statistics(inputs, options) > 3:
+    elif inputs.target_b is not None:
         found += [z.new_zeros(shape)] * 2
-    return torch.stack([*found, *logits_of[1:]]).flatten(1)
+    found += logits_of[1:]
+    if options.return_stats:
+        gaps = torch.where(e == 0, 0, e * (shift - z))
+        for here, at in positions[:1]:
+            gaps = gaps.scatter(1, at, gaps.gather(1, at).masked_fill(here.unsqueeze(1), 0))
+        found.append(gaps.sum(1))
+    return torch.stack(found).flatten(1)
 
 
 def slice_gradient(
@@ -176,7 +212,7 @@ def slice_gradient(
     class weights, n_classes without them.
     """
     g, stats = drows, SliceStats(*merged.unbind())
-    z, derivative = _transformed(inputs.logits, options)
+    z, derivative = transformed(inputs.logits, options)
     rows = describe_rows(inputs, options, part, z.dtype)
     shape = (z.shape[0], 1, *z.shape[2:])
 
@@ -212,7 +248,7 @@ def slice_gradient(
     return dz.to(inputs.logits.dtype)
 
 
-def _transformed(logits: Tensor, options: Options) -> tuple[Tensor, Tensor | float]:
+def transformed(logits: Tensor, options: Options) -> tuple[Tensor, Tensor | float]:
     """The logits scaled, then capped, in the dtype of accumulation; and the derivative."""
     z = logits.to(accumulation_dtype(logits.dtype)) * options.logit_scale
     if options.softcap == 0:

@@ -6,7 +6,11 @@ from torch import Tensor
 
 
 class LossStats(NamedTuple):
-    """Statistics of a call, made in the kernel's one launch; they stay on the logits' device and carry no gradient.
+    """Statistics of a call, made in the kernel's one launch; they stay on the logits' device.
+
+    They carry no gradient but one: under `reduction="none"` that of `entropy`, for an entropy bonus beside the rows' losses. Its
+    backward reads the logits once more, by PyTorch's operators, 2**22 logits at a time, and adds to the loss's gradient; `plan`
+    does not count it. Where `entropy` enters no loss it costs nothing. `linear_cross_entropy` has no gradient of it.
 
     Rows are what `reduction="none"` has a loss for: (N,) for logits (N, C), (N, d1, ...) for (N, C, d1, ...), () for (C,).
     Per-row values are float32, float64 for float64 logits, and 0 for ignored rows.
@@ -19,6 +23,7 @@ class LossStats(NamedTuple):
             probabilities, one whose share is the largest.
         worst: 0-d int64, index into the flattened rows of the largest loss among the counted, the first of equal ones; a NaN is
             the largest. -1 where no row is counted.
+        entropy: -sum_c p_c log p_c of each row's probabilities, the softmax of its logits (after `logit_scale` and `softcap`).
     """
 
     lse: Tensor
@@ -26,3 +31,4 @@ class LossStats(NamedTuple):
     n_counted: Tensor
     n_correct: Tensor
     worst: Tensor
+    entropy: Tensor

@@ -37,8 +37,9 @@ def vocab_parallel_cross_entropy(
     """The loss of logits whose classes are sharded over the ranks of a group; each rank gets the gradient of its own.
 
     It is `cross_entropy` of the logits concatenated along the classes, with one collective in the forward, of 3 numbers per row
-    (5 with label smoothing or class probabilities, 6 with two labels), and none in the backward. Every rank merges the numbers in
-    the order of the ranks, knows every row's loss, and reduces by itself: all ranks return the same bits.
+    (5 with label smoothing or class probabilities, 6 with two labels, one more with return_stats), and none in the backward.
+    Every rank merges the numbers in the order of the ranks, knows every row's loss, and reduces by itself: all return the same
+    bits.
 
         logits = hidden @ lm_head_shard.T  # (N, n_classes / n_ranks)
         loss = vocab_parallel_cross_entropy(logits, target)
@@ -56,7 +57,8 @@ def vocab_parallel_cross_entropy(
             out_dtype: as in `cross_entropy`.
 
     Returns:
-        The loss as `cross_entropy` returns it, the same on every rank; with return_stats (loss, LossStats).
+        The loss as `cross_entropy` returns it, the same on every rank; with return_stats (loss, LossStats), whose entropy has
+        a gradient with reduction "none", to this rank's logits, without a collective.
 
     Raises:
         ValueError: n_classes cannot be told; input holds all classes on a group of several ranks (gathered by mistake).

@@ -75,7 +75,9 @@ def backward_tile_kernel(
             x_t = zeros if asks.probabilities else label_logit(x, sources.logits, live, label.target, terms, asks, shape)
             x_b = label_logit(x, sources.logits, live, label.target_b, terms, asks, shape) if asks.two_labels else zeros
         total = totals[i] if asks.has_row_totals else weight_total + zeros
-        stats = RowStats(max=maxima[i], rest=rests[i], x_t=x_t, x_b=x_b, shift=zeros, smooth_sum=zeros, weight_total=total)
+        stats = RowStats(
+            max=maxima[i], rest=rests[i], x_t=x_t, x_b=x_b, shift=zeros, smooth_sum=zeros, weight_total=total, gap_sum=zeros
+        )
         factors = gradient_factors(stats, label, g, problem, asks)
         blocks = Blocks(x=x, q=q, e=exponentials(x, stats.max, shape))
         gradients = tile_gradients(dlogits, blocks, sources, read, rows.exist, stats.max, label, factors, problem, asks, shape)
@@ -99,7 +101,9 @@ def _saved_statistics(saved_ptr, row, n_rows, labels, read, asks: tl.constexpr):
     x_t, x_b = labels.x_t, labels.x_b
     if asks.sharded:
         x_t, x_b = label_logits_of_shards(saved_ptr, row, read, n_rows, asks)
-    return RowStats(max=row_max, rest=rest, x_t=x_t, x_b=x_b, shift=zero, smooth_sum=zero, weight_total=weight_total)
+    return RowStats(
+        max=row_max, rest=rest, x_t=x_t, x_b=x_b, shift=zero, smooth_sum=zero, weight_total=weight_total, gap_sum=zero
+    )
 
 
 @triton.jit

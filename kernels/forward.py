@@ -1,8 +1,8 @@
 """Forward kernels: every row's loss and the batch reduction in one launch. Derivations in rowwise.py and reduction.py.
 
 Traffic: each logit of a counted row is read once, and each class probability; per row 8 bytes of target are read, where it is an
-index, and 2 to 4 statistics written.
-Of a shard of the classes (groups.Shard) they are the 3 to 6 that slices.py names, and no loss.
+index, and 2 to 4 statistics written, with what the caller wants to know of the row 3 more.
+Of a shard of the classes (groups.Shard) they are the 3 to 7 that slices.py names, and no loss.
 An online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867) over blocks of columns keeps m and rest.
 
     forward_tile_kernel   several rows per program, any strides: few classes, or classes far apart in memory (N, C, d1, ...)
@@ -28,7 +28,7 @@ from .row import (
     whole_groups,
     with_known_total,
 )
-from .rowwise import has_largest, load_terms, row_loss, row_lse
+from .rowwise import has_largest, load_terms, row_entropy, row_loss, row_lse
 from .slices import merge_slices, publish_shard, publish_slice
 from .tile import by_row, by_turn, load_held, load_turn_targets, tile_cols, tile_rows, tile_sources
 from .tile_softmax import tile_statistics
@@ -53,7 +53,7 @@ def forward_tile_kernel(
     turn_rows = by_turn(tl.where(rows.exist, rows.index, n_rows), N_TURNS)  # rows past the end get an index that is no row's
     targets = load_turn_targets(turn_rows, rows, problem, asks, shape)
 
-    losses, maxima, rests, totals, lses, counts, corrects = (), (), (), (), (), (), ()
+    losses, maxima, rests, totals, lses, entropies, counts, corrects = (), (), (), (), (), (), (), ()
     count = tl.zeros((TURN_ROWS,), dtype)
     for i in tl.static_range(N_TURNS):
         label = read_label(targets[i], turn_rows[i], turn_rows[i] < n_rows, problem, asks)
@@ -68,7 +68,8 @@ def forward_tile_kernel(
             maxima, rests = maxima + (stats.max,), rests + (stats.rest,)
             if out.row_stats is not None:
                 lse = row_lse(stats, label, asks)
-                lses, corrects = lses + (lse,), corrects + (has_largest(stats, label, lse, asks).to(tl.int32),)
+                lses, entropies = lses + (lse,), entropies + (row_entropy(stats, label, asks),)
+                corrects = corrects + (has_largest(stats, label, lse, asks).to(tl.int32),)
             counts = counts + (label.counted.to(tl.int32),)  # integers: bits are not moved between threads as well
             count += label.weight if asks.weighs_the_mean else label.counted.to(dtype)
     if not asks.sharded:
@@ -79,11 +80,13 @@ def forward_tile_kernel(
         row_max = by_row(maxima)
         total = by_row(totals) if asks.probabilities else row_max
         stats = RowStats(
-            max=row_max, rest=by_row(rests), x_t=row_max, x_b=row_max, shift=row_max, smooth_sum=row_max, weight_total=total
-        )
+            max=row_max, rest=by_row(rests), x_t=row_max, x_b=row_max, shift=row_max, smooth_sum=row_max, weight_total=total,
+            gap_sum=row_max,
+        )  # fmt: skip
         store_rows(out, rows.index, rows.exist, counted, loss, stats, terms.scale, n_rows, asks)
         if out.row_stats is not None:
-            store_stats(out, work, rows.index, rows.exist, counted, by_row(corrects) != 0, by_row(lses), loss, n_rows)
+            correct, lse, entropy = by_row(corrects) != 0, by_row(lses), by_row(entropies)
+            store_stats(out, work, rows.index, rows.exist, counted, correct, lse, loss, entropy, n_rows)
         loss_sum, count_sum = tl.sum(loss, 0), tl.sum(count, 0)
         reduce_batch(out, work, loss_sum, count_sum, terms.scale, top_k, tl.program_id(0), tl.num_programs(0), n_rows, asks)
 
@@ -142,7 +145,7 @@ def forward_row_kernel(
             store_rows(out, row, row < n_rows, label.counted, loss, stats, terms.scale, n_rows, asks)
             if out.row_stats is not None:
                 lse = row_lse(stats, label, asks)
-                correct = has_largest(stats, label, lse, asks)
-                store_stats(out, work, row, row < n_rows, label.counted, correct, lse, loss, n_rows)
+                correct, entropy = has_largest(stats, label, lse, asks), row_entropy(stats, label, asks)
+                store_stats(out, work, row, row < n_rows, label.counted, correct, lse, loss, entropy, n_rows)
             count = label.weight if asks.weighs_the_mean else label.counted.to(dtype)
             reduce_batch(out, work, loss, count, terms.scale, top_k, row, n_rows, n_rows, asks)

@@ -36,7 +36,7 @@ from .row import (
     whole_groups,
     with_known_total,
 )
-from .rowwise import finite_max, gradient_factors, has_largest, load_scale, load_terms, row_loss, row_lse
+from .rowwise import finite_max, gradient_factors, has_largest, load_scale, load_terms, row_entropy, row_loss, row_lse
 from .slices import merge_slices, publish_slice, wait_for_slices
 from .tile import by_row, by_turn, load_held, load_turn_targets, store_packed, tile_cols, tile_lines, tile_rows, tile_sources
 from .tile_softmax import one_thread_per_row, tile_gradients, tile_statistics
@@ -111,20 +111,21 @@ def fused_tile_kernel(
     g = _tile_coefficient(out, work, turn_rows, targets, problem, asks)
 
     loss_sum = tl.zeros((TURN_ROWS,), dtype)
-    turns, losses, lses, counts, corrects = (), (), (), (), ()
+    turns, losses, lses, entropies, counts, corrects = (), (), (), (), (), ()
     for i in tl.static_range(N_TURNS):
         label = read_label(targets[i], turn_rows[i], turn_rows[i] < n_rows, problem, asks)
         # Rows that do not count are not read, unless they share their 16 bytes with rows that do.
         read = rows.exist if shape.rows_contiguous else label.valid
         stats, blocks = tile_statistics(held, i, sources, read, label, problem, asks, shape)
         if shape.is_wide and shape.rows_contiguous:  # a row's threads are many
-            stats = one_thread_per_row(stats)
+            stats = one_thread_per_row(stats, asks)
         loss = row_loss(stats, label, turn_rows[i], problem, asks)
         loss_sum += loss
         if out.row_stats is not None:
             lse = row_lse(stats, label, asks)
             losses, lses, counts = losses + (loss,), lses + (lse,), counts + (label.counted.to(tl.int32),)
             corrects = corrects + (has_largest(stats, label, lse, asks).to(tl.int32),)
+            entropies = entropies + (row_entropy(stats, label, asks),)
         row_g = tl.where(label.counted, weighted(g, turn_rows[i], label, inputs), 0.0)
         factors = gradient_factors(stats, label, row_g, problem, asks)
         gradients = tile_gradients(
@@ -136,7 +137,8 @@ def fused_tile_kernel(
 
     if out.row_stats is not None:
         counted, correct = by_row(counts) != 0, by_row(corrects) != 0
-        store_stats(out, work, rows.index, rows.exist, counted, correct, by_row(lses), by_row(losses), n_rows)
+        lse, loss, entropy = by_row(lses), by_row(losses), by_row(entropies)
+        store_stats(out, work, rows.index, rows.exist, counted, correct, lse, loss, entropy, n_rows)
     total, last = sum_over_programs(work, tl.sum(loss_sum, 0), tl.program_id(0), tl.num_programs(0))
     tl.store(out.loss, (g * total).to(dtype), mask=last)
     if out.row_stats is not None and last:
@@ -174,7 +176,8 @@ def fused_row_kernel(
 ):  # fmt: skip
     """Loss and gradient of one row, or of one slice of it: read once, kept in registers, written once.
 
-    The loss of a row is counted by its first slice. What a slice needs of the others is two numbers each, four with smoothing.
+    The loss of a row is counted by its first slice. What a slice needs of the others is two numbers each, four with smoothing,
+    and one more for statistics.
     """
     dtype: tl.constexpr = out.saved.dtype.element_ty
     N_SLICES: tl.constexpr = shape.n_slices
@@ -222,7 +225,7 @@ def fused_row_kernel(
         factors = gradient_factors(stats, label, row_g, problem, asks)
         if out.row_stats is not None:
             lse = row_lse(stats, label, asks)
-            correct = has_largest(stats, label, lse, asks)
+            correct, entropy = has_largest(stats, label, lse, asks), row_entropy(stats, label, asks)
         store_edges(dlogits, edges, finite, factors, problem, asks, shape)
         p = factors.p
         if N_SLICES > 1 and not asks.softcap:
@@ -237,7 +240,7 @@ def fused_row_kernel(
     else:  # a class index out of range, or a row that does not count: nothing is read
         missing = tl.where(label.counted & (row_g != 0), float("nan"), 0.0)
         loss = tl.where(label.counted, float("nan"), 0.0).to(dtype)
-        lse = loss
+        lse, entropy = loss, loss
         correct = label.counted & False
         for i in tl.static_range(N_BLOCKS):
             tl.store(dlogits.own + i * COLS + lane, tl.zeros((COLS,), dtype) + missing, mask=masks[i])
@@ -247,7 +250,7 @@ def fused_row_kernel(
 
     if part == 0:
         if out.row_stats is not None:
-            store_stats(out, work, row, row < n_rows, label.counted, correct, lse, loss, n_rows)
+            store_stats(out, work, row, row < n_rows, label.counted, correct, lse, loss, entropy, n_rows)
         loss_sum, last = sum_over_programs(work, loss, program, n_rows)
         tl.store(out.loss, (g * loss_sum).to(dtype), mask=last)
         if out.row_stats is not None and last:

@@ -29,7 +29,7 @@ class Work(NamedTuple):
     flags: Any = None  # (n_rows,) int8: what the statistics count
     selection: Any = None  # (4,) int64, where launches of their own select among the rows (selection.py)
     sums: Any = None  # (3, n_programs) float64, theirs
-    slices: Any = None  # (4, n_rows, n_slices): statistics of the slices of rows (slices.py)
+    slices: Any = None  # (5, n_rows, n_slices): statistics of the slices of rows (slices.py)
     arrived: Any = None  # (1 + n_rows,) int32: programs that have started; slices published of each row
 
 
@@ -77,6 +77,7 @@ class Asks:
     saves: bool = False  # forward: out.saved is handed to the caller, for a backward
     top_k_is_fraction: bool = False
     sharded: bool = False  # the rows have more classes than are here: layout.shard
+    statistics: bool = False  # forward: of every row the caller wants to know more than its loss
 
     @property
     def every_class(self) -> bool:
@@ -207,6 +208,7 @@ class RowStats(NamedTuple):
     shift: Any
     smooth_sum: Any  # sum_c w_c (shift - x_c), or of a_c
     weight_total: Any  # W, or A
+    gap_sum: Any  # G, for statistics
 
 
 class Factors(NamedTuple):

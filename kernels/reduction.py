@@ -96,10 +96,11 @@ def mean_coefficient(scale, count):
 
 
 @triton.jit
-def store_stats(out, work, rows, exist, counted, correct, lse, loss, n_rows):
-    """What a row leaves for count_rows, and for the caller: (2, n_rows) of lse and loss, 0 where the row does not count."""
+def store_stats(out, work, rows, exist, counted, correct, lse, loss, entropy, n_rows):
+    """What a row leaves for count_rows, and for the caller: (3, n_rows) of lse, loss and entropy, 0 where it does not count."""
     tl.store(out.row_stats + rows, tl.where(counted, lse, 0.0), mask=exist)
     tl.store(out.row_stats + n_rows + rows, tl.where(counted, loss, 0.0), mask=exist)
+    tl.store(out.row_stats + 2 * n_rows + rows, tl.where(counted, entropy, 0.0), mask=exist)
     tl.store(work.flags + rows, counted.to(tl.int8) + (counted & correct).to(tl.int8), mask=exist)
     tl.debug_barrier()  # many threads stored, one of them will say that the program is done
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .groups import RowStats
 from .label import is_here, load_target, read_label
-from .rowwise import class_weights, finite_max, through_transform, transform_logits
+from .rowwise import class_weights, finite_max, gap_terms, moved_gap_sum, through_transform, transform_logits
 
 
 class Span(NamedTuple):
@@ -124,8 +124,9 @@ def no_columns(logits, label, read, terms, asks: tl.constexpr):
     x_t = zero if asks.probabilities else _label_logit(logits, label.target, read, terms, asks)
     x_b = _label_logit(logits, label.target_b, read, terms, asks) if asks.two_labels else zero
     return RowStats(
-        max=zero + float("-inf"), rest=zero, x_t=x_t, x_b=x_b, shift=finite_max(x_t), smooth_sum=zero, weight_total=zero
-    )
+        max=zero + float("-inf"), rest=zero, x_t=x_t, x_b=x_b, shift=finite_max(x_t), smooth_sum=zero, weight_total=zero,
+        gap_sum=zero,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -150,6 +151,9 @@ def absorb(stats, x, q, cols, mask, first, last, label, problem, asks: tl.conste
         if in_block:  # at most one block of a row pays for the comparison
             e = tl.where(cols == label.target.to(tl.int32), 0.0, e)
     rest = stats.rest * tl.exp(stats.max - finite) + tl.sum(e, 0)
+    gap_sum = stats.gap_sum
+    if asks.statistics:
+        gap_sum = moved_gap_sum(stats, finite) + tl.sum(gap_terms(e, finite, x), 0)
     shift, smooth_sum, weight_total = stats.shift, stats.smooth_sum, stats.weight_total
     if asks.shifts_to_max:
         smooth_sum += weight_total * (finite - finite_max(stats.max))
@@ -160,8 +164,9 @@ def absorb(stats, x, q, cols, mask, first, last, label, problem, asks: tl.conste
         smooth_sum += tl.sum(sums, 0)
         weight_total += tl.sum(weights, 0)
     return RowStats(
-        max=new_max, rest=rest, x_t=stats.x_t, x_b=stats.x_b, shift=shift, smooth_sum=smooth_sum, weight_total=weight_total
-    )
+        max=new_max, rest=rest, x_t=stats.x_t, x_b=stats.x_b, shift=shift, smooth_sum=smooth_sum, weight_total=weight_total,
+        gap_sum=gap_sum,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -187,7 +192,7 @@ def with_known_total(stats, problem, asks: tl.constexpr):
         weight_total = tl.zeros_like(weight_total) + problem.n_cols
     return RowStats(
         max=stats.max, rest=stats.rest, x_t=stats.x_t, x_b=stats.x_b, shift=stats.shift, smooth_sum=stats.smooth_sum,
-        weight_total=weight_total,
+        weight_total=weight_total, gap_sum=stats.gap_sum,
     )  # fmt: skip
 
 
@@ -226,15 +231,19 @@ def hold_columns(logits, probabilities, masks, stats, span, label, problem, asks
         weight_total += tl.sum(lane_weight, 0)
     lane_sum = tl.exp(blocks[0] - finite)
     exps = (lane_sum,)
+    lane_gap = gap_terms(lane_sum, finite, blocks[0]) if asks.statistics else lane_sum
     for i in tl.static_range(1, N_BLOCKS):
         e = tl.exp(blocks[i] - finite)
         exps = exps + (e,)
         lane_sum += e
+        if asks.statistics:
+            lane_gap += gap_terms(e, finite, blocks[i])
     total = tl.sum(lane_sum, 0)
     edge_rest = stats.rest * tl.exp(stats.max - finite)  # the target kept out already
     rest = edge_rest + total
     if not asks.probabilities:
-        e_t = tl.exp(stats.x_t - own_max)
+        # A slice may be -inf throughout, its target too, in a row that is not.
+        e_t = tl.exp(stats.x_t - (finite if shape.n_slices > 1 else own_max))
         is_own = (label.target >= span.first) & (label.target < span.first + span.n_own)
         rest = edge_rest + tl.where(is_own, total - e_t, total)
         if (e_t > rest) & is_own:  # the subtraction would lose digits: keep the target out of the sum
@@ -243,9 +252,15 @@ def hold_columns(logits, probabilities, masks, stats, span, label, problem, asks
                 e = tl.exp(blocks[i] - finite) if asks.softcap else exps[i]
                 lane_rest += tl.where(i * COLS + lane == (label.target - span.first).to(tl.int32), 0.0, e)
             rest = edge_rest + tl.sum(lane_rest, 0)
+    gap_sum = stats.gap_sum
+    if asks.statistics:
+        gap_sum = moved_gap_sum(stats, finite) + tl.sum(lane_gap, 0)
+        if not asks.probabilities:  # it comes back where the row's entropy is made, and costs nothing of this sum's digits
+            gap_sum -= tl.where(is_own, gap_terms(e_t, finite, stats.x_t), 0.0)
     stats = RowStats(
-        max=own_max, rest=rest, x_t=stats.x_t, x_b=stats.x_b, shift=shift, smooth_sum=smooth_sum, weight_total=weight_total
-    )
+        max=own_max, rest=rest, x_t=stats.x_t, x_b=stats.x_b, shift=shift, smooth_sum=smooth_sum, weight_total=weight_total,
+        gap_sum=gap_sum,
+    )  # fmt: skip
     return stats, exps, blocks, q
 
 

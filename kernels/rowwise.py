@@ -21,6 +21,13 @@ smoothing does with eps/C w_c. There is no t, and rest is d:
 
     loss = sum_c a_c nll_c = A log d + sum_c a_c (m - x_c)          dloss/dx_c = A p_c - a_c
 
+Statistics have the entropy of a row's probabilities, H = -sum_c p_c log p_c. With G = sum_{c != t} exp(x_c - m) (m - x_c),
+
+    H = log d + (G + e_t (m - x_t)) / d
+
+of which no term is negative: nothing cancels, however sure the row is. Under a larger maximum m', G becomes
+(G + rest (m' - m)) exp(m - m'). A logit of -inf has no part in it.
+
 Three choices keep it exact. The loss is (m - x_t) + log d, never lse - x_t: a common offset of the logits, say 1e4, would
 leave no digits of the difference. The target is kept out of the sum: log1p(rest) is right down to 1e-38 where log(d) is 0.
 The gradient of the target is -rest / d for the same reason, where p_t - 1 would be 0.
@@ -158,14 +165,19 @@ def target_exp(stats, asks: tl.constexpr):
 
 
 @triton.jit
-def _row_nll(stats, e_t):
-    """-log p_t of each row."""
-    d = stats.rest + e_t
+def _log_sum(stats, d):
+    """log d."""
     # Where x_t is the maximum, e_t is 1 and the loss log1p(rest): log(d) rest / (d - 1) cancels the rounding of d = 1 + rest
     # (Kahan, HP-15C handbook); it is rest itself once d is 1.
     correction = tl.where(d == 1.0, 1.0, stats.rest / (d - 1.0))
     corrected = tl.where(d == 1.0, stats.rest, tl.log(d) * correction)
-    log_d = tl.where((stats.x_t == stats.max) & (d < float("inf")), corrected, tl.log(d))
+    return tl.where((stats.x_t == stats.max) & (d < float("inf")), corrected, tl.log(d))
+
+
+@triton.jit
+def _row_nll(stats, e_t):
+    """-log p_t of each row."""
+    log_d = _log_sum(stats, stats.rest + e_t)
     # (m - x_t) is 0 at the maximum, and NaN where both are infinite, as PyTorch has it.
     return (stats.max - stats.x_t) + log_d
 
@@ -207,6 +219,31 @@ def row_loss(stats, label, rows, problem, asks: tl.constexpr):
 @triton.jit
 def row_lse(stats, label, asks: tl.constexpr):
     return tl.where(label.valid, stats.max + tl.log(stats.rest + target_exp(stats, asks)), float("nan"))
+
+
+@triton.jit
+def gap_terms(e, shift, x):
+    """exp(x - m) (m - x), the terms of G; e: the exponential, 0 where x has no part in it. shift: m, finite."""
+    return tl.where(e == 0.0, 0.0, e * (shift - x))
+
+
+@triton.jit
+def moved_gap_sum(stats, finite):
+    """G under a larger maximum."""
+    return (stats.gap_sum + stats.rest * (finite - finite_max(stats.max))) * tl.exp(stats.max - finite)
+
+
+@triton.jit
+def row_entropy(stats, label, asks: tl.constexpr):
+    e_t = target_exp(stats, asks)
+    d = stats.rest + e_t
+    gap_sum = stats.gap_sum
+    if asks.probabilities:
+        log_d = tl.log(d)
+    else:
+        log_d = _log_sum(stats, d)
+        gap_sum += gap_terms(e_t, stats.max, stats.x_t)
+    return tl.where(label.valid, log_d + gap_sum / d, float("nan"))
 
 
 @triton.jit

@@ -4,6 +4,7 @@ A slice's statistics are those of a row (rowwise.py), relative to the slice's ow
 
     m    = max_i m_i                          rest = sum_i rest_i exp(m_i - m)
     W    = sum_i W_i                          smooth_sum = sum_i smooth_sum_i
+    G    = sum_i (G_i + rest_i (m - m_i)) exp(m_i - m)
 
 With class probabilities A takes the place of W, and smooth_sum is sum_i (smooth_sum_i + A_i (m - m_i)): its shift is the maximum.
 
@@ -18,11 +19,12 @@ case all other programs belong to that row or finish, until enough of the GPU is
 are SMs, and each of these can hold one.
 
 Shards of rows, on several devices, merge by the same formulas, but the host does that (fusedloss/slices.py). A shard publishes
-what a slice does and the labels' logits, 0 where a label is not here; (3, 5 or 6, n_rows), smooth_sum relative to the maximum:
+what a slice does and the labels' logits, 0 where a label is not here; (3, 5 or 6, n_rows), smooth_sum relative to the maximum,
+and a row more for statistics:
 
-    m, rest, x_t        W or A, smooth_sum where every class has a weight        x_b of two labels
+    m, rest, x_t        W or A, smooth_sum where every class has a weight        x_b of two labels        G
 
-The backward reads the same of whole rows.
+The backward reads the same of whole rows, without G.
 """
 
 import triton
@@ -36,7 +38,8 @@ from .rowwise import finite_max
 def publish_slice(stats, slices_ptr, arrived_ptr, row, n_rows, part, asks: tl.constexpr, N_SLICES: tl.constexpr):
     """Stores a slice's statistics; returns how many slices of the row have now done so.
 
-    slices_ptr: (4, n_rows, N_SLICES), the last two planes where every class has a weight; arrived_ptr: of this row.
+    slices_ptr: (5, n_rows, N_SLICES), two planes of it where every class has a weight, the last for statistics; arrived_ptr: of
+    this row.
     """
     slice_ptr = slices_ptr + row * N_SLICES + part
     plane = n_rows * N_SLICES  # int32 does: a slice has a thousand columns or more
@@ -46,6 +49,8 @@ def publish_slice(stats, slices_ptr, arrived_ptr, row, n_rows, part, asks: tl.co
     if asks.every_class:
         tl.store(slice_ptr + 2 * plane, stats.smooth_sum)
         tl.store(slice_ptr + 3 * plane, stats.weight_total)
+    if asks.statistics:
+        tl.store(slice_ptr + 4 * plane, stats.gap_sum)
     n_published = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") + 1
     tl.debug_barrier()  # for the other waves: see draws_last
     return n_published
@@ -63,6 +68,9 @@ def publish_shard(stats, shards_ptr, rows, exist, n_rows, asks: tl.constexpr):
         tl.store(row_ptr + 4 * n_rows, stats.smooth_sum, mask=exist)
     if asks.two_labels:
         tl.store(row_ptr + 5 * n_rows, stats.x_b, mask=exist)
+    if asks.statistics:
+        N_BEFORE: tl.constexpr = 6 if asks.two_labels else 5 if asks.every_class else 3
+        tl.store(row_ptr + N_BEFORE * n_rows, stats.gap_sum, mask=exist)
 
 
 @triton.jit
@@ -102,6 +110,11 @@ def merge_slices(stats, slices_ptr, row, n_rows, asks: tl.constexpr, N_SLICES: t
         if asks.shifts_to_max:
             sums += weights * (finite_max(row_max) - finite_max(maxima))
         smooth_sum, weight_total = tl.sum(sums, 0), tl.sum(weights, 0)
+    gap_sum = stats.gap_sum
+    if asks.statistics:
+        gaps = tl.load(slice_ptr + 4 * plane, mask=mask, other=0.0, cache_modifier=".cg")
+        gaps += rests * (finite_max(row_max) - finite_max(maxima))
+        gap_sum = tl.sum(gaps * tl.exp(maxima - finite_max(row_max)), 0)
     return RowStats(
         max=row_max,
         rest=rest,
@@ -110,4 +123,5 @@ def merge_slices(stats, slices_ptr, row, n_rows, asks: tl.constexpr, N_SLICES: t
         shift=stats.shift,
         smooth_sum=smooth_sum,
         weight_total=weight_total,
+        gap_sum=gap_sum,
     )

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .groups import RowStats
 from .label import is_here
-from .rowwise import class_weights, finite_max, through_transform, transform_logits
+from .rowwise import class_weights, finite_max, gap_terms, moved_gap_sum, through_transform, transform_logits
 from .tile import columns, load_block, load_blocks, one_thread_each, spread, store_block, store_blocks
 
 
@@ -79,6 +79,7 @@ def _absorb(stats, x, q, first, label, problem, asks: tl.constexpr, shape: tl.co
     lane_sum = tl.zeros_like(lane_max)
     few_sum = tl.zeros_like(lane_max)
     lane_target = tl.zeros_like(lane_max)
+    lane_gap = tl.zeros_like(lane_max)
     target = label.target.to(tl.int32)
     for i in tl.static_range(len(x)):
         x_i = x[i].to(dtype)
@@ -87,12 +88,17 @@ def _absorb(stats, x, q, first, label, problem, asks: tl.constexpr, shape: tl.co
             at_target = columns(first, i, shape) == spread(target, shape)
             e = tl.where(at_target, 0.0, e)
             lane_target = tl.where(at_target, x_i, lane_target)
+        if asks.statistics:
+            lane_gap += gap_terms(e, spread(finite, shape), x_i)
         # Eight to each other first: one by one, the small ones of 100 classes would be rounded to the last place of the largest.
         few_sum = e if i % 8 == 0 else few_sum + e
         if i % 8 == 7 or i == len(x) - 1:
             lane_sum += few_sum
         exps = exps + (e,)
     rest = stats.rest * tl.exp(stats.max - finite) + _sum_cols(lane_sum, shape)
+    gap_sum = stats.gap_sum
+    if asks.statistics:
+        gap_sum = moved_gap_sum(stats, finite) + _sum_cols(lane_gap, shape)
     x_t = stats.x_t
     if not asks.probabilities:
         x_t += _sum_cols(lane_target, shape)
@@ -107,8 +113,9 @@ def _absorb(stats, x, q, first, label, problem, asks: tl.constexpr, shape: tl.co
         smooth_sum += sums
         weight_total += weights
     stats = RowStats(
-        max=new_max, rest=rest, x_t=x_t, x_b=stats.x_b, shift=shift, smooth_sum=smooth_sum, weight_total=weight_total
-    )
+        max=new_max, rest=rest, x_t=x_t, x_b=stats.x_b, shift=shift, smooth_sum=smooth_sum, weight_total=weight_total,
+        gap_sum=gap_sum,
+    )  # fmt: skip
     return stats, exps
 
 
@@ -138,8 +145,9 @@ def tile_statistics(held, turn: tl.constexpr, sources, read, label, problem, ask
     zeros = tl.zeros(read.shape, problem.terms.scale.dtype)
     total = zeros if asks.probabilities else tl.zeros((), problem.terms.scale.dtype)
     stats = RowStats(
-        max=zeros + float("-inf"), rest=zeros, x_t=zeros, x_b=zeros, shift=zeros, smooth_sum=zeros, weight_total=total
-    )
+        max=zeros + float("-inf"), rest=zeros, x_t=zeros, x_b=zeros, shift=zeros, smooth_sum=zeros, weight_total=total,
+        gap_sum=zeros,
+    )  # fmt: skip
     exps = ()
     if shape.n_blocks > 0:
         stats, exps = _absorb(stats, x, q, 0, label, problem, asks, shape)
@@ -151,7 +159,7 @@ def tile_statistics(held, turn: tl.constexpr, sources, read, label, problem, ask
         x_b = label_logit(x, sources.logits, label.valid, label.target_b, problem.terms, asks, shape)
         stats = RowStats(
             max=stats.max, rest=stats.rest, x_t=stats.x_t, x_b=x_b, shift=stats.shift, smooth_sum=stats.smooth_sum,
-            weight_total=stats.weight_total,
+            weight_total=stats.weight_total, gap_sum=stats.gap_sum,
         )  # fmt: skip
     return stats, Blocks(x=x, q=q, e=exps)
 
@@ -173,11 +181,12 @@ def label_logit(x, lines, read, target, terms, asks: tl.constexpr, shape: tl.con
 
 
 @triton.jit
-def one_thread_per_row(stats):
-    """The statistics that a gradient needs, without copies: a wide tile of pixels leaves them in all threads that share a row."""
+def one_thread_per_row(stats, asks: tl.constexpr):
+    """The statistics of a row, without copies: a wide tile of pixels leaves them in all threads that share a row."""
     return RowStats(
         max=one_thread_each(stats.max), rest=one_thread_each(stats.rest), x_t=one_thread_each(stats.x_t), x_b=stats.x_b,
         shift=stats.shift, smooth_sum=stats.smooth_sum, weight_total=stats.weight_total,
+        gap_sum=one_thread_each(stats.gap_sum) if asks.statistics else stats.gap_sum,
     )  # fmt: skip
 
 

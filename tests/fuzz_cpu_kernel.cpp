@@ -159,14 +159,14 @@ void one_problem(int number) {
       const int fill = round == 0 ? 0xa5 : 0x5a;  // what nobody writes differs between the rounds
       Buffer loss((p.reduction == kNone ? n_rows : 1) * item_size(p.loss_dtype), fill);
       Buffer saved((size_t(kState) + (soft ? 4 : 3) * n_rows) * wide, fill);
-      Buffer row_stats(2 * n_rows * wide, has_stats ? fill : 0), counts(3 * sizeof(int64_t), has_stats ? fill : 0);
+      Buffer row_stats(3 * n_rows * wide, has_stats ? fill : 0), counts(3 * sizeof(int64_t), has_stats ? fill : 0);
       Buffer gradient(gradient_elements * item_size(p.logits_dtype)), again(gradient.size);
       const Buffer untouched_loss(loss.size, fill), untouched_saved(saved.size, fill), untouched_gradient(gradient.size);
       const Buffer untouched_stats(row_stats.size, has_stats ? fill : 0), untouched_counts(counts.size, has_stats ? fill : 0);
       p.row_stats = has_stats ? row_stats.bytes.get() : nullptr, p.counts = has_stats ? counts.as<int64_t>() : nullptr;
       p.loss = loss.bytes.get(), p.saved = saved.bytes.get(), p.dloss = nullptr;
       p.dlogits = fused ? gradient.bytes.get() : nullptr;
-      p.fresh = fused;
+      p.fresh = fused, p.statistics = has_stats;
       const int64_t status = fusedloss_forward(&p, &p);
       require((status != 0) == bad, "an index out of range is reported, and only that", number);
       if (bad) {

@@ -27,6 +27,25 @@ def sliced_call(logits: Tensor, target: Any, weight: Tensor | None, part: Slice,
     return kernel_inputs(Inputs(logits, target, target_b, lam, weight)), Options(reduction="none", **options)
 
 
+def sliced_calls(
+    logits: Tensor, target: Any, weight: Tensor | None, widths: tuple[int, ...], **options: Any
+) -> tuple[list[Slice], list[tuple[Inputs, Options]]]:
+    """The slices, and the call of each."""
+    parts = [Slice(sum(widths[:i]), logits.shape[1]) for i in range(len(widths))]
+    held = [part.contiguous() for part in logits.split(widths, 1)] if len(widths) > 1 else [logits]
+    return parts, [sliced_call(own, target, weight, part, **options) for own, part in zip(held, parts, strict=True)]
+
+
+def sliced_entropies(
+    backend: ModuleType, logits: Tensor, target: Any, weight: Tensor | None, widths: tuple[int, ...], **options: Any
+) -> Tensor:
+    """Entropy of every row, (n_rows,) in float64."""
+    parts, calls = sliced_calls(logits, target, weight, widths, return_stats=True, **options)
+    published = [backend.slice_statistics(*call, part) for call, part in zip(calls, parts, strict=True)]
+    rows = slices.describe_rows(calls[0][0], calls[0][1], parts[0], torch.float64)
+    return slices.row_entropies(slices.merge(torch.stack(published).double(), True), rows)
+
+
 def sliced_rows(
     backend: ModuleType,
     logits: Tensor,
@@ -37,11 +56,9 @@ def sliced_rows(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Loss of every row, in the shape of dlosses and in float64, and the gradient of the logits."""
-    parts = [Slice(sum(widths[:i]), logits.shape[1]) for i in range(len(widths))]
-    held = [part.contiguous() for part in logits.split(widths, 1)] if len(widths) > 1 else [logits]
-    calls = [sliced_call(own, target, weight, part, **options) for own, part in zip(held, parts, strict=True)]
+    parts, calls = sliced_calls(logits, target, weight, widths, **options)
     published = [backend.slice_statistics(*call, part) for call, part in zip(calls, parts, strict=True)]
-    stats = slices.merge(torch.stack(published).double())
+    stats = slices.merge(torch.stack(published).double(), False)
     rows = slices.describe_rows(calls[0][0], calls[0][1], parts[0], torch.float64)
     losses, _ = slices.row_losses(stats, rows, calls[0][1], parts[0])
     merged = torch.stack([values for values in stats if values is not None]).to(published[0].dtype)

@@ -162,6 +162,7 @@ def _stats_of(logits: Tensor, target: Any, ignore_index: int, rows: Tensor) -> d
         "n_counted": counted.sum(),
         "n_correct": correct.sum(),
         "worst": order.argmax() if counted.any() else torch.tensor(-1),
+        "entropy": torch.special.entr(logits.double().softmax(1)).sum(1).where(counted, 0).to(logits.dtype),
     }
 
 
@@ -193,7 +194,7 @@ def test_stats(path: Path, needs_grad: bool, shape: tuple[int, ...], two_labels:
     rows = fusedloss.cross_entropy(logits.detach(), target, reduction="none")
     for name, expected in _stats_of(logits.detach(), target, -100, rows).items():
         value = getattr(stats, name)
-        assert not value.requires_grad
+        assert value.requires_grad == (needs_grad and name == "entropy" and options["reduction"] == "none")
         torch.testing.assert_close(value, expected, rtol=2e-6, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
     if needs_grad:
         upstream = torch.linspace(0.5, 1.5, loss.numel()).reshape(loss.shape)
@@ -234,7 +235,7 @@ def test_one_row_without_a_batch(path: Path) -> None:
         expected, expected_stats = fusedloss.cross_entropy(logits, target, **options)
         assert torch.equal(loss, expected)
         assert torch.equal(stats.lse, expected_stats.lse[0])
-        assert stats.row_loss.shape == ()
+        assert stats.row_loss.shape == stats.entropy.shape == ()
     loss = fusedloss.cross_entropy(logits[0], (flat, flat, 0.5))
     torch.testing.assert_close(loss, F.cross_entropy(logits[0], flat[0]))
 

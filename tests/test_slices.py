@@ -7,7 +7,7 @@ import pytest
 import torch
 from paths import Path
 from problems import make_logits, make_target
-from sliced import check_slices, make_sliced_problem, sliced_call, sliced_rows
+from sliced import check_slices, make_sliced_problem, sliced_call, sliced_entropies, sliced_rows
 
 from fusedloss import sharded, slices
 from fusedloss.backends import cpu, triton
@@ -55,6 +55,22 @@ SELDOM = [(shape, options) for shape in SHAPES for options in OPTIONS if (shape,
 )
 def test_slices_are_as_exact_as_whole_rows(path: Path, shape: str, options: str) -> None:
     check_slices(module_of(path), *SHAPES[shape], FP32, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
+@pytest.mark.parametrize("options", ["index", "weight, smoothing", "probabilities", "all"])
+@pytest.mark.parametrize("shape", ["packed rows", "ragged rows", "slices of slices", "pixels"])
+def test_entropy(path: Path, shape: str, options: str, dtype: torch.dtype) -> None:
+    given, (sizes, widths) = dict(OPTIONS[options]), SHAPES[shape]
+    logits, target, weight = make_sliced_problem(sizes, given, dtype)
+    logits[0, : widths[0]] = -torch.inf  # a slice may have no part in a row
+    z = logits.double() * given.get("logit_scale", 1.0)
+    z = given["softcap"] * torch.tanh(z / given["softcap"]) if "softcap" in given else z
+    counted = ~logits.isnan().any(1)
+    expected = torch.where(counted, torch.special.entr(z.softmax(1)).sum(1), 0).flatten()
+    found = sliced_entropies(module_of(path), logits, target, weight, widths, **given)
+    limit = 1e-13 if dtype == FP64 else 2e-6
+    torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP64], ids=str)

@@ -12,6 +12,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from oracle import exact_loss
 from problems import make_logits, make_target, make_weight
+from sharded_statistics import N_RANKS, ROWS, STATISTICS, check_statistics, statistics
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -21,8 +22,6 @@ from torch.distributed.tensor.parallel import loss_parallel
 import fusedloss
 from fusedloss.distributed import vocab_parallel_cross_entropy
 
-N_RANKS = 4
-ROWS = 13
 LIMITS = {torch.float64: (1e-15, 1e-15), torch.float32: (2e-7, 5e-7), torch.bfloat16: (2**-8, 2**-8)}
 SHARDS = {  # of the first so many ranks; what lies beyond the classes is padding
     "even": ((7, 7), 14),
@@ -243,6 +242,7 @@ def rank_main(rank: int, folder: Path, cases: list[Case]) -> None:
         if rank < n_ranks:
             results[case] = run(case, rank, groups[n_ranks])
     results["torch"] = compared_with_torch(init_device_mesh("cpu", (N_RANKS,)))
+    results["statistics"] = statistics()
     results["dtensor"] = dtensor_calls(init_device_mesh("cpu", (N_RANKS,)))
     results["out_dtype"] = in_two_dtypes(init_device_mesh("cpu", (N_RANKS,)))
     results["errors"] = errors()
@@ -285,6 +285,11 @@ def test_it_is_torchs_loss_parallel_in_one_collective(reduction: str, results: l
         for ours, theirs in (found["torch"][reduction]["loss"], found["torch"][reduction]["gradient"]):
             torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-15)
         assert found["torch"][reduction]["collectives"] == (1, 0)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_are_those_of_whole_rows(name: str, results: list[dict[Any, Any]]) -> None:
+    check_statistics(name, [found["statistics"] for found in results])
 
 
 @pytest.mark.parametrize("name", DTENSOR_CALLS)

@@ -17,7 +17,7 @@ from fusedloss import environment
 
 LIBRARY_NAME = "fusedloss_cpu.so"
 
-ABI = 6
+ABI = 7
 ISA_NAMES = ("auto", "baseline", "avx2", "avx512", "avx512bf16")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean", "max", "topk")
@@ -73,6 +73,7 @@ class Kind(NamedTuple):
     reduction: int
     isa: int
     fresh: int
+    statistics: int
     rows_per_example: int
     one_block: int
     n_cols: int

@@ -183,6 +183,7 @@ def _kind(
         reduction=REDUCTIONS.index(options.reduction),
         isa=library.requested_isa,
         fresh=fresh,
+        statistics=options.return_stats,
         rows_per_example=rows.per_example,
         one_block=rows.one_block,
         n_cols=rows.n_cols,

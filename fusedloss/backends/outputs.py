@@ -19,11 +19,12 @@ class Outputs(NamedTuple):
     loss: Any  # Tensor: 0-d, or (n_rows,) for reduction "none"
     saved: Any  # Tensor | None, A: what the backward reads, and the row losses that "max" and "topk" select among (rowwise.py)
     dlogits: Any  # Tensor | None, like the logits: the gradient for an upstream gradient of 1; fused strategy
-    row_stats: Any  # Tensor | None, A, (2, n_rows): log-sum-exp and loss of every row; with return_stats
+    row_stats: Any  # Tensor | None, A, (3, n_rows): log-sum-exp, loss and entropy of every row; with return_stats
     counts: Any  # Tensor | None, int64, (3,): rows counted, rows correct, index of the worst; with return_stats
 
 
 NO_OUTPUTS = Outputs(*(None,) * 5)
+N_ROW_STATS, ENTROPY = 3, 2  # rows of Outputs.row_stats, and which is the entropy
 
 
 class Sizes(NamedTuple):
@@ -50,15 +51,18 @@ def output_sizes(inputs: Inputs, options: Options, needs_grad: bool) -> Sizes:
         (n_rows,) if options.reduction == "none" else (),
         STATE + (3 + inputs.has_probabilities()) * n_rows if keeps_rows else None,
         fused,
-        (2, n_rows) if options.return_stats else None,
+        (N_ROW_STATS, n_rows) if options.return_stats else None,
     )
 
 
 def n_statistics(inputs: Inputs, options: Options) -> int:
     """How many numbers a slice publishes for a row (`fusedloss.slices.SliceStats`)."""
+    of_loss = 3
     if inputs.target_b is not None:
-        return 6
-    return 5 if options.label_smoothing > 0 or inputs.has_probabilities() else 3
+        of_loss = 6
+    elif options.label_smoothing > 0 or inputs.has_probabilities():
+        of_loss = 5
+    return of_loss + options.return_stats
 
 
 def allocate_forward(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool) -> Outputs:

@@ -131,6 +131,25 @@ void exp_tile(Tile<A>& tile, int64_t n, const GroupState<A>& s) {
   }
 }
 
+// The same, and the sums for the entropy, with s.rest for what came before. Not inline: the code around it would be slower.
+template <class A>
+__attribute__((noinline)) void exp_tile_with_gaps(Tile<A>& tile, int64_t n, GroupState<A>& s) {
+  using V = Vector<A>;
+  for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
+    const V max = load(s.max + lane), m = finite_max_vector<A>(max), before = load(s.gap_max + lane);
+    V sum = V(load(s.gap_sum + lane)) * exp_nonpositive(before - m) + V(load(s.rest + lane)) * (m - finite_max_vector<A>(before));
+    for (int64_t flush = 0; flush < n; flush += kFlush) {
+      V part{};
+      for (int64_t c = flush; c < n && c < flush + kFlush; ++c) {
+        const V z = load(tile.z + c * tile.lanes + lane), e = exp_nonpositive(z - m);
+        store(tile.z + c * tile.lanes + lane, e), part += gap_terms<A>(e, m, z);
+      }
+      sum += part;
+    }
+    store(s.gap_sum + lane, sum), store(s.gap_max + lane, max);
+  }
+}
+
 // sums[lane] += the sum over the n classes of a tile of value(offset in the tile, lane), vectors of lanes.
 template <class A, class Value>
 INLINE void add_classes(A* sums, const Tile<A>& tile, int64_t n, const Value& value) {
@@ -169,7 +188,7 @@ void tile_stats(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t n, 
     A& z_t = tile.at(s.target[lane] - start, lane);
     s.x_t[lane] = z_t, z_t = -kInfinity<A>;
   }
-  exp_tile(tile, n, s);
+  terms.entropy ? exp_tile_with_gaps(tile, n, s) : exp_tile(tile, n, s);
   add_classes(s.rest, tile, n, [&](int64_t at, int) { return V(load(tile.z + at)); });
 }
 

@@ -12,7 +12,7 @@
 
 namespace fusedloss {
 
-constexpr int64_t kAbi = 6;  // raised with every change of what follows; cpu.py refuses a library of another number
+constexpr int64_t kAbi = 7;  // raised with every change of what follows; cpu.py refuses a library of another number
 
 enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16 };
 enum Reduction : int64_t { kNone, kSum, kMean, kMax, kTopK };
@@ -42,7 +42,7 @@ struct Call {
 
 struct Extras {
   // outputs
-  void* row_stats;  // A (2, n_rows): log-sum-exp and loss of every row, or null
+  void* row_stats;  // A (3, n_rows): log-sum-exp, loss and entropy of every row, or null
   int64_t* counts;  // (3,): rows counted, rows correct, the row of the largest loss or -1; or null, with row_stats
   // inputs
   const void* target_b;       // the second of two labels, like target; or null
@@ -66,6 +66,7 @@ struct Kind {
   int64_t logits_dtype, loss_dtype, target_kind, reduction;
   int64_t isa;             // kBest, or a lower one for tests
   int64_t fresh;           // whether dlogits were allocated for this call, dense then
+  int64_t statistics;      // whether there are row_stats, or of a slice what the entropy follows from
   // shapes and strides
   int64_t rows_per_example;
   int64_t one_block;       // whether one stride leads from each row to the next, in all examples

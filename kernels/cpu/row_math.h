@@ -13,6 +13,8 @@
 //
 // A focal loss has k_t u^gamma for k_t, u = 1 - p_t, and in the gradient what rowwise.py says.
 //
+// Statistics have the entropy of a row, log d + G' / d with G' = sum_c exp(x_c - m) (m - x_c), summed without the target as `rest` is.
+//
 // All of it is of the transformed logits, z = cap tanh(logit_scale x / cap): the loops see no others, but for the gradient's
 // factor dz/dx = logit_scale (1 - (z / cap)^2).
 //
@@ -30,6 +32,7 @@ struct Terms {
   bool two_labels;
   bool transformed;  // the logits are scaled or capped
   bool capped;
+  bool entropy;  // is asked for
   const A *weight, *sample_weight, *lam;
   A smoothing, smoothing_per_class;
   A weight_total;  // sum of the class weights, n_cols without them
@@ -42,6 +45,7 @@ struct Terms {
         two_labels(problem.target_b),
         transformed(problem.logit_scale != 1 || problem.softcap > 0),
         capped(problem.softcap > 0),
+        entropy(problem.statistics),
         weight(problem.weight ? static_cast<const A*>(problem.weight) + problem.first_class : nullptr),
         sample_weight(static_cast<const A*>(problem.sample_weight)),
         lam(static_cast<const A*>(problem.lam)),
@@ -116,6 +120,12 @@ struct Focal {
     of_gradient = of_loss * (A(1) + terms.focal_gamma * slope);
   }
 };
+
+// exp(x - m) (m - x), the terms of a row's entropy; 0 where the exponential e is, though x be -inf.
+template <class A>
+INLINE Vector<A> gap_terms(Vector<A> e, Vector<A> m, Vector<A> x) {
+  return e == A(0) ? Vector<A>{} : e * (m - x);
+}
 
 template <class A>
 INLINE Vector<A> row_loss(const RowStats<A>& s, const Terms<A>& terms, Vector<A> log_d) {
@@ -214,6 +224,7 @@ struct GroupState {
 
   alignas(64) A max[N], rest[N], x_t[N], x_b[N], w_t[N], w_b[N], k_t[N], k_b[N], shift[N], q_sum[N], q_total[N];
   alignas(64) A g[N], loss[N], lse[N], p[N], constant[N], q[N], at_t[N], at_b[N];
+  alignas(64) A gap_sum[N], gap_max[N];  // for the entropy; lanes.h: the maximum that the sum is relative to
   alignas(64) A live[N];           // 1: the row counts, and in the backward has a coefficient other than 0; else 0
   // Columns of the labels, which may lie outside a slice; kNoCol: none, for soft targets and lanes that are not live.
   int64_t target[N], target_b[N];
@@ -225,6 +236,7 @@ struct GroupState {
       V factor = broadcast(coefficient);
       if (terms.sample_weight) factor *= load_rows<A>(terms.sample_weight + row, lane, n);
       store(g + lane, factor), store(max + lane, broadcast(-kInfinity<A>)), store(rest + lane, V{});
+      if (terms.entropy) store(gap_sum + lane, V{}), store(gap_max + lane, broadcast(-kInfinity<A>));
     }
     weigh_targets(terms, row, lanes);
   }
@@ -286,12 +298,13 @@ struct GroupState {
       V losses = row_loss<A>(s, terms, log_d);
       if (terms.sample_weight) losses *= load_rows<A>(terms.sample_weight + row, lane, n);
       store(loss + lane, counted != V{} ? losses : V{}), store(lse + lane, counted != V{} ? s.max + log_d : V{});
+      if (terms.entropy) store(gap_sum + lane, counted != V{} ? entropy(s, load(gap_sum + lane), log_d) : V{});
     }
     store_rows(problem, row, n);
     if (problem.reduction != kNone) add_losses(sums.loss, loss, n);
     if (!problem.row_stats) return;
     A* row_stats = static_cast<A*>(problem.row_stats) + row;
-    copy(row_stats, lse, n), copy(row_stats + problem.n_rows(), loss, n);
+    copy(row_stats, lse, n), copy(row_stats + problem.n_rows(), loss, n), copy(row_stats + 2 * problem.n_rows(), gap_sum, n);
     for (int lane = 0; lane < n; ++lane) sums.n_correct += live[lane] != 0 && is_correct(terms, lane, row + lane);
   }
   // Factors of all gradients. Of rows that are not live at_t is the whole gradient: 0, or NaN for an index that changed.
@@ -314,6 +327,10 @@ struct GroupState {
   }
 
  private:
+  static INLINE V entropy(const RowStats<A>& s, V gap_sum, V log_d) {
+    return log_d + (gap_sum + gap_terms<A>(s.e_t, s.max, s.x_t)) / (s.rest + s.e_t);
+  }
+
   static INLINE void copy(A* to, const A* from, int n) { __builtin_memcpy(to, from, size_t(n) * sizeof(A)); }
 
   // The coefficients of rows that max and topk selected by their losses; head: of saved.
@@ -406,6 +423,8 @@ struct GroupState {
     copy(to, max, n), copy(to + n_rows, rest, n), copy(to + 2 * n_rows, x_t, n);
     if (terms.uniform || terms.per_class || terms.two_labels) copy(to + 3 * n_rows, q_total, n), copy(to + 4 * n_rows, q_sum, n);
     if (terms.two_labels) copy(to + 5 * n_rows, x_b, n);
+    const int64_t n_of_loss = terms.two_labels ? 6 : terms.uniform || terms.per_class ? 5 : 3;
+    if (terms.entropy) copy(to + n_of_loss * n_rows, gap_sum, n);
   }
   // Whether the label with the larger share has the largest logit. A NaN is in `rest`, which infinite logits make NaN too.
   bool is_correct(const Terms<A>& terms, int lane, int64_t row) const {

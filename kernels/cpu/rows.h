@@ -82,15 +82,21 @@ struct Prefetch {
   }
 };
 
-// e = exp(z - m), whole vectors, e may be z; returns the sum.
-template <class A>
-A exp_block(A* e, const A* z, int64_t n, A m, const Prefetch& next) {
+// e = exp(z - m), whole vectors, e may be z; returns the sum. GAPS: gap_sum is the sum of e (m - z).
+template <class A, bool GAPS = false>
+A exp_block(A* e, const A* z, int64_t n, A m, const Prefetch& next, A* gap_sum = nullptr) {
+  Vector<A> gaps{}, part{};
   const Vector<A> sum = sum_whole<A>(n, [&](int64_t i) {
     if (i % (4 * Simd<A>::W) == 0) next.at(i);
-    const Vector<A> v = exp_nonpositive(Vector<A>(load(z + i)) - m);
+    const Vector<A> x = load(z + i), v = exp_nonpositive(x - m);
+    if constexpr (GAPS) {
+      if (i % (kFlushVectors * Simd<A>::W) == 0) gaps += part, part = Vector<A>{};
+      part += gap_terms<A>(v, broadcast(m), x);
+    }
     store(e + i, v);
     return v;
   });
+  if constexpr (GAPS) *gap_sum = horizontal_sum<A>(gaps + part);
   return horizontal_sum<A>(sum);
 }
 
@@ -229,14 +235,18 @@ void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, 
                const GroupPointers<T, A>& at) {
   A* kept = scratch.kept_row(problem, lane);
   A m = -kInfinity<A>, shift = 0;
-  double rest = 0, q_sum = 0, q_total = 0;
+  double rest = 0, q_sum = 0, q_total = 0, gap_sum = 0;
   for (int64_t start = 0; start < problem.n_cols; start += kBlock) {
     const Columns<A> columns(problem, start);
     A* z = kept ? kept + start : scratch.z;
     const A block = load_logits(z, at.x, columns, terms);
     const A larger = block > m ? block : m, finite = finite_max(larger);
     if (start == 0) shift = finite;
-    if (rest != 0 && larger != m) rest *= double(exp_nonpositive1(m - finite));
+    if (rest != 0 && larger != m) {
+      const double factor = double(exp_nonpositive1(m - finite));
+      if (terms.entropy) gap_sum = factor == 0 ? 0 : (gap_sum + rest * double(finite - finite_max(m))) * factor;
+      rest *= factor;
+    }
     if (terms.uniform) q_sum += double(sum_q<A, false>(z, nullptr, columns.n, shift));
     if (terms.per_class) {
       const A* p = block_probabilities(scratch.q, at, columns);
@@ -249,11 +259,17 @@ void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, 
       s.x_t[lane] = z_t, z_t = -kInfinity<A>;
     }
     const Prefetch next = ahead(at.x + start + columns.n, kept ? at.dx + start : nullptr);
-    rest += double(exp_block<A>(terms.capped ? scratch.z : z, z, padded<A>(columns.n), finite, next));
+    A *e = terms.capped ? scratch.z : z, gaps;
+    if (terms.entropy) {
+      rest += double(exp_block<A, true>(e, z, padded<A>(columns.n), finite, next, &gaps)), gap_sum += double(gaps);
+    } else {
+      rest += double(exp_block<A>(e, z, padded<A>(columns.n), finite, next));
+    }
     m = larger;
     if (kept) scratch.block_maxima[start / kBlock] = m;
   }
   s.max[lane] = m, s.rest[lane] = A(rest), s.shift[lane] = shift, s.q_sum[lane] = A(q_sum), s.q_total[lane] = A(q_total);
+  if (terms.entropy) s.gap_sum[lane] = A(gap_sum);
 }
 
 // Writes the gradient of one row, from what row_stats kept or from the logits.

@@ -111,7 +111,7 @@ def _forward_launches(kind: Kind, saves: bool) -> Launches:
     g = t.logits
     cuts = forward_cuts(t, options, kind.facts)
     fused = t.dlogits is not None
-    asks = _asks(kind, saves, top_k_is_fraction=options.top_k == 0)
+    asks = _asks(kind, saves, top_k_is_fraction=options.top_k == 0, statistics=options.return_stats)
     numbers = {} if fused else {"top_k": options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS)}
     main = _logits_launch(cuts.main, kind, t, asks, numbers)
     counting = None
@@ -143,7 +143,7 @@ def _scale_launch(shape: torch.Size, strides: tuple[int, ...], facts: DeviceFact
     return _launch(cut, {"n": n, "n_rows": g.n_rows, "layout": layout, "BLOCK": cut.shape.cols, "ROW_BLOCK": SCALED_COLS})
 
 
-def _asks(kind: Kind, saves: bool = False, top_k_is_fraction: bool = False) -> Asks:
+def _asks(kind: Kind, saves: bool = False, top_k_is_fraction: bool = False, statistics: bool = False) -> Asks:
     options = kind.options
     return Asks(
         options.reduction,
@@ -158,6 +158,7 @@ def _asks(kind: Kind, saves: bool = False, top_k_is_fraction: bool = False) -> A
         saves=saves,
         top_k_is_fraction=top_k_is_fraction,
         sharded=kind.part is not None,
+        statistics=statistics,
     )
 
 

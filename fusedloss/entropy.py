@@ -1,0 +1,53 @@
+"""The gradient of the rows' entropies: for upstream gradients h_n, -h_n p_c (log p_c + H_n) times dz_c/dx_c.
+
+No kernel has it. PyTorch's operators add it to the gradient of the loss, for a chunk of rows at a time, so that what they hold on
+the way is small beside the logits.
+"""
+
+import torch
+from torch import Tensor
+
+from fusedloss.plan import Inputs, Options
+from fusedloss.slices import transformed
+
+CHUNK_LOGITS = 2**22  # 16 MB in float32, of which the operators hold a few copies
+
+
+def add_gradient(
+    dlogits: Tensor,
+    dentropy: Tensor,  # (n_rows,)
+    inputs: Inputs,  # as the kernels take them
+    options: Options,
+    whole_rows: tuple[Tensor, ...] = (),  # of rows of which the logits are a slice: maximum, log d and entropy, (n_rows,) each
+) -> None:
+    """dlogits += the gradient, which is 0 of ignored rows."""
+    logits = inputs.logits
+    counted = torch.ones_like(dentropy, dtype=torch.bool)
+    if not inputs.has_probabilities():
+        counted = inputs.target != options.ignore_index
+        if inputs.target_b is not None:
+            counted = counted & (inputs.target_b != options.ignore_index)
+    rows = (logits.shape[0], 1, *logits.shape[2:])
+    chunks = (_chunks(values, logits) for values in (logits, dlogits))
+    of_rows = (_chunks(values.reshape(rows), logits) for values in (dentropy, counted, *whole_rows))
+    for x, dx, h, is_counted, *whole in zip(*chunks, *of_rows, strict=True):
+        z, derivative = transformed(x, options)
+        if whole:
+            largest, log_d, entropy = whole
+            log_p = (z - largest) - log_d
+        else:
+            log_p = z.log_softmax(1)
+        p = log_p.exp()
+        log_p = log_p.masked_fill(p == 0, 0)
+        if not whole:
+            entropy = -(p * log_p).sum(1, keepdim=True)
+        dx -= torch.where(is_counted & (h != 0), h * p * (log_p + entropy) * derivative, 0)
+
+
+def _chunks(values: Tensor, logits: Tensor) -> list[Tensor]:
+    """Values (N, C or 1) or (N, C or 1, S), cut where logits of so many rows would be cut."""
+    n_rows = max(1, CHUNK_LOGITS // max(1, logits.shape[1]))
+    if logits.dim() == 2:
+        return list(values.split(n_rows))
+    n_inner = max(1, logits.shape[2])
+    return [part for examples in values.split(max(1, n_rows // n_inner)) for part in examples.split(n_rows, 2)]
