@@ -64,9 +64,10 @@ bytes per logit, class probabilities included; tensors smaller than the logits (
 PyTorch's are counted from its operators, each reading its inputs once, which is a lower bound: its softmax reads long rows two or
 three times. Launches: ours + PyTorch's, which fills the upstream gradient with 1. For an upstream gradient other than 1 a fused
 gradient, ours or Liger's, is multiplied: 1R + 1W more."""
-COMPILED_TEXT = """Every kernel of a case. Tile: rows x columns that a program holds at a time. Registers per thread; spills are
-instructions (NVIDIA) or registers (AMD); shared memory in bytes; loads and stores: bytes per thread x instructions in the
-machine code, narrow ones among them for targets, statistics and ragged edges."""
+COMPILED_TEXT = """Every kernel of a case. Tile: rows x columns that a program holds at a time. Per SM: programs that it has
+room for, by threads, registers and shared memory; with one, loading, reducing and storing never overlap. Registers per thread;
+spills are instructions (NVIDIA) or registers (AMD); shared memory in bytes; loads and stores: bytes per thread x instructions in
+the machine code, narrow ones among them for targets, statistics and ragged edges."""
 
 
 def introduction(data: Record) -> str:
@@ -162,6 +163,8 @@ def losses(data: Record) -> str:
             narrow = [launch for launch in narrow if not launch["kernel"].startswith("forward")]
             if narrow:
                 found.append(f"no store wider than {max(widest(launch['stores']) for launch in narrow)} bytes")
+            if any(launch["per_sm"] == 1 for launch in kernels):
+                found.append("an SM has room for one program")
             if record["memory_passes"] > record["floor_passes"]:
                 found.append(f"{record['memory_passes']:.3g} passes over the memory where {record['floor_passes']} would do")
             for who in ("eager", "Liger"):
@@ -236,8 +239,8 @@ def microseconds(value: float) -> str:
 
 def compiled_table(data: Record, target: str) -> str:
     lines = [
-        "| logits | kernel | tile | programs | warps | registers | spills | shared | loads | stores |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| logits | kernel | tile | programs | per SM | warps | registers | spills | shared | loads | stores |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in data["cases"]:
         record = case["targets"][target]
@@ -246,8 +249,8 @@ def compiled_table(data: Record, target: str) -> str:
             tile = record["tiles"].get(launch["kernel"])
             lines.append(
                 f"| {name} | {launch['kernel'].removesuffix('_kernel')} | {' x '.join(map(str, tile)) if tile else ''} | "
-                f"{launch['n_programs']} | {launch['num_warps']} | {launch['registers']} | {launch['spills']} | "
-                f"{launch['shared_bytes']} | {widths(launch['loads'])} | {widths(launch['stores'])} |"
+                f"{launch['n_programs']} | {launch['per_sm']} | {launch['num_warps']} | {launch['registers']} | "
+                f"{launch['spills']} | {launch['shared_bytes']} | {widths(launch['loads'])} | {widths(launch['stores'])} |"
             )
             name = ""
     return "\n".join(lines)

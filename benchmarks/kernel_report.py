@@ -85,13 +85,15 @@ class Device(NamedTuple):
     cache_bytes: int  # the last cache before the memory
     threads: int  # of one SM
     registers: int  # of 32 bits, of one SM
+    shared_bytes: int  # of one SM
+    programs: int  # that an SM takes, however small
 
 
 DEVICES = {
-    "sm_80": Device("A100 SXM 80 GB", 2.039e12, 40 << 20, 2048, 65536),
-    "sm_90": Device("H100 SXM", 3.35e12, 50 << 20, 2048, 65536),
-    "sm_100": Device("B200", 8.0e12, 126 << 20, 2048, 65536),
-    "gfx942": Device("MI300X", 5.3e12, 256 << 20, 2048, 131072),
+    "sm_80": Device("A100 SXM 80 GB", 2.039e12, 40 << 20, 2048, 65536, 164 << 10, 32),
+    "sm_90": Device("H100 SXM", 3.35e12, 50 << 20, 2048, 65536, 228 << 10, 32),
+    "sm_100": Device("B200", 8.0e12, 126 << 20, 2048, 65536, 228 << 10, 32),
+    "gfx942": Device("MI300X", 5.3e12, 256 << 20, 2048, 131072, 64 << 10, 32),
 }
 ARCHITECTURES = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna3"}  # what Liger asks of them
 
@@ -137,7 +139,8 @@ def liger_side(case: Case, target: str) -> list[Launch]:
 
 
 def compiled_launches(recorded: list[Launch], target: str) -> list[dict[str, Any]]:
-    return [{"kernel": launch.kernel, "n_programs": launch.n_programs, **_compiled(launch, target)} for launch in recorded]
+    found = [{"kernel": launch.kernel, "n_programs": launch.n_programs, **_compiled(launch, target)} for launch in recorded]
+    return [{**launch, "per_sm": programs_per_sm(launch, target)} for launch in found]
 
 
 _reports: dict[str, Report] = {}
@@ -150,12 +153,20 @@ def _compiled(launch: Launch, target: str) -> dict[str, Any]:
     return {"num_warps": launch.arguments["num_warps"], **dataclasses.asdict(_reports[kernel.hash])}
 
 
-def cached_bytes(launch: dict[str, Any], row_bytes: int, target: str) -> int:
-    """Bytes of the logits under the programs that run at the same time: a second read of theirs meets the cache or does not."""
+def programs_per_sm(launch: dict[str, Any], target: str) -> int:
+    """Programs that an SM has room for: threads, registers, which a thread takes in eights, and shared memory, of which a program
+    on NVIDIA's takes another 1024 bytes."""
     device, facts = DEVICES[target], FACTS[target]
     threads = launch["num_warps"] * facts.warp_size
-    per_sm = max(1, min(device.threads // threads, device.registers // (max(launch["registers"], 1) * threads)))
-    return min(launch["n_programs"], per_sm * facts.n_sms) * row_bytes
+    registers = threads * max(8, -(-launch["registers"] // 8) * 8)
+    shared_bytes = launch["shared_bytes"] + (1024 if facts.is_nvidia else 0)
+    of_shared = device.shared_bytes // shared_bytes if shared_bytes else device.programs
+    return max(1, min(device.programs, device.threads // threads, device.registers // registers, of_shared))
+
+
+def cached_bytes(launch: dict[str, Any], row_bytes: int, target: str) -> int:
+    """Bytes of the logits under the programs that run at the same time: a second read of theirs meets the cache or does not."""
+    return min(launch["n_programs"], launch["per_sm"] * FACTS[target].n_sms) * row_bytes
 
 
 def memory_passes(reads: float, writes: float, launch: dict[str, Any], row_bytes: int, target: str, one_read: int = 1) -> float:

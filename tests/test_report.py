@@ -68,14 +68,36 @@ def test_the_page_follows_from_the_numbers_alone(data: dict[str, Any], tmp_path:
     assert str(Path(__file__).parents[1]) not in first  # no path of this machine
 
 
+@pytest.mark.parametrize(
+    ("target", "warps", "registers", "shared_bytes", "programs"),
+    [
+        ("sm_90", 16, 128, 64, 1),  # all registers
+        ("sm_90", 16, 64, 64, 2),
+        ("sm_90", 4, 121, 64, 4),  # in eights: 128
+        ("sm_90", 4, 255, 64, 2),
+        ("sm_90", 2, 16, 64, 32),
+        ("sm_90", 2, 16, 50 << 10, 4),
+        ("sm_80", 2, 16, 50 << 10, 3),
+        ("gfx942", 1, 269, 1024, 7),
+        ("gfx942", 4, 64, 16 << 10, 4),
+    ],
+)
+def test_programs_of_an_sm(target: str, warps: int, registers: int, shared_bytes: int, programs: int) -> None:
+    launch = {"num_warps": warps, "registers": registers, "shared_bytes": shared_bytes}
+    assert kernel_report.programs_per_sm(launch, target) == programs
+
+
 def test_losses_are_listed(data: dict[str, Any], tmp_path: Path) -> None:
     before = page(data, tmp_path)
     assert "spills (" not in before
+    assert "room for one" not in before
     worse = copy.deepcopy(data)
     worse["cases"][0]["targets"]["sm_90"]["launches"][-2]["spills"] = 7
+    worse["cases"][0]["targets"]["sm_90"]["launches"][0]["per_sm"] = 1
     worse["cases"][1]["targets"]["sm_90"]["memory_passes"] = 7.0  # PyTorch: 6
     after = page(worse, tmp_path)
     assert "- 64 x 1000 bfloat16: 7 spills (everywhere)." in after
+    assert "- 64 x 1000 bfloat16: an SM has room for one program (everywhere)." in after
     assert "- 64 x 5000 float32, reduction=max: eager needs 0.86 of our bytes (everywhere)." in after
 
 
