@@ -184,7 +184,8 @@ def machine() -> str:
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     kernel = f"instructions {cpu.ISA}" if cpu.MISSING is None else cpu.MISSING
     versions = f"fusedloss {fusedloss.__version__}, torch {torch.__version__}"
-    return f"{name}, {torch.get_num_threads()} threads, {kernel}; {versions}; {date}"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s'[: threads - 1]}, {kernel}; {versions}; {date}"
 
 
 def main() -> None:
