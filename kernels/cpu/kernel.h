@@ -11,6 +11,7 @@ namespace {
 #include "elementary.h"
 #include "targets.h"
 #include "row_math.h"
+#include "group.h"
 #include "rows.h"
 #include "lanes.h"
 #include "few.h"

@@ -1,0 +1,272 @@
+// Some rows at a time, one per lane, and what row_math.h makes of their statistics: what rows.h and lanes.h share. Lanes without a
+// row, or whose row does not count, compute something harmless.
+//
+// Included once per instruction set, like simd.h.
+
+constexpr int kMaxLanes = 256;
+
+template <class A>
+struct GroupState {
+  static constexpr int N = kMaxLanes, W = Simd<A>::W;
+  static constexpr int64_t kNoCol = INT64_MIN;
+  using V = Vector<A>;
+
+  alignas(64) A max[N], rest[N], x_t[N], x_b[N], w_t[N], w_b[N], k_t[N], k_b[N], shift[N], q_sum[N], q_total[N];
+  alignas(64) A g[N], loss[N], lse[N], p[N], constant[N], q[N], at_t[N], at_b[N];
+  alignas(64) A gap_sum[N], gap_max[N];  // for the entropy; lanes.h: the maximum that the sum is relative to
+  alignas(64) A live[N];           // 1: the row counts, and in the backward has a coefficient other than 0; else 0
+  // Columns of the labels, which may lie outside a slice; kNoCol: none, for soft targets and lanes that are not live.
+  int64_t target[N], target_b[N];
+
+  // Lanes [0, lanes) for rows [row, row + n): their targets and coefficients.
+  void begin_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n, int lanes, A coefficient) {
+    read_targets(problem, terms, row, n, lanes);
+    for (int lane = 0; lane < lanes; lane += W) {
+      V factor = broadcast(coefficient);
+      if (terms.sample_weight) factor *= load_rows<A>(terms.sample_weight + row, lane, n);
+      store(g + lane, factor), store(max + lane, broadcast(-kInfinity<A>)), store(rest + lane, V{});
+      if (terms.entropy) store(gap_sum + lane, V{}), store(gap_max + lane, broadcast(-kInfinity<A>));
+    }
+    weigh_targets(terms, row, lanes);
+  }
+  // The same, and the statistics of the forward; x: the logits of the first row.
+  template <class T>
+  void begin_backward(const Problem& problem, const Terms<A>& terms, const T* x, int64_t row, int n, int lanes) {
+    const int64_t n_rows = problem.n_rows(), col = problem.logits_strides.col;
+    const A *head = static_cast<const A*>(problem.saved), *whole_rows = static_cast<const A*>(problem.slice_stats);
+    const A* saved = (whole_rows ? whole_rows : head + kState) + row;
+    const A* dloss = static_cast<const A*>(problem.dloss);
+    read_targets(problem, terms, row, n, lanes);
+    for (int lane = 0; lane < lanes; lane += W) {
+      V factor = broadcast(head[0]);
+      if (problem.selects_rows()) factor = selected(saved + 2 * n_rows, lane, n, head);
+      factor *= problem.reduction == kNone ? load_rows<A>(dloss + row, lane, n) : broadcast(dloss[0]);
+      if (terms.sample_weight) factor *= load_rows<A>(terms.sample_weight + row, lane, n);
+      const V counted = load(live + lane);
+      factor = counted != V{} ? factor : V{};  // not times 0: the upstream gradient may be infinite
+      store(g + lane, factor), store(live + lane, factor != V{} ? counted : V{});
+    }
+    for (int lane = 0; lane < lanes && !terms.soft; ++lane) {  // an index that changed since the forward is never an address
+      if (!is_class(problem, target[lane]) || (terms.two_labels && !is_class(problem, target_b[lane]))) live[lane] = 0;
+      if (live[lane] == 0) target[lane] = target_b[lane] = kNoCol;
+    }
+    for (int lane = 0; lane < lanes; lane += W) {
+      const auto is_live = V(load(live + lane)) != V{};
+      store(max + lane, is_live ? load_rows<A>(saved, lane, n) : V{});
+      store(rest + lane, is_live ? load_rows<A>(saved + n_rows, lane, n) : broadcast(A(1)));
+      if (terms.soft) store(q_total + lane, is_live ? load_rows<A>(saved + 3 * n_rows, lane, n) : V{});
+    }
+    weigh_targets(terms, row, lanes);
+    if (whole_rows && !terms.soft) {
+      copy(x_t, saved + 2 * n_rows, n);
+      if (terms.two_labels) copy(x_b, saved + 5 * n_rows, n);
+      return;
+    }
+    for (int lane = 0; lane < n; ++lane, x += problem.logits_strides.row) {
+      if (is_here(problem, target[lane])) x_t[lane] = logit(terms, x + target[lane] * col);
+      if (terms.two_labels && is_here(problem, target_b[lane])) x_b[lane] = logit(terms, x + target_b[lane] * col);
+    }
+  }
+
+  // Whether this slice of the row, which is all of it but for sharded classes, has that column.
+  static INLINE bool is_here(const Problem& problem, int64_t col) { return col >= 0 && col < problem.n_cols; }
+
+  INLINE RowStats<A> stats(const Terms<A>& terms, int lane) const {
+    auto of_b = [&](const A* values) { return terms.two_labels ? Vector<A>(load(values + lane)) : Vector<A>{}; };
+    const V m = load(max + lane), x = load(x_t + lane), e = terms.soft ? V{} : exp_nonpositive(x - m);
+    return {m,         load(rest + lane), x,         of_b(x_b),          e, load(w_t + lane),
+            of_b(w_b), load(k_t + lane),  of_b(k_b), load(shift + lane), load(q_sum + lane), load(q_total + lane)};
+  }
+  // Losses of all rows from their statistics, and what else the caller wants to know of them.
+  void finish_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n, RowSums& sums) {
+    if (problem.slice_stats) return store_slice(problem, terms, row, n);
+    for (int lane = 0; lane < n; lane += W) {
+      RowStats<A> s = stats(terms, lane);
+      const V log_d = log_sum(s, terms), counted = load(live + lane);
+      if (terms.focal_gamma != 0) s.k_t *= Focal<A>(s, terms, log_d).of_loss;
+      V losses = row_loss<A>(s, terms, log_d);
+      if (terms.sample_weight) losses *= load_rows<A>(terms.sample_weight + row, lane, n);
+      store(loss + lane, counted != V{} ? losses : V{}), store(lse + lane, counted != V{} ? s.max + log_d : V{});
+      if (terms.entropy) store(gap_sum + lane, counted != V{} ? entropy(s, load(gap_sum + lane), log_d) : V{});
+    }
+    store_rows(problem, row, n);
+    if (problem.reduction != kNone) add_losses(sums.loss, loss, n);
+    if (!problem.row_stats) return;
+    A* row_stats = static_cast<A*>(problem.row_stats) + row;
+    copy(row_stats, lse, n), copy(row_stats + problem.n_rows(), loss, n), copy(row_stats + 2 * problem.n_rows(), gap_sum, n);
+    for (int lane = 0; lane < n; ++lane) sums.n_correct += live[lane] != 0 && is_correct(terms, lane, row + lane);
+  }
+  // Factors of all gradients. Of rows that are not live at_t is the whole gradient: 0, or NaN for an index that changed.
+  void factors(const Problem& problem, const Terms<A>& terms, int n) {
+    for (int lane = 0; lane < n; lane += Simd<A>::W) {
+      RowStats<A> s = stats(terms, lane);
+      if (terms.focal_gamma != 0) s.k_t *= Focal<A>(s, terms, log_sum(s, terms)).of_gradient;
+      RowFactors<A> f = row_factors<A>(s, terms, load(g + lane));
+      if (terms.capped) {
+        f.at_t *= terms.derivative(s.x_t), f.at_b *= terms.derivative(s.x_b);
+      } else if (terms.transformed) {
+        f.p *= terms.logit_scale, f.constant *= terms.logit_scale, f.q *= terms.logit_scale;
+        f.at_t *= terms.logit_scale, f.at_b *= terms.logit_scale;
+      }
+      const V dead = problem.dloss ? (V(load(g + lane)) != V{} ? broadcast(kNaN<A>) : V{}) : V{};
+      store(p + lane, f.p), store(constant + lane, f.constant), store(q + lane, f.q);
+      store(at_t + lane, V(load(live + lane)) != V{} ? f.at_t : dead);
+      if (terms.two_labels) store(at_b + lane, f.at_b);
+    }
+  }
+
+ private:
+  static INLINE V entropy(const RowStats<A>& s, V gap_sum, V log_d) {
+    return log_d + (gap_sum + gap_terms<A>(s.e_t, s.max, s.x_t)) / (s.rest + s.e_t);
+  }
+
+  static INLINE void copy(A* to, const A* from, int n) { __builtin_memcpy(to, from, size_t(n) * sizeof(A)); }
+
+  // The coefficients of rows that max and topk selected by their losses; head: of saved.
+  static V selected(const A* losses, int lane, int n, const A* head) {
+    V factor{};
+    const auto threshold = sortable_bits(head[2]);
+    for (int i = 0; i < W && lane + i < n; ++i) {
+      const auto key = sortable_bits(losses[lane + i]);
+      factor[i] = key > threshold ? head[0] : key == threshold ? head[1] : A(0);
+    }
+    return factor;
+  }
+
+  static bool is_class(const Problem& problem, int64_t col) {
+    return uint64_t(col) + uint64_t(problem.first_class) < uint64_t(problem.n_row_cols());
+  }
+  template <class T>
+  static A logit(const Terms<A>& terms, const T* x) {
+    return terms.transformed ? terms.transform(broadcast(A(load1(x))))[0] : A(load1(x));
+  }
+
+  // The labels, and which rows count; zeros where statistics are added up, or are not known.
+  void read_targets(const Problem& problem, const Terms<A>& terms, int64_t row, int n, int lanes) {
+    if (terms.soft) {
+      for (int lane = 0; lane < n; ++lane) target[lane] = kNoCol, live[lane] = 1;
+    } else {
+      problem.target_kind == kUint8 ? read_labels<uint8_t>(problem, row, n) : read_labels<int64_t>(problem, row, n);
+    }
+    for (int lane = n; lane < lanes; ++lane) target[lane] = target_b[lane] = kNoCol, live[lane] = 0;
+    for (int lane = 0; lane < lanes; lane += W)
+      store(q_sum + lane, V{}), store(q_total + lane, V{}), store(x_t + lane, V{}), store(shift + lane, V{});
+  }
+  template <class Label>
+  void read_labels(const Problem& problem, int64_t row, int n) {
+    const Label* a = static_cast<const Label*>(problem.target) + row;
+    const int64_t ignored = problem.ignore_index, first = problem.first_class;
+    for (int lane = 0; lane < n; ++lane) {
+      const int64_t t = int64_t(a[lane]);
+      target[lane] = t == ignored ? kNoCol : t - first, live[lane] = A(t != ignored);
+    }
+    if (!problem.target_b) return;
+    const Label* b = static_cast<const Label*>(problem.target_b) + row;
+    for (int lane = 0; lane < n; ++lane) {
+      const int64_t t = int64_t(b[lane]);
+      target_b[lane] = t - first;
+      if (t == ignored) live[lane] = 0;
+      if (live[lane] == 0) target[lane] = target_b[lane] = kNoCol;
+    }
+  }
+  // The labels' class weights and shares.
+  void weigh_targets(const Terms<A>& terms, int64_t row, int lanes) {
+    const V one = broadcast(A(1));
+    for (int lane = 0; lane < lanes; lane += W) store(w_t + lane, one), store(k_t + lane, one);
+    if (terms.weight)
+      for (int lane = 0; lane < lanes; ++lane)
+        if (target[lane] != kNoCol) w_t[lane] = k_t[lane] = terms.weight[target[lane]];
+    if (!terms.two_labels) return;
+    for (int lane = 0; lane < lanes; ++lane) {
+      x_b[lane] = k_b[lane] = 0, w_b[lane] = 1;
+      if (target_b[lane] == target[lane]) {  // one label: its whole share counts for a, whose gradient does not cancel
+        target_b[lane] = kNoCol;
+        continue;
+      }
+      const A share = terms.share(row + lane);
+      w_b[lane] = terms.weight ? terms.weight[target_b[lane]] : A(1);
+      k_b[lane] = w_b[lane] * (A(1) - share), k_t[lane] *= share;
+    }
+  }
+
+  // What is kept of the rows for the backward, and for reductions that select among them; or their losses.
+  void store_rows(const Problem& problem, int64_t row, int n) const {
+    const int64_t n_rows = problem.n_rows();
+    if (problem.saved) {
+      A* saved = static_cast<A*>(problem.saved) + kState + row;
+      copy(saved, max, n), copy(saved + n_rows, rest, n);
+      for (int lane = 0; lane < n; ++lane) saved[2 * n_rows + lane] = live[lane] != 0 ? loss[lane] : -kInfinity<A>;
+      if (problem.has_probabilities()) copy(saved + 3 * n_rows, q_total, n);
+    }
+    if (problem.reduction == kNone) store_losses(problem, row, loss, n);
+  }
+  // The statistics of a slice, q_sum around its own maximum, as fusedloss/slices.py merges them.
+  void store_slice(const Problem& problem, const Terms<A>& terms, int64_t row, int n) {
+    const int64_t n_rows = problem.n_rows();
+    A* to = static_cast<A*>(problem.slice_stats) + row;
+    for (int lane = 0; lane < n; lane += W) {
+      const V total = terms.uniform ? broadcast(A(problem.n_cols)) : V(load(q_total + lane));
+      store(q_total + lane, total);
+      store(q_sum + lane, V(load(q_sum + lane)) + total * (finite_max_vector<A>(load(max + lane)) - V(load(shift + lane))));
+    }
+    copy(to, max, n), copy(to + n_rows, rest, n), copy(to + 2 * n_rows, x_t, n);
+    if (terms.uniform || terms.per_class || terms.two_labels) copy(to + 3 * n_rows, q_total, n), copy(to + 4 * n_rows, q_sum, n);
+    if (terms.two_labels) copy(to + 5 * n_rows, x_b, n);
+    const int64_t n_of_loss = terms.two_labels ? 6 : terms.uniform || terms.per_class ? 5 : 3;
+    if (terms.entropy) copy(to + n_of_loss * n_rows, gap_sum, n);
+  }
+  // Whether the label with the larger share has the largest logit. A NaN is in `rest`, which infinite logits make NaN too.
+  bool is_correct(const Terms<A>& terms, int lane, int64_t row) const {
+    if (rest[lane] != rest[lane] && max[lane] < kInfinity<A>) return false;
+    const bool two = terms.two_labels && target_b[lane] != kNoCol;
+    const A share = two ? terms.share(row) : A(1);
+    return (x_t[lane] == max[lane] && share >= A(0.5)) || (two && x_b[lane] == max[lane] && share <= A(0.5));
+  }
+};
+
+// Cuts rows [begin, end) into groups of at most n rows that do not cross an outer block: one stride leads from each to the next.
+template <class Body>
+INLINE void for_groups(const Problem& problem, int64_t begin, int64_t end, int64_t n, const Body& body) {
+  for (int64_t row = begin; row < end;) {
+    const int64_t outer_end = (row / problem.n_inner + 1) * problem.n_inner;
+    int64_t last = row + n < outer_end ? row + n : outer_end;
+    if (last > end) last = end;
+    body(row, int(last - row));
+    row = last;
+  }
+}
+
+// Where the classes of a group's rows lie.
+template <class T, class A>
+struct GroupPointers {
+  const T* x;
+  T* dx;                 // null without a gradient
+  const A* p;            // probabilities, or
+  const T* p_as_logits;  // probabilities in the logits' type; both null for class indices
+  int64_t x_stride, dx_stride, p_stride;
+
+  GroupPointers(const Problem& problem, int64_t row)
+      : x(static_cast<const T*>(problem.logits) + problem.offset(problem.logits_strides, row)),
+        dx(problem.dlogits ? static_cast<T*>(problem.dlogits) + problem.offset(problem.dlogits_strides, row) : nullptr),
+        p(probabilities<A>(problem, kProbabilities, row)),
+        p_as_logits(probabilities<T>(problem, kProbabilitiesAsLogits, row)),
+        x_stride(problem.logits_strides.row),
+        dx_stride(problem.dlogits_strides.row),
+        p_stride(problem.target_strides.row) {}
+
+  GroupPointers row(int lane) const {  // beginning at that row
+    GroupPointers other = *this;
+    other.x += lane * x_stride;
+    if (dx) other.dx += lane * dx_stride;
+    if (p) other.p += lane * p_stride;
+    if (p_as_logits) other.p_as_logits += lane * p_stride;
+    return other;
+  }
+
+ private:
+  template <class P>
+  static const P* probabilities(const Problem& problem, TargetKind kind, int64_t row) {
+    if (problem.target_kind != kind) return nullptr;
+    return static_cast<const P*>(problem.target) + problem.offset(problem.target_strides, row);
+  }
+};
