@@ -51,7 +51,7 @@ def linear_cross_entropy(
         ignore_index: rows with this class index are ignored; None: -100. Not for class probabilities.
         options: a `torch.nn.LinearCrossEntropyOptions`: its batch_chunk_size is chunk_rows; with acc_policy "accurate", or an
             acc_dtype of float32, the gradient of a bfloat16 or float16 linear_weight is summed in float32, as it always is
-            over more than 4 chunks.
+            over more than 2 chunks.
         top_k, scale, sample_weight, z_loss, logit_scale, softcap, return_stats, out_dtype: as for `cross_entropy`, a row
             being one of input.
         chunk_rows: rows of a chunk; None: as many as have 64 MiB of logits, but 256 at least (on a GPU 250 MB and 2048).

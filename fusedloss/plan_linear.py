@@ -55,9 +55,9 @@ class LinearPlan:
         )
 
 
-# Sums over as many chunks may be rounded to bfloat16 or float16 after each: their errors add up to 1.6 roundings, over 256
-# chunks to 16. Over more chunks the gradient of the weight is summed in float32.
-MAX_ROUNDED_SUMS = 4
+# Sums over as many chunks may be rounded to bfloat16 or float16 after each: with the rounding of the logits' gradient the error
+# is 1.4 roundings; over 4 chunks it would be 1.8, over 256 over 11. Over more chunks the weight's gradient is summed in float32.
+MAX_ROUNDED_SUMS = 2
 
 
 def leaves_rows_out(backend: str, asked: bool) -> bool:

@@ -177,6 +177,25 @@ def test_transformers_trainer_with_accumulation(calls: list[tuple[int, ...]], tm
 
 
 @pytest.mark.filterwarnings("default")
+def test_the_head_of_a_transformers_model_fused_with_its_loss() -> None:
+    """Two lines in place of model(tokens, labels=labels).loss: no logits are stored, and every gradient is that of the model."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=997, n_embd=32, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0, embd_pdrop=0)
+    config.attn_pdrop = 0
+    transformers.set_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    tokens = torch.randint(997, (3, 17), generator=torch.Generator().manual_seed(0))
+    labels = tokens.clone()
+    labels[:, :4] = -100
+    expected = model(tokens, labels=labels).loss
+    hidden = model.transformer(tokens).last_hidden_state
+    loss = fusedloss.linear_cross_entropy(hidden[:, :-1], model.lm_head.weight, labels[:, 1:], chunk_rows=16)
+    torch.testing.assert_close(loss, expected)
+    parameters = tuple(model.parameters())
+    torch.testing.assert_close(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters))
+
+
+@pytest.mark.filterwarnings("default")
 def test_lightning(calls: list[tuple[int, ...]], tmp_path: Any) -> None:
     lightning = pytest.importorskip("lightning")
     features, target = make_logits(32, 16), make_target(32, n_classes=10, ignored=-100)

@@ -216,9 +216,9 @@ def test_scale_may_be_a_tensor_with_a_gradient() -> None:
         torch.testing.assert_close(found, (plain.sum(), 0.5 * torch.autograd.grad(plain.sum(), layer.input)[0]))
 
 
-@pytest.mark.parametrize("n_chunks", [1, 2, 4, 5, 16, 64, 256])
+@pytest.mark.parametrize("n_chunks", [1, 2, 3, 4, 5, 16, 64, 256])
 def test_the_sum_of_a_bfloat16_weights_gradient(n_chunks: int) -> None:
-    """Its error is that of one rounding, whatever the number of chunks: a sum in bfloat16 over 256 would be off by 16 of them."""
+    """Its error is that of one rounding or two, whatever the number of chunks: a sum in bfloat16 over 256 would be off by 11."""
     layer, target = make_layer(512, n_classes=64, dtype=torch.bfloat16, bias=False), torch.arange(512) % 64
     exact = layer.leaves(torch.float64)
     logits = (exact.input @ exact.weight.t()).bfloat16().double()  # the logits, too, are rounded
