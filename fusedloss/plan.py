@@ -141,7 +141,8 @@ class Plan:
         forward, backward: the launches that touch the logits or their gradient; None where no GPU kernel is launched.
         kernels: what is launched, in order, forward and backward together; none where no kernel serves the call.
         copies_logits: the logits are copied once because no pair of strides describes their rows.
-        read_bytes, write_bytes: predicted traffic of the logits and their gradient, forward and backward together.
+        read_bytes, write_bytes: predicted traffic of the logits and their gradient, forward and backward together, for an
+            upstream gradient of 1. For another, a fused gradient is read and written once more; `scale` costs nothing.
         threads: of the CPU kernel.
     """
 
@@ -180,6 +181,11 @@ class Plan:
             lines.append("  copy      the logits are copied: their spatial dimensions do not collapse into one stride")
         if self.read_bytes is not None and self.write_bytes is not None:
             lines.append(f"  traffic   {self.read_bytes:,} bytes read, {self.write_bytes:,} bytes written")
+            if self.strategy == "fused":
+                again = f"{self.write_bytes:,}"
+                lines.append(
+                    f"  upstream  gradient other than 1: {again} bytes read and {again} written more, which scale= does not"
+                )
         if self.kernels:
             counted = ((name, len(list(group))) for name, group in groupby(self.kernels))
             named = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in counted)

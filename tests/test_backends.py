@@ -116,6 +116,9 @@ def test_the_plan_of_a_gpu_needs_no_gpu_and_no_data(shape: tuple[int, ...], redu
     assert plan.read_bytes is not None
     assert plan.read_bytes >= one_pass
     assert plan.write_bytes == one_pass
+    # A fused gradient is multiplied by an upstream gradient other than 1.
+    more = f"  upstream  gradient other than 1: {one_pass:,} bytes read and {one_pass:,} written more, which scale= does not"
+    assert (more in str(plan).splitlines()) == (reduction == "mean")
     assert (forward_only.strategy, forward_only.read_bytes, forward_only.write_bytes) == ("forward only", one_pass, 0)
     selects_apart = reduction == "max" and target.numel() > ROWS_SELECTED_ALONE  # a launch for each of 4 digits, and one more
     assert forward_only.launches == (6 if selects_apart else 1)
