@@ -48,6 +48,7 @@ COLUMNS = """\
 - eager, compile, ours: F.cross_entropy, torch.compile of it, and fusedloss.cross_entropy, forward and backward; in brackets in
   multiples of the floor.
 - eager / ours, compile / ours: how many times as long PyTorch takes; below 1 ours is the slower one.
+- 1/8: eager / ours where the upstream gradient is 1/8, as of (loss / 8).backward(): ours multiplies its gradient once more.
 - forward: eager / ours of the forward alone, without a gradient.
 - memory: by how much forward and backward raise the peak of the process's memory, in units of the logits; eager, ours (Linux)."""
 
@@ -123,13 +124,17 @@ def measure(case: Case, seconds: float) -> dict[str, float]:
     logits, target = case.tensors()
     detached, out = logits.detach(), torch.empty_like(logits.detach())
 
-    def step(call: Callable[..., torch.Tensor]) -> None:
+    eighth = torch.tensor(1 / 8, dtype=case.dtype)
+
+    def step(call: Callable[..., torch.Tensor], upstream: torch.Tensor | None = None) -> None:
         logits.grad = None
-        call(logits, target, label_smoothing=case.smoothing).backward()
+        call(logits, target, label_smoothing=case.smoothing).backward(upstream)
 
     calls: dict[str, Callable[[], object]] = {"floor": lambda: torch.add(detached, 1, out=out)}
     for name, call in CALLS.items():
         calls[name] = lambda call=call: step(call)
+        if name != "compile":
+            calls[f"{name} 1/8"] = lambda call=call: step(call, eighth)
         calls[f"{name} forward"] = lambda call=call: call(detached, target, label_smoothing=case.smoothing)
     result = medians(calls, seconds)
     n_bytes = detached.numel() * detached.element_size()
@@ -141,13 +146,18 @@ def measure(case: Case, seconds: float) -> dict[str, float]:
 
 
 HEADER = """\
-| logits | floor | eager | compile | ours | eager / ours | compile / ours | forward | memory |
-|---|---|---|---|---|---|---|---|---|"""
+| logits | floor | eager | compile | ours | eager / ours | compile / ours | 1/8 | forward | memory |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def row(case: Case, r: dict[str, float]) -> str:
     times = [f"{r[call] * 1e3:.3f} ms ({r[call] / r['floor']:.1f}x)" for call in CALLS]
-    ratios = (r["eager"] / r["ours"], r["compile"] / r["ours"], r["eager forward"] / r["ours forward"])
+    ratios = (
+        r["eager"] / r["ours"],
+        r["compile"] / r["ours"],
+        r["eager 1/8"] / r["ours 1/8"],
+        r["eager forward"] / r["ours forward"],
+    )
     memory = f"{r['eager memory']:.2f}, {r['ours memory']:.2f}" if "ours memory" in r else ""
     cells = [str(case), f"{r['floor'] * 1e3:.3f} ms", *times, *(f"{ratio:.2f}" for ratio in ratios), memory]
     return f"| {' | '.join(cells)} |"
