@@ -10,7 +10,8 @@ from torch import Tensor
 from fusedloss.plan import Inputs, Options
 from fusedloss.slices import transformed
 
-CHUNK_LOGITS = 2**22  # 16 MB in float32, of which the operators hold a few copies
+# Logits of a chunk, of which the operators hold a few copies. On the CPU they stay in the caches: 2**22 took 1.5 times as long.
+CPU_CHUNK, CHUNK = 2**18, 2**22
 
 
 def add_gradient(
@@ -46,7 +47,8 @@ def add_gradient(
 
 def _chunks(values: Tensor, logits: Tensor) -> list[Tensor]:
     """Values (N, C or 1) or (N, C or 1, S), cut where logits of so many rows would be cut."""
-    n_rows = max(1, CHUNK_LOGITS // max(1, logits.shape[1]))
+    chunk = CPU_CHUNK if logits.device.type == "cpu" else CHUNK
+    n_rows = max(1, chunk // max(1, logits.shape[1]))
     if logits.dim() == 2:
         return list(values.split(n_rows))
     n_inner = max(1, logits.shape[2])

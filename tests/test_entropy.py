@@ -99,8 +99,9 @@ def test_gradient(
         losses = fusedloss.cross_entropy(wide, target, reduction="none", **options)
         expected = (share * losses + upstream.double() * entropies(exact, target, **options)).sum()
         (exact_gradient,) = torch.autograd.grad(expected, exact)
-        for chunk in (entropy.CHUNK_LOGITS, 3 * shape[1]):
-            monkeypatch.setattr(entropy, "CHUNK_LOGITS", chunk)
+        for chunk in (2**18, 3 * shape[1]):
+            for name in ("CPU_CHUNK", "CHUNK"):
+                monkeypatch.setattr(entropy, name, chunk)
             losses, stats = fusedloss.cross_entropy(logits, target, reduction="none", return_stats=True, **options)
             bonus = upstream * stats.entropy
             (gradient,) = torch.autograd.grad((share * losses + bonus if share else bonus).sum(), logits)
