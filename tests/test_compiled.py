@@ -250,6 +250,17 @@ def test_compiles_for_other_gpus_without_spills(monkeypatch: pytest.MonkeyPatch,
         assert found.spills <= ALLOWED_SPILLS, f"{launch.kernel}: {found}"
 
 
+def test_kernels_for_amd_are_compiled_as_they_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors up to 2 GB Triton knows that offsets are 32 bits wide, which takes other instructions, and more registers."""
+    recorded = launches(monkeypatch, "gfx942", lambda: _call(*CASES["pixels"]))
+    found = variants(recorded, "gfx942")
+    assert len(found) == len(recorded)
+    for name, key in found:
+        assert "'DS'" in key, name
+    main = next(launch for launch in recorded if launch.kernel == "fused_tile_kernel")
+    assert "buffer_load_dword" in compile_for(main, "gfx942").asm["amdgcn"]
+
+
 @pytest.mark.parametrize("case", ["recompute, slices", "slices"])
 def test_all_waves_acquire_what_a_ticket_publishes(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """RDNA's two compute units of a work group have a cache each: the wave that drew the ticket acquires for its own alone."""
