@@ -5,6 +5,7 @@ records, and where there are any failures and left_out (lines).
 """
 
 import importlib.util
+import os
 import re
 import shutil
 import sys
@@ -21,6 +22,7 @@ from gpu_smoke import CASES, SANITIZED
 FOLDER = Path(__file__).parent
 SMOKE_SILENCE = 20  # seconds for one kernel, its compilation and the start of Python among them
 LAST_BENCHMARK = 10  # seconds that a benchmark may still take when the time is over
+MAX_SHARDS = 8  # processes that run tests at once: each has a context on the GPU
 MAX_FAILURES = 20  # lines of them on the page
 SAME_ACCURACY = 0.02  # of 360 test images, or 1000 made ones: two runs of one loss on a GPU differ by as much
 KERNEL_TESTS = ("kernels", "values", "reductions", "known")
@@ -70,33 +72,36 @@ def smoke(seconds: float, progress: Progress) -> Result:
 
 
 def pytest_stage(*tests: str, parallel: bool = False) -> Callable[[float, Progress], Result]:
-    """A stage that runs tests marked `gpu`; where pytest-xdist is installed, several at once if that is allowed."""
+    """A stage that runs tests marked `gpu`; parallel: in several processes."""
 
     def run_tests(seconds: float, progress: Progress) -> Result:
-        workers = ["-n", "4"] if parallel and importlib.util.find_spec("xdist") else []
         # A file that cannot be imported is no end of the others. -vv: a line per test, as soon as it ends.
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "--continue-on-collection-errors", "--tb=short"]
-        return counted(run([*command, "-p", "no:cacheprovider", *workers, *tests], seconds, None, progress))
+        options = ["-m", "gpu", "-vv", "--continue-on-collection-errors", "--tb=short", "-p", "no:cacheprovider", *tests]
+        shards = [str(FOLDER / "gpu_shards.py"), str(min(MAX_SHARDS, os.cpu_count() or 1))]
+        command = [sys.executable, *(shards if parallel else ["-m", "pytest"]), *options]
+        return counted(run(command, seconds, None, progress))
 
     return run_tests
 
 
 def counted(finished: Finished) -> Result:
     """Counts pytest's lines, of which a run that was stopped has some as well."""
-    lines = re.findall(r"^(?:\[gw\d+\].*|\S+::.*?)\b(PASSED|FAILED|ERROR|SKIPPED)\b", finished.output, re.MULTILINE)
+    lines = re.findall(r"^\S+::.*?\b(PASSED|FAILED|ERROR|SKIPPED)\b", finished.output, re.MULTILINE)
     counts = Counter(lines)
-    broken = re.findall(r"^ERROR (\S+\.py)(?: |$)", finished.output, re.MULTILINE)  # files that were not collected
+    broken = set(re.findall(r"^ERROR (\S+\.py)(?: |$)", finished.output, re.MULTILINE))  # files that were not collected
     counts["ERROR"] += len(broken)
     names = {"PASSED": "passed", "FAILED": "failed", "ERROR": "errors", "SKIPPED": "skipped"}
     outcome = ", ".join(f"{counts[key]:,} {name}" for key, name in names.items() if counts[key] or key == "PASSED")
-    failures = re.findall(r"^(?:FAILED|ERROR) (.+)$", finished.output, re.MULTILINE)
+    failures = list(dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) (.+)$", finished.output, re.MULTILINE)))  # of all shards
     if not failures:  # no summary: it was killed
         failures = re.findall(r"^(\S+::\S+) (?:FAILED|ERROR)", finished.output, re.MULTILINE)
     if finished.status not in (None, 0) and not failures:
         failures = [f"pytest's exit status {finished.status}: {last_line(finished.output)}"]
-    skipped = re.findall(r"^SKIPPED \[(\d+)\] [^\s:]+(?::\d+)?: (.+)$", finished.output, re.MULTILINE)
+    skipped: Counter[str] = Counter()
+    for count, reason in re.findall(r"^SKIPPED \[(\d+)\] [^\s:]+(?::\d+)?: (.+)$", finished.output, re.MULTILINE):
+        skipped[reason] += int(count)
     shown = failures[:MAX_FAILURES] + [f"and {len(failures) - MAX_FAILURES} more"] * (len(failures) > MAX_FAILURES)
-    reasons = [f"{count} x {reason}" for count, reason in skipped if "TRITON_INTERPRET" not in reason]
+    reasons = [f"{count} x {reason}" for reason, count in skipped.items()]
     return result(finished, outcome, "failed" if failures else None, failures=shown, left_out=reasons)
 
 

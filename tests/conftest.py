@@ -45,6 +45,8 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sweep", action="store_true", help="also run the tests marked `sweep` (make test-all)")
+    help_shard = "only every N-th test, from the I-th on: what one of N processes runs (benchmarks/gpu_shards.py)"
+    parser.addoption("--shard", default="0/1", metavar="I/N", help=help_shard)
     help_noise = "times the error that a GPU's exp and division may have, under the interpreter: noise.py (make test-noise)"
     parser.addoption("--noise", type=float, default=0.0, help=help_noise)
 
@@ -97,6 +99,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--sweep"):
         out = _out_of_the_sample([item for item, reason in zip(items, reasons, strict=True) if not reason])
         reasons = [GPU_SWEEP if item in out else reason for item, reason in zip(items, reasons, strict=True)]
+    first, step = map(int, config.getoption("--shard").split("/"))
+    mine = {i for place, i in enumerate(i for i, reason in enumerate(reasons) if not reason) if place % step == first}
+    reasons = [reason or (None if i in mine else "in another shard") for i, reason in enumerate(reasons)]
     config.hook.pytest_deselected(items=[item for item, reason in zip(items, reasons, strict=True) if reason])
     _left_out.update(filter(None, reasons))
     items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]

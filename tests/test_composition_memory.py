@@ -40,7 +40,7 @@ def _logits_are(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 def memory(step: Callable[[Callable[[], None]], Any], unit: int) -> tuple[int, int]:
     """What a step holds when it calls its argument, and at most; in units of so many bytes, rounded."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         step(lambda: torch.ones(1).cosh_())  # a mark that nothing else leaves
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     held, peak, marked = 0, 0, 0
@@ -220,10 +220,9 @@ def test_nothing_that_is_saved_is_none(reduction: str) -> None:
     """torchviz and others that draw a graph ask each saved tensor for its shape."""
     logits, target = make_logits(6, 10).requires_grad_(), make_target(6, n_classes=10)
     for _ in range(3):
-        node = fusedloss.cross_entropy(logits, target, reduction=reduction).grad_fn
-        assert all(isinstance(tensor, Tensor) for tensor in node.saved_tensors)
-        node = fusedloss.cross_entropy(logits.double(), target, reduction=reduction).grad_fn
-        assert all(isinstance(tensor, Tensor) for tensor in node.saved_tensors)
+        for dtype in (logits.dtype, torch.float64):
+            loss = fusedloss.cross_entropy(logits.to(dtype), target, reduction=reduction)  # in torch 2.11 the node ends with it
+            assert all(isinstance(tensor, Tensor) for tensor in loss.grad_fn.saved_tensors)
 
 
 def test_torchviz() -> None:

@@ -32,6 +32,18 @@ def test_a_test_of_one_parameter_keeps_all() -> None:
     assert covering([{"a": "x"}], strength=1) == [0]
 
 
+def collected(*options: str) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--collect-only", "-q", "tests/test_reductions.py", *options]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_shards_have_all_tests_between_them() -> None:
+    first, second = collected("--shard=0/2"), collected("--shard=1/2")
+    assert abs(len(first) - len(second)) <= 1
+    assert sorted(first + second) == sorted(collected())
+
+
 def counted(*files: str) -> tuple[int, str]:
     """The last line's number, and all that was printed."""
     command = [sys.executable, "-W", "ignore", "tests/variants.py", *files]
