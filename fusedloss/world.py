@@ -38,7 +38,7 @@ PLAIN, WATCHED, COMPILED = World(Kind.PLAIN), World(Kind.WATCHED), World(Kind.CO
 
 def world_of(*tensors: Tensor | None) -> World:
     """The world of a call with these tensors."""
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return World(Kind.COMPOSED, "torch.export is recording: whoever loads the program needs not have fusedloss")
     if _is_transformed():
         return World(Kind.COMPOSED, "a torch.func transform is active")
@@ -56,12 +56,17 @@ def world_of(*tensors: Tensor | None) -> World:
     return PLAIN if nobody_watches(*tensors) else WATCHED
 
 
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
 def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-# What torch.compiler.assume_constant_result does, which imports the compiler: a second. While a transform is compiled, it is
-# active, too.
+# What torch.compiler.assume_constant_result does, which imports the compiler: a second. torch 2.11 takes is_exporting() for true
+# in all that it compiles; a transform that is compiled is active, too.
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

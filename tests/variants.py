@@ -49,7 +49,7 @@ class Variants:
         from compiled import _Driver
         from triton.runtime import JITFunction, driver
 
-        from fusedloss.backends import cpu
+        from fusedloss.backends import cpu, cpu_prepared
         from fusedloss.backends import triton as ours
         from fusedloss.backends.triton import launching
 
@@ -71,7 +71,7 @@ class Variants:
             mock.patch.object(cpu, "forward", both(ours.forward, cpu.forward)),
             mock.patch.object(cpu, "backward", both(ours.backward, cpu.backward)),
             mock.patch.object(cpu, "scale_gradient", both(ours.scale_gradient, cpu.scale_gradient)),
-            mock.patch.object(cpu, "prepare", return_value=None),  # known calls launch what they did before they were
+            mock.patch.object(cpu_prepared, "prepare", return_value=None),  # known calls launch what they did before they were
             mock.patch.object(launching, "launch", record),
             mock.patch.object(driver, "_active", _Driver("sm_90")),
             mock.patch.object(JITFunction, "_do_compile", keep),
