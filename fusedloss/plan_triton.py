@@ -93,7 +93,7 @@ def backward_cut(t: Operands, options: Options, device: DeviceFacts) -> Cut:
 
 def scale_cut(n_elements: int, device: DeviceFacts) -> Cut:
     """The multiplication of a fused gradient: few programs, since most launches return at once."""
-    n_programs = max(1, min(4 * device.n_sms, -(-n_elements // SCALED_ELEMENTS)))
+    n_programs = max(1, min(4 * device.n_sms, -(-n_elements // (2 * SCALED_ELEMENTS))))  # each reads dloss, and most do no more
     return Cut("scale_gradient_kernel", n_programs, warps(SMALL_THREADS, device), Block(1, SCALED_ELEMENTS))
 
 
