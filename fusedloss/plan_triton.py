@@ -46,10 +46,10 @@ def holds_more(options: Options, itemsize: int) -> bool:
     return options.label_smoothing > 0 or options.softcap > 0 or options.return_stats or (itemsize > 2 and options.has_extras())
 
 
-def forward_cuts(t: Operands, options: Options, device: DeviceFacts) -> ForwardCuts:
-    """The launches of a forward; one that has a gradient to write is fused."""
+def forward_cuts(t: Operands, options: Options, device: DeviceFacts, sharded: bool = False) -> ForwardCuts:
+    """The launches of a forward; one that has a gradient to write is fused. sharded: the logits are a slice of the classes."""
     if t.dlogits is None:
-        return ForwardCuts(None, _forward_cut(t, options, device), _selection_cuts(t, options.reduction, device))
+        return ForwardCuts(None, _forward_cut(t, options, device, sharded), _selection_cuts(t, options.reduction, device))
     n_rows, is_mean = t.logits.n_rows, options.reduction == "mean" and t.probabilities is None
     main = _fused_cut(t, options, device)
     if is_mean and main.kernel == "fused_row_kernel" and main.n_slices == 1 and n_rows <= COUNTED_ROWS:
@@ -66,12 +66,12 @@ def holds_rows(cut: Cut) -> bool:
     return bool(cut.shape.n_blocks > 0)
 
 
-def _forward_cut(t: Operands, options: Options, device: DeviceFacts) -> Cut:
+def _forward_cut(t: Operands, options: Options, device: DeviceFacts, sharded: bool) -> Cut:
     more = holds_more(options, t.itemsize)
     if takes_rows(t):
         return forward_rows(t, more, device)
     tile = cut_tiles("forward_tile_kernel", t, more, device)
-    if t.logits.n_rows <= ROWS_SELECTED_ALONE:
+    if t.logits.n_rows <= ROWS_SELECTED_ALONE and not sharded:
         return tile
     # Without the selection it needs few registers, and ptxas would spill for fewer still.
     return replace(tile, max_registers=register_limit(registers_of(tile.num_warps, 1), device))

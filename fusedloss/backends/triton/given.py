@@ -109,7 +109,7 @@ def backward_launch(
 def _forward_launches(kind: Kind, saves: bool) -> Launches:
     t, options = kind.operands(), kind.options
     g = t.logits
-    cuts = forward_cuts(t, options, kind.facts)
+    cuts = forward_cuts(t, options, kind.facts, kind.part is not None)
     fused = t.dlogits is not None
     asks = _asks(kind, saves, top_k_is_fraction=options.top_k == 0, statistics=options.return_stats)
     numbers = {} if fused else {"top_k": options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS)}
