@@ -118,7 +118,7 @@ def _settled(exact: torch.Tensor, dtype: torch.dtype) -> bool:
     ("path", "examples", "share"),
     [
         pytest.param(*path.values, examples, share, id=path.id, marks=path.marks)
-        for path, examples, share in ((AUTO, 1500, 0.75), (REFERENCE, 500, 0.25), (GPU, 60, 0.25))
+        for path, examples, share in ((AUTO, 1500, 0.75), (REFERENCE, 500, 0.25), (GPU, 40, 0.25))
     ],
 )
 def test_random_problems(path: Path, examples: int, share: float) -> None:

@@ -73,6 +73,7 @@ def test_entropy(path: Path, shape: str, options: str, dtype: torch.dtype) -> No
     torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
 
 
+@pytest.mark.gpu_sweep
 @pytest.mark.parametrize("dtype", [BF16, FP64], ids=str)
 @pytest.mark.parametrize("options", ["all", "probabilities, weight, smoothing"])
 @pytest.mark.parametrize("shape", ["packed rows", "rows that begin inside a sector", "pixels"])
@@ -80,6 +81,7 @@ def test_other_dtypes(path: Path, shape: str, options: str, dtype: torch.dtype) 
     check_slices(module_of(path), *SHAPES[shape], dtype, **OPTIONS[options])
 
 
+@pytest.mark.gpu_sweep
 @pytest.mark.parametrize("options", ["smoothing", "probabilities"])
 @pytest.mark.parametrize("shape", ["packed rows", "ragged rows"])
 def test_a_common_offset_costs_no_digits(path: Path, shape: str, options: str) -> None:

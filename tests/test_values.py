@@ -35,6 +35,7 @@ def test_option_grid(path: Path, options: dict[str, Any], ignored: int | None, w
     check_against_torch(logits, target, weight, ignore_index=ignore_index, label_smoothing=smoothing, **options)
 
 
+@pytest.mark.gpu_sweep  # the same kernels' grids are in test_kernels.py
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", REDUCTIONS, ids=_name)
 def test_dtypes(path: Path, options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -57,6 +58,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.gpu_sweep  # the same kernels' grids are in test_kernels.py
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -64,6 +66,7 @@ def test_shapes(path: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
     check_against_torch(make_logits(*shape, dtype=dtype), make_target(n_rows, n_classes=n_cols))
 
 
+@pytest.mark.gpu_sweep  # the same kernels' grids are in test_kernels.py
 @pytest.mark.parametrize("options", REDUCTIONS, ids=_name)
 @pytest.mark.parametrize("shape", [(3, 10, 5), (2, 10, 3, 4), (1, 10, 2, 3, 2), (20, 4, 2)], ids=str)
 def test_spatial_shapes(path: Path, shape: tuple[int, ...], options: dict[str, Any]) -> None:
