@@ -37,6 +37,15 @@ if INTERPRETED:
 
     interpreter._patch_lang = _patch_lang_once
 
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_tensor_for_later_numpy(tensor: type, *scope: object) -> None:
+        """From numpy 2.4 on int() takes no array of one element, as which earlier Triton versions keep scalars."""
+        _patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_tensor_for_later_numpy
+
 GPU_SWEEP = "on a GPU part of the whole sweep: make test-all"
 
 # Two cores and small tensors: threads would only wait for each other.
