@@ -84,9 +84,11 @@ def fused_rows(t: Operands, more: bool, device: DeviceFacts) -> Cut | None:
     n_slices = -(-blocks // n_blocks)
     if n_slices > (min(MAX_SLICES, device.n_sms) if device.may_wait else 1):
         return None
-    registers = None if all_registers else register_limit(FUSED_ROW_REGISTERS, device)
+    num_warps = warps(threads, device)
+    # Left to itself, ptxas would spill a few values to fit another program on an SM.
+    registers = register_limit(registers_of(num_warps, 1) if all_registers else FUSED_ROW_REGISTERS, device)
     shape = RowShape(block_cols, _row_group(g, t.itemsize), n_slices, n_blocks)
-    return Cut("fused_row_kernel", g.n_rows * n_slices, warps(threads, device), shape, registers)
+    return Cut("fused_row_kernel", g.n_rows * n_slices, num_warps, shape, registers)
 
 
 def registers_of(num_warps: int, per_sm: int) -> int:

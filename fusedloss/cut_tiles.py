@@ -2,7 +2,7 @@
 
 from math import gcd
 
-from fusedloss.cut_rows import MAX_SHARED_ROW_COLS
+from fusedloss.cut_rows import MAX_SHARED_ROW_COLS, registers_of
 from fusedloss.geometry import VECTOR_BYTES, DeviceFacts, Geometry, Operands, next_power_of_2, register_limit, warps
 from fusedloss.kernels.groups import TileShape
 from fusedloss.plan import Cut
@@ -58,9 +58,12 @@ def cut_tiles(kernel: str, t: Operands, more: bool, device: DeviceFacts) -> Cut:
         shape = _shared(t, one_program)
         threads = shape.rows * shape.cols // per_thread
     n_programs = max(1, g.n_outer * -(-g.n_inner // shape.rows))
-    in_parts = row_group > 0 and shape.is_wide and t.probabilities is None and not more
-    registers = register_limit(PART_REGISTERS, device) if in_parts else None
-    return Cut(kernel, n_programs, warps(threads, device), shape, registers)
+    num_warps, limit = warps(threads, device), None
+    if row_group > 0 and t.probabilities is not None and kernel == "backward_tile_kernel":
+        limit = registers_of(num_warps, 1)  # ptxas would spill to fit another program on an SM
+    elif row_group > 0 and shape.is_wide and t.probabilities is None and not more:
+        limit = PART_REGISTERS
+    return Cut(kernel, n_programs, num_warps, shape, None if limit is None else register_limit(limit, device))
 
 
 def _packed(t: Operands, row_group: int, max_run: int, part: int, one_program: bool) -> tuple[TileShape, int]:

@@ -46,7 +46,7 @@ if INTERPRETED:
 
     interpreter._patch_lang_tensor = _patch_tensor_for_later_numpy
 
-GPU_SWEEP = "on a GPU part of the whole sweep: make test-all"
+GPU_SWEEP = "on a GPU, or under the interpreter, part of the whole sweep: make test-all"
 
 # Two cores and small tensors: threads would only wait for each other.
 torch.set_num_threads(1)
@@ -85,14 +85,15 @@ def _cannot_run(item: pytest.Item, config: pytest.Config) -> str | None:
 
 
 def _out_of_the_sample(items: list[pytest.Item]) -> set[pytest.Item]:
-    """GPU tests of a grid that would compile kernels for a combination whose values, or pairs of them, are in others as well."""
+    """Tests of a grid whose values, or pairs of them, are in others as well: on a GPU, where kernels would be compiled for each
+    combination, and under the interpreter, where a row takes milliseconds."""
     grids: defaultdict[tuple[pathlib.Path, str], list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("gpu") is not None and hasattr(item, "callspec"):
+        if (INTERPRETED or item.get_closest_marker("gpu") is not None) and hasattr(item, "callspec"):
             grids[item.path, item.nodeid.partition("[")[0]].append(item)
     out: set[pytest.Item] = set()
     for grid in grids.values():
-        strength = 2 if grid[0].get_closest_marker("pairs_on_a_gpu") is not None else 1
+        strength = 2 if INTERPRETED or grid[0].get_closest_marker("pairs_on_a_gpu") is not None else 1
         kept = covering([{name: repr(value) for name, value in item.callspec.params.items()} for item in grid], strength)
         out |= set(grid) - {grid[place] for place in kept}
     return out

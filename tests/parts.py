@@ -37,8 +37,8 @@ class Part(NamedTuple):
 
 PARTS = (
     Part("interpreted", ("-m", "interpreter"), interpreted=True),
-    Part("native", ("-m", "not interpreter", *(f"--ignore={path}" for path in (*PROGRAMS, *EMULATED)))),
     Part("programs", PROGRAMS),
+    Part("native", ("-m", "not interpreter", *(f"--ignore={path}" for path in (*PROGRAMS, *EMULATED)))),
     Part("emulated", EMULATED),
 )
 

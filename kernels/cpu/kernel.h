@@ -12,6 +12,7 @@ namespace {
 #include "targets.h"
 #include "row_math.h"
 #include "group.h"
+#include "blocks.h"
 #include "rows.h"
 #include "lanes.h"
 #include "few.h"
