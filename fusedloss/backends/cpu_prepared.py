@@ -80,14 +80,11 @@ class Prepared:
             dlogits = dlogits.view(self.shape)
         return loss, saved, dlogits
 
-    def backward(
-        self, dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, saved: Tensor, scale: float
-    ) -> Tensor:
-        """The gradient of the logits; saved: the forward's."""
-        kind = self.backward_kind
+    def backward(self, dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, saved: Tensor) -> Tensor:
+        """The gradient of the logits; saved: the forward's, the scale in it."""
         if self.converts:
             logits, target, weight = _converted(logits, target, weight)
-        n_examples = logits.shape[0] if self.any_batch else self.n_examples
+        kind, n_examples = self.backward_kind, logits.shape[0] if self.any_batch else self.n_examples
         dlogits = torch.empty_like(logits)
         if dloss.dtype != self.saved_dtype or not dloss.is_contiguous():
             dloss = dloss.to(self.saved_dtype).contiguous()
@@ -101,7 +98,7 @@ class Prepared:
             address(logits, kind.logits.of(n_examples)),
             address(target, kind.target.of(n_examples)),
             0 if weight is None else address(weight, weight.nbytes),
-            scale,
+            1.0,
             n_threads,
             n_examples,
         )
@@ -118,14 +115,14 @@ class Prepared:
 def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, as_given: Inputs) -> Prepared | None:
     """What `cpu.forward` decides for these arguments; None for calls that are not worth it, or not alike.
     as_given: the inputs as the caller has them."""
-    logits, (example_dtype, shape) = as_given.logits, (inputs.logits.dtype, as_given.logits.shape)
+    logits, shape = as_given.logits, as_given.logits.shape
     if 1 in shape and logits.stride() != contiguous_strides(shape):  # strides that say nothing: a gradient's differ
         return None
     if logits.numel() == 0:
         return None
     read = all_as_read(inputs)
     converts = not all(map(_is_same, read, as_given))
-    soft, saves, makes_gradient = inputs.has_probabilities(), *kept(options, needs_grad, example_dtype)
+    soft, saves, makes_gradient = inputs.has_probabilities(), *kept(options, needs_grad, logits.dtype)
     strides, is_dense = allocate_gradient(inputs.logits).stride(), True
     if needs_grad and not converts:
         dlogits = allocate_gradient(logits)

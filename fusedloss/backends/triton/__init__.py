@@ -175,11 +175,8 @@ class Prepared:
         _launch_forward(self.launches, out, Inputs(logits, target, None, None, weight), scale, 1.0, keeps_workspace=True)
         return loss, saved, dlogits
 
-    def backward(
-        self, dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, saved: Tensor, scale: float
-    ) -> Tensor:
+    def backward(self, dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, saved: Tensor) -> Tensor:
         """The gradient of the logits; saved: the forward's, the scale in it."""
-        del scale
         out = NO_OUTPUTS._replace(saved=saved, dlogits=torch.empty_like(logits))
         inputs = Inputs(logits, target, None, None, weight)
         arguments = {"out": out, "dloss_ptr": dloss.contiguous(), "inputs": inputs, "lam": 1.0}
