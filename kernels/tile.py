@@ -188,21 +188,31 @@ def load_held(inputs, n_rows, n_cols, asks: tl.constexpr, shape: tl.constexpr):
 
 @triton.jit
 def _packed_places(ptr, n_rows, n_cols, shape: tl.constexpr):
-    """Where this program's packed rows lie, a line per thread's run or part of a row: (addresses, offsets from the first element,
-    which of the line's padded places are its own, elements from the first to the tensor's end)."""
+    """Where this program's packed rows lie, a line per thread's run or part of a row: (addresses, offsets from the first element
+    as a sum of two, which of the line's padded places are its own, elements from the first to the tensor's end)."""
     LINE: tl.constexpr = shape.n_turns * shape.n_blocks
     ROWS: tl.constexpr = shape.rows
     first = tl.program_id(0) * ROWS
     line, lane = tl.arange(0, shape.turn_rows * shape.cols)[:, None], tl.arange(0, shape.padded)[None, :]
     if shape.is_wide:
-        col = line % shape.cols * LINE + lane
-        offsets = line // shape.cols * n_cols + col
-        inside = (lane < LINE) & (col < n_cols)
+        starts, places = line // shape.cols * n_cols, line % shape.cols * LINE + lane
+        inside = (lane < LINE) & (places < n_cols)
     else:
-        offsets = line * LINE + lane
+        starts, places = line * LINE, lane
         inside = lane < LINE
     n_left = tl.minimum(n_rows - first, ROWS) * n_cols
-    return ptr + first.to(tl.int64) * n_cols + offsets, offsets, inside, n_left
+    return ptr + first.to(tl.int64) * n_cols + (starts + places), (starts, places), inside, n_left
+
+
+@triton.jit
+def _before(offsets, n, shape: tl.constexpr):
+    """Which offsets are less than n."""
+    starts, places = offsets
+    if shape.is_wide:
+        before = starts + places < n
+    else:  # nothing that the addresses also need: it would be worked out with them, where no mask is needed
+        before = places < n - starts
+    return before
 
 
 @triton.jit
@@ -218,9 +228,9 @@ def _load_packed(ptr, n_rows, n_cols, other, shape: tl.constexpr):
     if n_left == ROWS * n_cols:
         values = tl.load(ptrs, mask=inside, other=other)
     elif n_left % VECTOR == 0:
-        values = tl.load(ptrs, mask=inside & (offsets < (n_left // VECTOR) * VECTOR), other=other)
+        values = tl.load(ptrs, mask=inside & _before(offsets, (n_left // VECTOR) * VECTOR, shape), other=other)
     else:
-        values = tl.load(ptrs, mask=inside & (offsets < n_left), other=other)
+        values = tl.load(ptrs, mask=inside & _before(offsets, n_left, shape), other=other)
     cells = _unzip(tl.trans(values))
     turns = ()
     for turn in tl.static_range(N_TURNS):
@@ -249,9 +259,9 @@ def store_packed(ptr, turns, n_rows, n_cols, shape: tl.constexpr):
     if n_left == shape.rows * n_cols:
         tl.store(ptrs, values, mask=inside)
     elif n_left % VECTOR == 0:
-        tl.store(ptrs, values, mask=inside & (offsets < (n_left // VECTOR) * VECTOR))
+        tl.store(ptrs, values, mask=inside & _before(offsets, (n_left // VECTOR) * VECTOR, shape))
     else:
-        tl.store(ptrs, values, mask=inside & (offsets < n_left))
+        tl.store(ptrs, values, mask=inside & _before(offsets, n_left, shape))
 
 
 @triton.jit
