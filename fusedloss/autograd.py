@@ -59,8 +59,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         ctx.call, ctx.has_gradient = (options, out_dtype, backend), has_gradient
         if has_gradient:
             ctx.place = None if forgets_logits(options, logits) else (logits, logits._version)
-            ctx.names = _present(inputs if ctx.place is None else inputs._replace(logits=None))  # type: ignore[arg-type]
-            ctx.save_for_backward(dlogits.view(logits.shape), *(getattr(inputs, name) for name in ctx.names))
+            save_gradient(ctx, dlogits.view(logits.shape), inputs)
         else:
             ctx.names = _present(inputs)
             ctx.save_for_backward(*(getattr(inputs, name) for name in ctx.names), *([] if fused else [outputs.saved]))
@@ -134,6 +133,12 @@ def alike_lengths(logits: Tensor) -> range:
     """The numbers of examples, these logits' among them, for which `forgets_logits` has one answer."""
     last_kept = KEPT_BYTES // max(1, logits.element_size() * math.prod(logits.shape[1:]))
     return range(last_kept + 1) if logits.shape[0] <= last_kept else range(last_kept + 1, sys.maxsize)
+
+
+def save_gradient(ctx: Any, dlogits: Tensor, inputs: Inputs) -> None:
+    """What the backward of a call reads that has its gradient."""
+    ctx.names = _present(inputs if ctx.place is None else inputs._replace(logits=None))  # type: ignore[arg-type]
+    ctx.save_for_backward(dlogits, *(getattr(inputs, name) for name in ctx.names))
 
 
 def _present(inputs: Inputs) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from fusedloss.option_checks import check_options
 from fusedloss.plan import ROW_REDUCTIONS, Extras, Inputs, Options, fuses_gradient
 from fusedloss.plan_linear import LinearPlan, chunks_of, leaves_rows_out, overwrites, sums_in_float32
 from fusedloss.route import Route, autocast_is_on, facts_of, route_with, without_strides
-from fusedloss.serving import check_if_asked, labels_of, serve_checked, without_numbers
+from fusedloss.serving import check_if_asked, labels_of, serve_checked, with_scale_apart, without_numbers
 from fusedloss.stats import LossStats
 from fusedloss.world import Kind, is_strided, world_of
 
@@ -167,15 +167,15 @@ def _with_logits(inputs: LinearInputs) -> Inputs:
 
 def _as_read(inputs: LinearInputs, dtype: torch.dtype) -> tuple[LinearInputs, Tensor | None]:
     """The tensors as matmuls and kernels read them; and the factor of the loss that has a gradient of its own, if any."""
-    linear_bias, scale = inputs.linear_bias, inputs.scale
+    inputs, factor = with_scale_apart(inputs)
+    linear_bias = inputs.linear_bias
     inputs = inputs._replace(
         input=inputs.input.to(dtype),
         linear_weight=inputs.linear_weight.to(dtype),
         linear_bias=None if linear_bias is None else linear_bias.to(dtype),
-        scale=None if scale is None else scale.to(inputs.input.device, non_blocking=True),
     )
     inputs = LinearInputs(*(None if tensor is None else tensor.resolve_neg() for tensor in inputs))  # type: ignore[arg-type]
-    return (inputs._replace(scale=None), inputs.scale) if _needs_grad(inputs.scale) else (inputs, None)
+    return inputs, factor
 
 
 def _summed(inputs: LinearInputs, options: Options, settings: Settings) -> tuple[Tensor, LossStats | None]:

@@ -77,11 +77,17 @@ def _backward(dloss: Tensor, inputs: Inputs, saved: Tensor, options: Options, ba
 
 
 def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype, backend: str) -> Outputs:
-    """The forward of "sum" or "mean" and its gradient, for which the memory of the logits may be used: they are lost.
+    """The forward of "sum" or "mean" and its gradient, which takes the place of the logits where `overwrites` says so.
 
     No operator: who calls it has made sure that the tensors hold data.
     """
     return _BACKENDS[backend].forward_overwriting(inputs, options, out_dtype)
+
+
+def overwrites(inputs: Inputs, options: Options, backend: str) -> bool:
+    """Whether the gradient can take the place of the logits: if no kernel reads a logit after it wrote its gradient."""
+    can: bool = _BACKENDS[backend].overwrites(inputs, options)
+    return can
 
 
 def scale_gradient(dlogits: Tensor, dloss: Tensor, backend: str) -> None:  # dloss: 0-d

@@ -92,19 +92,15 @@ def serve_checked(
     inputs: Inputs, options: Options, out_dtype: torch.dtype | None, key: tuple[Any, ...] | None = None
 ) -> tuple[Tensor, LossStats | None]:
     """The loss, and statistics where they are asked for; key: by which the next such call may be known."""
-    scale = inputs.scale
     route = route_of(inputs, options, out_dtype)
-    factor: Any = None  # of the loss, outside the kernel
+    factor: Any  # of the loss, outside the kernel
     out_dtype = route.out_dtype
     if route.world.kind is Kind.COMPILED:
         inputs, options, factor = without_numbers(inputs, options)
         if factor is not None:  # the sum of float16 losses may overflow before it is scaled
             route = route._replace(out_dtype=torch.promote_types(route.out_dtype, torch.float32))
-    elif scale is not None:
-        if scale.requires_grad and torch.is_grad_enabled():
-            factor, inputs = scale, inputs._replace(scale=None)
-        elif scale.device != inputs.logits.device:
-            inputs = inputs._replace(scale=scale.to(inputs.logits.device, non_blocking=inputs.logits.device.type != "cpu"))
+    else:
+        inputs, factor = with_scale_apart(inputs)
     loss, stats = compute(inputs, options, route)
     if key is not None:
         _remember(key, inputs, options, route, loss)
@@ -201,6 +197,19 @@ def check_if_asked(target: Tensor, target_b: Tensor | None, n_classes: int, opti
         for labels in (target, target_b):
             if labels is not None:
                 check_class_indices(labels, n_classes, options.ignore_index)
+
+
+def with_scale_apart(inputs: Any) -> tuple[Any, Tensor | None]:
+    """The same with the scale on the device of the first tensor. A scale that has a gradient of its own is returned apart, as a
+    factor of the loss."""
+    scale, device = inputs.scale, inputs[0].device
+    if scale is None:
+        return inputs, None
+    if scale.requires_grad and torch.is_grad_enabled():
+        return inputs._replace(scale=None), scale
+    if scale.device != device:
+        inputs = inputs._replace(scale=scale.to(device, non_blocking=device.type != "cpu"))
+    return inputs, None
 
 
 def asked(

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from paths import GPU, INTERPRETER, Path
 from problems import make_logits, make_probabilities, make_target
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fusedloss
 from fusedloss.backends import cpu
@@ -61,13 +63,83 @@ def test_misuse_raises() -> None:
         overwriting(torch._neg_view(leaf * 1), target)
     with pytest.raises(RuntimeError, match="negative view"):
         overwriting(leaf * 1, target, torch._neg_view(torch.ones(10)))
-    with pytest.raises(RuntimeError, match="only the CPU kernel"), fusedloss.backend("reference"):
+    with pytest.raises(RuntimeError, match="only the kernels"), fusedloss.backend("reference"):
         overwriting(leaf * 1, target)
     with pytest.raises(IndexError, match="Target 10 is out of bounds"):
         overwriting(leaf * 1, torch.full((4,), 10))
     loss = overwriting(leaf * 1, target)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="one backward"):
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
-    with pytest.raises(RuntimeError, match="one backward"):
-        torch.autograd.grad(overwriting(leaf * 1, target), leaf, create_graph=True)
+
+
+def test_a_graph_that_is_kept() -> None:
+    """A copy is handed out, as often as asked; the gradient of the gradient is that of logits recovered from it."""
+    leaf, target = make_logits(4, 10, dtype=torch.float64).requires_grad_(), make_target(4, n_classes=10)
+    loss = fusedloss.cross_entropy_overwriting_logits(leaf * 1, target, label_smoothing=0.1) ** 2
+    first, again = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), leaf)
+    expected_loss = torch.nn.functional.cross_entropy(leaf, target, label_smoothing=0.1) ** 2
+    (expected_gradient,) = torch.autograd.grad(expected_loss, leaf, create_graph=True)
+    (expected_second,) = torch.autograd.grad(expected_gradient.square().sum(), leaf)
+    torch.testing.assert_close(gradient, expected_gradient)
+    torch.testing.assert_close(second, expected_second)
+
+
+def test_an_edit_of_the_gradient_raises() -> None:
+    leaf, target = make_logits(4, 10).requires_grad_(), make_target(4, n_classes=10)
+    logits = leaf * 1
+    loss = fusedloss.cross_entropy_overwriting_logits(logits, target)
+    with torch.no_grad():
+        logits.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_through_the_hooks_of_saved_tensors() -> None:
+    leaf, target = make_logits(40, 100).requires_grad_(), make_target(40, n_classes=100)
+    (expected,) = torch.autograd.grad(fusedloss.cross_entropy(leaf, target), leaf)
+
+    def from_checkpoint(leaf: Tensor) -> Tensor:
+        return fusedloss.cross_entropy_overwriting_logits(leaf * 1, target)
+
+    with torch.autograd.graph.save_on_cpu():
+        loss = from_checkpoint(leaf)
+    assert torch.equal(torch.autograd.grad(loss, leaf)[0], expected)
+    loss = checkpoint(from_checkpoint, leaf, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(loss, leaf)[0], expected)
+
+
+def test_a_scale_that_is_learned() -> None:
+    leaf, target = make_logits(4, 10).requires_grad_(), make_target(4, n_classes=10)
+    scale = torch.tensor(2.0, requires_grad=True)
+    loss = fusedloss.cross_entropy_overwriting_logits(leaf * 1, target, scale=scale)
+    expected = fusedloss.cross_entropy(leaf, target, scale=scale)
+    for gradient, expected_gradient in zip(
+        torch.autograd.grad(loss, (leaf, scale)), torch.autograd.grad(expected, (leaf, scale)), strict=True
+    ):
+        assert torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("path", [INTERPRETER, GPU], indirect=True)
+@pytest.mark.parametrize("shape", [(9, 10), (4, 300), (2, 19, 5, 3)], ids=str)
+def test_on_triton(path: Path, shape: tuple[int, ...]) -> None:
+    leaf = make_logits(*shape).requires_grad_()
+    target = make_target(shape[0], *shape[2:], n_classes=shape[1], ignored=-100)
+    loss, gradient, logits = _in_place(leaf, target, 3.0, label_smoothing=0.1)
+    expected = fusedloss.cross_entropy(leaf, target, label_smoothing=0.1)
+    assert torch.equal(loss, expected)
+    assert torch.equal(gradient, torch.autograd.grad(expected, leaf, torch.tensor(3.0))[0])
+    assert gradient.data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("path", [INTERPRETER], indirect=True)
+def test_rows_that_are_read_twice_on_triton(path: Path) -> None:
+    """The interpreter launches slices twice."""
+    logits = make_logits(2, 40001).requires_grad_() * 1
+    before = logits.detach().clone()
+    with pytest.raises(RuntimeError, match="do not stay on chip"):
+        fusedloss.cross_entropy_overwriting_logits(logits, make_target(2, n_classes=40001))
+    assert torch.equal(logits, before)

@@ -34,6 +34,11 @@ def forward(
     return outputs
 
 
+def overwrites(inputs: Inputs, options: Options) -> bool:
+    """Whether `forward_overwriting` uses the memory of the logits; of any, as `prepack` knows them not to be fresh."""
+    return True
+
+
 def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> Outputs:
     """The same for reduction "sum" or "mean", and any dtype; the gradient takes the place of the logits."""
     outputs = allocate_forward(inputs, options, out_dtype, False)

@@ -28,6 +28,7 @@ __all__ = [
     "device_facts",
     "forward",
     "forward_overwriting",
+    "overwrites",
     "prepare",
     "scale_gradient",
     "slice_gradient",
@@ -56,6 +57,13 @@ def _forward(outputs: Outputs, inputs: Inputs, options: Options, keeps_workspace
     saved = outputs.saved if outputs.saved is not None else _new_state(inputs.logits)()
     _launch_forward(launches, outputs._replace(saved=saved), inputs, options.scale, options.lam, keeps_workspace)
     return outputs
+
+
+def overwrites(inputs: Inputs, options: Options) -> bool:
+    """Whether `forward_overwriting` uses the memory of the logits."""
+    if not fuses_gradient(options.reduction, inputs.logits.dtype):
+        return False
+    return given.overwrites(given.laid_out(inputs), options, device_facts(inputs.logits.device))
 
 
 def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> Outputs:
