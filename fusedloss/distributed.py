@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusedloss import reference
 from fusedloss.vocab_parallel import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
 
 Labels = Tensor | tuple[Tensor, Tensor, float | Tensor]
@@ -84,4 +85,4 @@ def denominator(target: Any, ignore_index: int, weight: Tensor | None) -> Tensor
     # A class out of range makes the loss itself fail, or nan on a GPU; here it must only not be read.
     inside = (target >= 0) & (target < len(weight))
     weights = weight.detach().to(target.device, dtype)[torch.where(inside, target, 0)]
-    return torch.where(counted, weights, 0).sum()
+    return reference.total(torch.where(counted, weights, 0))

@@ -206,7 +206,8 @@ def _from_rows(inputs: LinearInputs, options: Options, settings: Settings) -> tu
     elif options.reduction in ROW_REDUCTIONS:
         loss = reference.average_of_largest(rows, _counted(inputs, options), options)
     else:
-        loss = rows.sum() if options.reduction == "sum" else rows.sum() / _denominator(inputs, options)
+        total = reference.total(rows)
+        loss = total if options.reduction == "sum" else total / _denominator(inputs, options)
     if options.scale != 1:
         loss = loss * options.scale
     if scale is not None:

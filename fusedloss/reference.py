@@ -17,6 +17,9 @@ from fusedloss.stats import LossStats
 
 TORCHS = F.cross_entropy  # PyTorch's own, whatever `patch_torch` puts in its place
 
+# More numbers than the first are cut among the threads by PyTorch's sum to one number; sums of blocks are not.
+TORCHS_GRAIN, SUM_BLOCK = 2**15, 2**12
+
 
 def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> tuple[Tensor, LossStats | None]:
     """Returns the loss in out_dtype, 0-d, or (N, d1, ...) for reduction "none"; and its statistics where they are asked for."""
@@ -158,12 +161,20 @@ def reduce_rows(rows: Tensor, counted: Tensor, row_weights: Tensor, options: Opt
     if options.reduction == "none":
         return rows
     if options.reduction == "sum":
-        return rows.sum()
+        return total(rows)
     if options.reduction == "mean":
-        denominator = row_weights.sum()
+        denominator = total(row_weights)
         # Without weight PyTorch's mean is nan, also where label smoothing gives the rows a loss: not inf.
-        return rows.sum() / denominator.masked_fill(denominator == 0, torch.nan)
+        return total(rows) / denominator.masked_fill(denominator == 0, torch.nan)
     return average_of_largest(rows.flatten(), counted.flatten(), options)
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of all, with the same bits for any number of threads: ranks that share a row may have unequally many."""
+    if torch.compiler.is_compiling() or values.numel() <= TORCHS_GRAIN:
+        return values.sum()
+    values = values.flatten()
+    return F.pad(values, (0, -len(values) % SUM_BLOCK)).view(-1, SUM_BLOCK).sum(1).sum()
 
 
 def average_of_largest(rows: Tensor, counted: Tensor, options: Options) -> Tensor:
@@ -181,7 +192,7 @@ def average_of_largest(rows: Tensor, counted: Tensor, options: Options) -> Tenso
     above = counted & ((order > threshold) | (unknown & ~threshold.isnan()))
     tied = counted & ((order == threshold) | (unknown & threshold.isnan()))
     share = (k - above.sum()).to(rows.dtype) / tied.sum()  # int / int would be float32 in a float64 problem
-    selected = torch.where(above, rows, 0).sum() + share * torch.where(tied, rows, 0).sum()
+    selected = total(torch.where(above, rows, 0)) + share * total(torch.where(tied, rows, 0))
     return selected / k
 
 

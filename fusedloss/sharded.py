@@ -93,7 +93,7 @@ def _counted(inputs: Inputs, options: Options, part: Slice, dtype: torch.dtype) 
 
 def denominator(inputs: Inputs, options: Options, part: Slice) -> Tensor:
     """What the mean of these rows divides by, 0-d."""
-    return _counted(inputs, options, part, torch.float64)[1].sum()
+    return reference.total(_counted(inputs, options, part, torch.float64)[1])
 
 
 class _SlicedRowLosses(torch.autograd.Function):

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedloss import reference
 from fusedloss.backends.outputs import n_statistics
 from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
 
@@ -81,7 +82,7 @@ def describe_rows(inputs: Inputs, options: Options, part: Slice, dtype: torch.dt
         # One label twice: its whole share counts for the first, whose gradient does not cancel.
         share = share.masked_fill(labels[0] == labels[1], 1)
         factors = [share * factors[0], (1 - share) * factors[1]]
-    weight_total = float(part.n_classes) if weight is None else weight.sum()
+    weight_total = float(part.n_classes) if weight is None else reference.total(weight)
     return Rows(counted, outside, factors[0], factors[1] if len(factors) == 2 else None, weight_total)
 
 

@@ -1,0 +1,117 @@
+"""vocab_parallel_cross_entropy where a rank is gone, or late; the same bits on all ranks, in all launches, with any threads."""
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from problems import make_logits, make_target
+
+from fusedloss.distributed import vocab_parallel_cross_entropy
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12 on, at forks
+
+N_RANKS = 2
+PATIENCE = 2.0  # seconds that the late rank's group waits
+LIMIT = 60.0  # seconds of a launch: a rank that hangs fails its test
+
+
+def launch(main: Callable[..., None], folder: Path, *arguments: Any) -> None:
+    """Runs main(rank, folder, *arguments) on all ranks."""
+    folder.mkdir()
+    context = torch.multiprocessing.start_processes(main, (folder, *arguments), nprocs=N_RANKS, join=False, start_method="fork")
+    end = time.monotonic() + LIMIT
+    while not context.join(timeout=1):
+        if time.monotonic() > end:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"a rank hangs: not done after {LIMIT:g} s")
+
+
+def join_group(rank: int, folder: Path, seconds: float = LIMIT) -> None:
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=N_RANKS, timeout=timedelta(seconds=seconds))
+
+
+def with_a_rank_that_is_not_there(rank: int, folder: Path, fate: str) -> None:
+    join_group(rank, folder, PATIENCE)
+    shard, target = make_logits(5, 4).requires_grad_(), make_target(5, n_classes=8)
+    loss = vocab_parallel_cross_entropy(shard, target)
+    if rank == 1:
+        if fate == "late":
+            while not (folder / "error").exists():
+                time.sleep(0.05)
+        os._exit(0)
+    start = time.monotonic()
+    (gradient,) = torch.autograd.grad(loss, shard)  # which needs nobody else
+    assert gradient.isfinite().all()
+    try:
+        vocab_parallel_cross_entropy(shard, target)
+    except RuntimeError as error:
+        (folder / "written").write_text(f"{time.monotonic() - start} {error}")
+        (folder / "written").rename(folder / "error")
+    os._exit(0)
+
+
+@pytest.mark.parametrize("fate", ["gone", "late"])
+def test_a_rank_that_is_not_there_is_an_error_and_no_hang(fate: str, tmp_path: Path) -> None:
+    launch(with_a_rank_that_is_not_there, tmp_path / fate, fate)
+    seconds, _, message = (tmp_path / fate / "error").read_text().partition(" ")
+    assert float(seconds) < LIMIT / 2
+    assert ("onnection" if fate == "gone" else "Timed out") in message
+
+
+# Shapes of whole rows: more of them than PyTorch's sum takes with one thread; rows that threads share out; of one thread's size.
+SHAPES = [(33001, 6), (65, 3001), (13, 20)]
+CALLS: dict[str, dict[str, Any]] = {
+    "mean": {"label_smoothing": 0.1, "weight": True},
+    "none": {"reduction": "none", "return_stats": True},
+    "topk": {"reduction": "topk", "top_k": 0.5},
+}
+
+
+def bits(values: torch.Tensor) -> bytes:
+    return values.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def every_bit(rank: int, folder: Path, threads: tuple[int, ...]) -> None:
+    """Writes what this rank finds of every call; threads: of each rank."""
+    torch.set_num_threads(threads[rank])
+    join_group(rank, folder)
+    found: dict[str, tuple[bytes, ...]] = {}
+    for shape in SHAPES:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            logits, target = make_logits(*shape, dtype=dtype), make_target(shape[0], n_classes=shape[1])
+            sizes = (shape[1] // 3, shape[1] - shape[1] // 3)
+            for name, options in CALLS.items():
+                if options.get("weight"):
+                    of_classes = torch.linspace(0.1, 1.3, shape[1], dtype=torch.float64).sqrt()  # whose sums are rounded
+                    options = {**options, "weight": of_classes.to(dtype)}
+                shard = logits.split(sizes, 1)[rank].clone().requires_grad_()
+                place = {"first_class": sizes[0] * rank, "n_classes": shape[1]}
+                loss = vocab_parallel_cross_entropy(shard, target, **place, **options)
+                loss, *stats = loss if isinstance(loss, tuple) else (loss,)
+                (gradient,) = torch.autograd.grad(loss.sum(), shard)
+                of_all = bits(loss), *(bits(value) for value in (stats[0] if stats else ()))
+                found[f"{name} of {shape} in {dtype}"] = *of_all, bits(gradient)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.barrier()
+    os._exit(0)
+
+
+def test_ranks_launches_and_threads_find_the_same_bits(tmp_path: Path) -> None:
+    launches = []
+    for n, threads in enumerate([(1, 1), (2, 1), (3, 2)]):
+        launch(every_bit, tmp_path / str(n), threads)
+        launches.append([torch.load(tmp_path / str(n) / f"{rank}.pt", weights_only=False) for rank in range(N_RANKS)])
+    for call, first in launches[0][0].items():
+        for ranks in launches:
+            for rank, found in enumerate(ranks):
+                assert found[call][:-1] == first[:-1], f"{call}: loss, or statistics, of rank {rank}"
+                assert found[call][-1] == launches[0][rank][call][-1], f"{call}: gradient of rank {rank}"
