@@ -4,7 +4,7 @@ forward   loss, saved, dlogits = op.forward(logits, ...)   saved: per-row statis
 backward  dlogits, scaled by dloss                         fused strategy: every backward of first order
           op.forward(logits, ...), scaled by dloss         the same where hooks had the say over what is saved
           op.backward(dloss, logits, saved)                recompute strategy; the gradient of entropies is added to it
-          autograd.grad(reference(logits))                 under create_graph: differentiable to any order
+          affine.gradient, autograd.grad(reference)        under create_graph: differentiable to any order
 
 A call holds one tensor of the logits' size, as PyTorch's loss holds their log-softmax: the fused gradient, or the logits. All of
 it goes through save_for_backward, so that checkpoints and other hooks have it in their hands. While such hooks are active no
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from fusedloss import ops, reference
+from fusedloss import affine, ops, reference
 from fusedloss.backends.outputs import ENTROPY
 from fusedloss.known import KnownCall
 from fusedloss.plan import Inputs, Options, fuses_gradient
@@ -125,8 +125,7 @@ def forgets_logits(options: Options, logits: Tensor) -> bool:
     """Whether a call that made its gradient keeps nothing of the logits but their place in the graph: `forget_logits` is to be
     called. PyTorch's composition of a z-loss, a focal loss or a softcap keeps them, too; small ones are kept rather than
     forgotten, which takes as long as their loss."""
-    is_affine = options.z_loss == options.softcap == options.focal_gamma == 0
-    return is_affine and logits.numel() * logits.element_size() > KEPT_BYTES
+    return affine.is_affine(options) and logits.numel() * logits.element_size() > KEPT_BYTES
 
 
 def alike_lengths(logits: Tensor) -> range:
@@ -191,18 +190,21 @@ def _differentiable_gradient(
 ) -> Tensor:
     """From PyTorch's operators: under create_graph the gradient must be differentiable itself, under vmap (is_grads_batched) no
     kernel serves dloss."""
+    version: int | None
+    if dlogits is None:
+        place, version = by_name["logits"], by_name["logits"]._version
+    else:
+        place, version = ctx.place or (by_name["logits"], None)
+    inputs = Inputs(**{**by_name, "logits": place})
+    if place.dim() == 1:
+        inputs, dlogits = inputs.as_one_row(), dlogits if dlogits is None else dlogits.unsqueeze(0)
+    if version != place._version:  # forgotten, or edited since, as it may be
+        assert dlogits is not None
+        inputs = inputs._replace(logits=recovered(inputs, options, dlogits))
+    if dentropy is None and affine.is_affine(options):
+        dloss = dloss.view(_rows_shape(inputs.logits)) if options.reduction == "none" else dloss
+        return affine.gradient(dloss, inputs, options).view(place.shape)
     with torch.enable_grad():
-        version: int | None
-        if dlogits is None:
-            place, version = by_name["logits"], by_name["logits"]._version
-        else:
-            place, version = ctx.place or (by_name["logits"], None)
-        inputs = Inputs(**{**by_name, "logits": place})
-        if place.dim() == 1:
-            inputs, dlogits = inputs.as_one_row(), dlogits if dlogits is None else dlogits.unsqueeze(0)
-        if version != place._version:  # forgotten, or edited since, as it may be
-            assert dlogits is not None
-            inputs = inputs._replace(logits=recovered(inputs, options, dlogits))
         loss, stats = reference.cross_entropy(inputs, options._replace(return_stats=dentropy is not None), out_dtype)
         losses, upstream = [loss.reshape(dloss.shape)], [dloss]
         if dentropy is not None:

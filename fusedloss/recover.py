@@ -1,12 +1,8 @@
 """Logits again from their gradient, for derivatives of second order.
 
 A call that has made its gradient in the forward keeps that, and not the logits: PyTorch's loss keeps one tensor of their size.
-Only create_graph=True asks for more. A row's gradient is affine in its softmax,
-
-    g(p) = a (p - p0) + g(p0)        a from the gradients at two softmaxes that are known,
-
-so the gradient gives p, and log p is as good as the logits: all losses without z-loss, focal factor and
-softcap are the same for both.
+Only create_graph=True asks for more. A row's gradient is affine in its softmax (affine.py), so the gradient gives the softmax.
+Its logarithm is as good as the logits: the loss and its derivatives are the same for both.
 """
 
 from typing import Any
@@ -14,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedloss import reference
+from fusedloss.affine import gradient_at, labels_of
 from fusedloss.plan import Inputs, Options
+from fusedloss.reference import computed_in
 
 KEPT_BYTES = 2**20  # of logits; larger ones are forgotten
 
@@ -49,23 +46,10 @@ class _ValuesAt(torch.autograd.Function):
 
 def recovered(inputs: Inputs, options: Options, dlogits: Tensor) -> Tensor:
     """Logits (N, C, d1, ...) whose loss has the gradient dlogits, in the graph at the place of inputs.logits."""
-    dtype = reference.computed_in(inputs)
-    equal = torch.zeros(dlogits.shape, dtype=dtype, device=dlogits.device)
-    first = equal.clone()
-    first[:, 0] = 1
-    n_classes = dlogits.shape[1]
-    at_equal, at_first = (_gradient_at(logits, inputs, options, dtype) for logits in (equal, first))
-    step = (first[:, :1] * options.logit_scale).exp() / ((first * options.logit_scale).exp().sum(1, keepdim=True)) - 1 / n_classes
-    slope = (at_first - at_equal)[:, :1] / step
-    softmax = 1 / n_classes + (dlogits.detach().to(dtype) - at_equal) / slope
+    dtype = computed_in(inputs)
+    zeros = torch.zeros(dlogits.shape, dtype=dtype, device=dlogits.device)
+    at_zeros, slope = gradient_at(zeros, zeros.new_ones(()), inputs, labels_of(inputs, options), options)
     # Where a row does not count, nor does its softmax.
-    softmax = torch.where((slope == 0) | slope.isnan() | (step == 0), 1 / n_classes, softmax)
+    softmax = torch.where((slope == 0) | slope.isnan(), 1 / dlogits.shape[1], (dlogits.detach().to(dtype) - at_zeros) / slope)
     values = softmax.clamp(min=torch.finfo(dtype).tiny).log() / options.logit_scale
     return _ValuesAt.apply(inputs.logits, values)
-
-
-def _gradient_at(logits: Tensor, inputs: Inputs, options: Options, dtype: torch.dtype) -> Tensor:
-    with torch.enable_grad():
-        logits = logits.detach().requires_grad_()
-        loss, _ = reference.cross_entropy(inputs._replace(logits=logits), options, dtype)
-        return torch.autograd.grad(loss, logits)[0]

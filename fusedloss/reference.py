@@ -33,25 +33,19 @@ def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> t
         # Class weights are not in the denominator of the mean. Without a class PyTorch divides by no row.
         row_weights = torch.full_like(rows, min(1, logits.shape[1]))
     else:
-        labels = [label.to(torch.long) for label in (inputs.target, inputs.target_b) if label is not None]
-        counted = torch.stack([label != options.ignore_index for label in labels]).all(0)
+        labels, counted, outside = labels_of(inputs, options)
         # An ignored row has no gradient even where its logits are NaN: 0 * NaN would be NaN.
         logits = _transformed(logits.masked_fill(~counted.unsqueeze(1), 0.0), options)
-        outside = torch.stack([((label < 0) | (label >= logits.shape[1])) & counted for label in labels]).any(0)
-        labels = [label.masked_fill(~counted, options.ignore_index) for label in labels]  # of two, the other may be the ignored
-        if not _raises_index_error(logits.device):  # PyTorch would stop the device: these rows are read as another class
-            readable = logits.shape[1] - 1 if options.ignore_index == 0 else 0
-            labels = [label.masked_fill(outside, readable if logits.shape[1] else options.ignore_index) for label in labels]
         if inputs.target_b is None:
             rows = _row_losses(logits, labels[0], weight, options)
-            row_weights = _row_weights(logits, labels[0], weight, counted)
+            row_weights = weights_of_rows(logits, labels[0], weight, counted)
             if options.focal_gamma > 0:
                 rows = rows * _focal_factor(_row_losses(logits, labels[0], None, options), options.focal_gamma)
         else:
             lam = inputs.lam.to(compute_dtype) if inputs.lam is not None else options.lam
             rows = _two_label_losses(logits, labels[0], labels[1], lam, weight, options)
             row_weights = counted.to(logits.dtype)  # as for probabilities
-        if not _raises_index_error(logits.device):  # and NaN, their gradients too: 1 leaves the others as they are
+        if outside is not None:  # NaN, their gradients too: 1 leaves the others as they are
             rows = rows * torch.where(outside, torch.nan, 1.0)
     if options.z_loss != 0:
         rows = rows + torch.where(counted, options.z_loss * logits.logsumexp(1).square(), 0)
@@ -67,6 +61,29 @@ def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> t
     if options.differentiates_entropy():
         stats = stats._replace(entropy=_entropies(logits, counted))
     return loss, stats
+
+
+class Labels(NamedTuple):
+    """Class indices, read once."""
+
+    labels: list[Tensor]  # one, or two: int64, ignore_index where the row does not count
+    counted: Tensor  # bool
+    outside: Tensor | None  # rows with a class out of range, read as another class; None where PyTorch raises an IndexError
+
+
+def labels_of(inputs: Inputs, options: Options) -> Labels:
+    n_classes = inputs.logits.shape[1]
+    labels = [label.to(torch.long) for label in (inputs.target, inputs.target_b) if label is not None]
+    counted = labels[0] != options.ignore_index
+    if len(labels) == 2:
+        counted = counted & (labels[1] != options.ignore_index)
+        labels = [label.masked_fill(~counted, options.ignore_index) for label in labels]  # the other may be the ignored
+    outside = None
+    if not _raises_index_error(inputs.logits.device):  # there PyTorch would stop the device
+        outside = torch.stack([((label < 0) | (label >= n_classes)) & counted for label in labels]).any(0)
+        readable = n_classes - 1 if options.ignore_index == 0 else 0
+        labels = [label.masked_fill(outside, readable if n_classes else options.ignore_index) for label in labels]
+    return Labels(labels, counted, outside)
 
 
 def computed_in(inputs: Inputs) -> torch.dtype:
@@ -141,7 +158,7 @@ def _two_label_losses(
     rows = logits.new_zeros(())
     for labels, share in ((a, lam), (b, 1 - lam)):
         nll = F.nll_loss(log_p, labels, reduction="none", ignore_index=options.ignore_index)
-        factor = share * _row_weights(logits, labels, weight, labels != options.ignore_index)
+        factor = share * weights_of_rows(logits, labels, weight, labels != options.ignore_index)
         rows = rows + factor * nll.masked_fill((factor == 0) & nll.isinf(), 0)
     if options.label_smoothing > 0:
         every = log_p if weight is None else log_p * weight.view(-1, *[1] * (log_p.dim() - 2))
@@ -150,7 +167,7 @@ def _two_label_losses(
     return rows
 
 
-def _row_weights(logits: Tensor, target: Tensor, weight: Tensor | None, counted: Tensor) -> Tensor:
+def weights_of_rows(logits: Tensor, target: Tensor, weight: Tensor | None, counted: Tensor) -> Tensor:
     if weight is None:
         return counted.to(logits.dtype)
     inside = counted & (target >= 0) & (target < logits.shape[1])  # elsewhere the loss is NaN, or an IndexError already
