@@ -109,8 +109,9 @@ def _selection_cuts(t: Operands, reduction: str, device: DeviceFacts) -> tuple[C
     if reduction not in ROW_REDUCTIONS or n_rows <= ROWS_SELECTED_ALONE:
         return ()
     n_programs, num_warps = min(device.n_sms, -(-n_rows // PARTIALS_BLOCK)), warps(SMALL_THREADS, device)
+    registers = register_limit(registers_of(num_warps, 1), device)  # ptxas would spill to fit another program on an SM
     digit, selected = (
-        Cut(kernel, n_programs, num_warps, Block(PARTIALS_BLOCK, 1)) for kernel in ("digit_kernel", "selected_kernel")
+        Cut(kernel, n_programs, num_warps, Block(PARTIALS_BLOCK, 1), registers) for kernel in ("digit_kernel", "selected_kernel")
     )
     n_digits = (64 if t.itemsize == 8 else 32) // DIGIT_BITS
     return (digit,) * n_digits + (selected,)

@@ -84,11 +84,12 @@ def forward_tile_kernel(
             gap_sum=row_max,
         )  # fmt: skip
         store_rows(out, rows.index, rows.exist, counted, loss, stats, terms.scale, n_rows, asks)
+        tally = None
         if out.row_stats is not None:
             correct, lse, entropy = by_row(corrects) != 0, by_row(lses), by_row(entropies)
-            store_stats(out, work, rows.index, rows.exist, counted, correct, lse, loss, entropy, n_rows)
-        loss_sum, count_sum = tl.sum(loss, 0), tl.sum(count, 0)
-        reduce_batch(out, work, loss_sum, count_sum, terms.scale, top_k, tl.program_id(0), tl.num_programs(0), n_rows, asks)
+            tally = store_stats(out, rows.index, rows.exist, counted, correct, lse, loss, entropy, n_rows)
+        loss_sum, count_sum, n = tl.sum(loss, 0), tl.sum(count, 0), tl.num_programs(0)
+        reduce_batch(out, work, loss_sum, count_sum, tally, terms.scale, top_k, tl.program_id(0), n, n_rows, asks)
 
 
 @triton.jit(do_not_specialize=["n_rows", "top_k"])
@@ -143,9 +144,10 @@ def forward_row_kernel(
                 tl.store(out.saved + 3, 0.0, mask=row == 0)
             loss = row_loss(stats, label, row, problem, asks)
             store_rows(out, row, row < n_rows, label.counted, loss, stats, terms.scale, n_rows, asks)
+            tally = None
             if out.row_stats is not None:
                 lse = row_lse(stats, label, asks)
                 correct, entropy = has_largest(stats, label, lse, asks), row_entropy(stats, label, asks)
-                store_stats(out, work, row, row < n_rows, label.counted, correct, lse, loss, entropy, n_rows)
+                tally = store_stats(out, row, row < n_rows, label.counted, correct, lse, loss, entropy, n_rows)
             count = label.weight if asks.weighs_the_mean else label.counted.to(dtype)
-            reduce_batch(out, work, loss, count, terms.scale, top_k, row, n_rows, n_rows, asks)
+            reduce_batch(out, work, loss, count, tally, terms.scale, top_k, row, n_rows, n_rows, asks)

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .groups import Problem
 from .label import load_target, load_targets_from, read_label, weight_in_mean, weighted
-from .reduction import count_rows, mean_coefficient, store_stats, sum_over_programs
+from .reduction import mean_coefficient, store_counts, store_stats, sum_over_programs
 from .row import (
     Span,
     absorb_edges,
@@ -66,7 +66,7 @@ def denominator_kernel(
             tl.store(work.arrived + 1 + rows, 0, mask=exist)
     if work.arrived is not None:
         tl.store(work.arrived, 0)
-    denominator, last = sum_over_programs(work, tl.sum(total, 0), tl.program_id(0), tl.num_programs(0))
+    denominator, last = sum_over_programs(work, tl.sum(total, 0), None, tl.program_id(0), tl.num_programs(0))
     tl.store(out.saved, mean_coefficient(load_scale(inputs, scale, dtype), denominator), mask=last)
 
 
@@ -135,14 +135,15 @@ def fused_tile_kernel(
     if shape.is_packed:
         store_packed(out.dlogits, turns, n_rows, n_cols, shape)
 
+    tally = None
     if out.row_stats is not None:
         counted, correct = by_row(counts) != 0, by_row(corrects) != 0
         lse, loss, entropy = by_row(lses), by_row(losses), by_row(entropies)
-        store_stats(out, work, rows.index, rows.exist, counted, correct, lse, loss, entropy, n_rows)
-    total, last = sum_over_programs(work, tl.sum(loss_sum, 0), tl.program_id(0), tl.num_programs(0))
+        tally = store_stats(out, rows.index, rows.exist, counted, correct, lse, loss, entropy, n_rows)
+    total, last = sum_over_programs(work, tl.sum(loss_sum, 0), tally, tl.program_id(0), tl.num_programs(0))
     tl.store(out.loss, (g * total).to(dtype), mask=last)
-    if out.row_stats is not None and last:
-        count_rows(out, work, n_rows)
+    if tally is not None and last:
+        store_counts(out, work, tally, tl.num_programs(0))
 
 
 @triton.jit
@@ -249,12 +250,13 @@ def fused_row_kernel(
             tl.store(dlogits.row + cols, tl.zeros((2 * SECTOR,), dtype) + missing, mask=in_edge)
 
     if part == 0:
+        tally = None
         if out.row_stats is not None:
-            store_stats(out, work, row, row < n_rows, label.counted, correct, lse, loss, entropy, n_rows)
-        loss_sum, last = sum_over_programs(work, loss, program, n_rows)
+            tally = store_stats(out, row, row < n_rows, label.counted, correct, lse, loss, entropy, n_rows)
+        loss_sum, last = sum_over_programs(work, loss, tally, program, n_rows)
         tl.store(out.loss, (g * loss_sum).to(dtype), mask=last)
-        if out.row_stats is not None and last:
-            count_rows(out, work, n_rows)
+        if tally is not None and last:
+            store_counts(out, work, tally, n_rows)
 
 
 @triton.jit(do_not_specialize=["n", "n_rows"])

@@ -26,7 +26,7 @@ class Work(NamedTuple):
 
     partial: Any = None  # (1 or 2, n_programs) sums of the programs (reduction.py)
     ticket: Any = None  # () int32: programs that are done; then more counters
-    flags: Any = None  # (n_rows,) int8: what the statistics count
+    tallies: Any = None  # (3, n_programs) int64: a Tally of each
     selection: Any = None  # (4,) int64, where launches of their own select among the rows (selection.py)
     sums: Any = None  # (3, n_programs) float64, theirs
     slices: Any = None  # (5, n_rows, n_slices): statistics of the slices of rows (slices.py)
@@ -184,6 +184,15 @@ class Problem(NamedTuple):
     n_rows: Any
     n_cols: Any
     shard: Any
+
+
+class Tally(NamedTuple):
+    """What statistics count of rows, those of a program or all."""
+
+    counted: Any
+    correct: Any
+    worst_key: Any  # of the largest loss among the counted (keys.py); 0, which no loss has: none counts
+    worst: Any  # the first row that has it
 
 
 class Label(NamedTuple):

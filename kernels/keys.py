@@ -19,6 +19,12 @@ def sortable_bits(loss):
 
 
 @triton.jit
+def key_from_int64(bits, dtype: tl.constexpr):
+    """A key of losses of this dtype, from where keys of both sizes are kept."""
+    return bits.to(tl.uint64, bitcast=True) if dtype == tl.float64 else bits.to(tl.uint32)
+
+
+@triton.jit
 def loss_from_sortable_bits(key):
     """The inverse of sortable_bits."""
     if key.dtype == tl.uint64:

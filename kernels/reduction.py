@@ -5,25 +5,28 @@ partials in the order of the programs. So the result does not depend on the orde
 ever added atomically. (The technique of CUDA's threadFenceReduction sample.) Where programs are many, groups of
 them do so first.
 
-"max" and "topk" keep every row's loss; the last program selects among them. The k-th largest is found by radix selection,
-8 bits at a time from the top (Alabi et al. 2012, "Fast k-selection algorithms for graphics processing units"): 4 passes over
-n_rows values in L2 for float32, whatever k is. Of many rows, the passes are launches of many programs (selection.py).
+Statistics are counted in the same way: a program leaves a tally of its own rows, and the last one adds up those of programs.
+Only "max" and "topk" keep every row's loss, and the last program selects among them (radix.py); of many rows, launches of their
+own do so (selection.py).
 """
 
 import triton
 import triton.language as tl
 
 from . import constants
-from .keys import loss_from_sortable_bits, sortable_bits
+from .groups import Tally
+from .keys import key_from_int64, loss_from_sortable_bits, sortable_bits
+from .radix import kth_largest, largest, sum_above
 from .rowwise import STATE
 
 PARTIALS_BLOCK = tl.constexpr(constants.PARTIALS_BLOCK)
 MAX_UNGROUPED = tl.constexpr(constants.MAX_UNGROUPED)
 N_GROUPS = tl.constexpr(constants.N_GROUPS)
-DIGIT_BITS = tl.constexpr(constants.DIGIT_BITS)
-N_DIGITS = tl.constexpr(1 << constants.DIGIT_BITS)
 FRACTION_BITS = tl.constexpr(constants.FRACTION_BITS)
 HALF = tl.constexpr(1 << (constants.FRACTION_BITS - 1))
+COUNT_BITS = tl.constexpr(32)  # a program or a group has fewer rows: two counts are one integer
+COUNT_MASK = tl.constexpr(2**32 - 1)
+NO_ROW = tl.constexpr(2**63 - 1)  # after all rows
 
 
 @triton.jit
@@ -40,28 +43,32 @@ def draws_last(ticket_ptr, n):
 
 
 @triton.jit
-def _finishes_last(partial_ptr, ticket_ptr, program, n_programs, N_SUMS: tl.constexpr):
+def _finishes_last(work, program, n_programs, N_SUMS: tl.constexpr):
     """Whether all other programs have finished. Of many, those of a group, every N_GROUPS-th, have added up their partials in the
     place of the first: 65536 partials would be 64 journeys to L2, one after the other, for a program that all others have left
     alone, and as many atomics on one address."""
     if n_programs > MAX_UNGROUPED:
         group = program & (N_GROUPS - 1)  # of a power of two
         n_members = (n_programs - 1 - group) // N_GROUPS + 1
-        last = draws_last(ticket_ptr + 1 + group, n_members)
+        last = draws_last(work.ticket + 1 + group, n_members)
         if last:
             for i in tl.static_range(N_SUMS):
-                group_ptr = partial_ptr + i * n_programs + group
-                tl.store(group_ptr, sum_partials(group_ptr, n_members, N_GROUPS).to(partial_ptr.dtype.element_ty))
-            last = draws_last(ticket_ptr, N_GROUPS)
+                group_ptr = work.partial + i * n_programs + group
+                tl.store(group_ptr, sum_partials(group_ptr, n_members, N_GROUPS).to(work.partial.dtype.element_ty))
+            if work.tallies is not None:
+                group_ptr = work.tallies + group
+                tally = _merge_tallies(group_ptr, n_programs, n_members, N_GROUPS, work.partial.dtype.element_ty)
+                _store_tally(group_ptr, n_programs, tally)
+            last = draws_last(work.ticket, N_GROUPS)
     else:
-        last = draws_last(ticket_ptr, n_programs)
+        last = draws_last(work.ticket, n_programs)
     return last
 
 
 @triton.jit
-def _sum_left(partial_ptr, n_programs):
-    """The sum of what _finishes_last has left."""
-    return sum_partials(partial_ptr, tl.where(n_programs > MAX_UNGROUPED, N_GROUPS, n_programs))
+def _n_left(n_programs):
+    """How many partials _finishes_last has left."""
+    return tl.where(n_programs > MAX_UNGROUPED, N_GROUPS, n_programs)
 
 
 @triton.jit
@@ -77,15 +84,18 @@ def sum_partials(partial_ptr, n, stride=1):
 
 
 @triton.jit
-def sum_over_programs(work, value, program, n_programs):
-    """Sum of all programs' values, for the program that finishes last: (sum, whether this is the one)."""
+def sum_over_programs(work, value, tally, program, n_programs):
+    """Sum of all programs' values, for the program that finishes last: (sum, whether this is the one). tally: None without
+    statistics."""
     total = value.to(tl.float64)
     last = True
-    if work.ticket is not None:
+    if work.partial is not None:
         tl.store(work.partial + program, value)
-        last = _finishes_last(work.partial, work.ticket, program, n_programs, 1)
+        if tally is not None:
+            _store_tally(work.tallies + program, n_programs, tally)
+        last = _finishes_last(work, program, n_programs, 1)
         if last:
-            total = _sum_left(work.partial, n_programs)
+            total = sum_partials(work.partial, _n_left(n_programs))
     return total, last
 
 
@@ -96,40 +106,63 @@ def mean_coefficient(scale, count):
 
 
 @triton.jit
-def store_stats(out, work, rows, exist, counted, correct, lse, loss, entropy, n_rows):
-    """What a row leaves for count_rows, and for the caller: (3, n_rows) of lse, loss and entropy, 0 where it does not count."""
+def store_stats(out, rows, exist, counted, correct, lse, loss, entropy, n_rows):
+    """What the caller gets of rows, or of one: (3, n_rows) of lse, loss and entropy, 0 where it does not count. Returns their
+    tally."""
     tl.store(out.row_stats + rows, tl.where(counted, lse, 0.0), mask=exist)
     tl.store(out.row_stats + n_rows + rows, tl.where(counted, loss, 0.0), mask=exist)
     tl.store(out.row_stats + 2 * n_rows + rows, tl.where(counted, entropy, 0.0), mask=exist)
-    tl.store(work.flags + rows, counted.to(tl.int8) + (counted & correct).to(tl.int8), mask=exist)
-    tl.debug_barrier()  # many threads stored, one of them will say that the program is done
+    key = sortable_bits(loss)
+    key = tl.where(counted, key, key * 0)
+    n_counted, n_correct = counted.to(tl.int32), (counted & correct).to(tl.int32)
+    if len(loss.shape) > 0:
+        worst_key = tl.max(key, 0)
+        key, rows = worst_key, tl.min(tl.where(key == worst_key, rows.to(tl.int64), NO_ROW), 0)
+        n_counted, n_correct = tl.sum(n_counted, 0), tl.sum(n_correct, 0)
+    return Tally(counted=n_counted, correct=n_correct, worst_key=key, worst=rows)
 
 
 @triton.jit
-def count_rows(out, work, n_rows):
+def _store_tally(tally_ptr, n_programs, tally):
+    tl.store(tally_ptr, tally.counted.to(tl.int64) | (tally.correct.to(tl.int64) << COUNT_BITS))
+    tl.store(tally_ptr + n_programs, tally.worst_key.to(tl.int64))
+    tl.store(tally_ptr + 2 * n_programs, tally.worst.to(tl.int64))
+
+
+@triton.jit
+def _merge_tallies(tally_ptr, n_programs, n, stride, dtype: tl.constexpr):
+    """The tally of n programs, whose losses have this dtype. Programs have their rows in order; groups of them, which have not,
+    are a single block."""
+    counted, correct = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    worst_key = key_from_int64(counted, dtype)
+    block = tl.zeros((), tl.int32)
+    for start in range(0, n, PARTIALS_BLOCK):
+        index = start + tl.arange(0, PARTIALS_BLOCK)
+        counts = tl.load(tally_ptr + index * stride, mask=index < n, other=0, cache_modifier=".cg")
+        key = tl.max(_load_keys(tally_ptr + n_programs, index, n, stride, dtype), 0)
+        counted += tl.sum(counts & COUNT_MASK, 0)
+        correct += tl.sum(counts >> COUNT_BITS, 0)
+        block = tl.where(key > worst_key, start, block).to(tl.int32)  # of equal ones the first
+        worst_key = tl.maximum(key, worst_key)
+    index = block + tl.arange(0, PARTIALS_BLOCK)
+    tied = (index < n) & (_load_keys(tally_ptr + n_programs, index, n, stride, dtype) == worst_key)
+    rows = tl.load(tally_ptr + 2 * n_programs + index * stride, mask=tied, other=NO_ROW, cache_modifier=".cg")
+    return Tally(counted=counted, correct=correct, worst_key=worst_key, worst=tl.min(rows, 0))
+
+
+@triton.jit
+def _load_keys(key_ptr, index, n, stride, dtype: tl.constexpr):
+    return key_from_int64(tl.load(key_ptr + index * stride, mask=index < n, other=0, cache_modifier=".cg"), dtype)
+
+
+@triton.jit
+def store_counts(out, work, tally, n_programs):
     """out.counts: rows that count, those whose target is the largest logit, and the first with the largest loss, or -1."""
-    lanes = tl.arange(0, PARTIALS_BLOCK)
-    # A lane's own rows fit int32. With a single warp a thread has 32 lanes, and int64 would spill.
-    n_counted = tl.zeros((PARTIALS_BLOCK,), tl.int32)
-    n_correct = tl.zeros((PARTIALS_BLOCK,), tl.int32)
-    worst_key = sortable_bits(tl.zeros((PARTIALS_BLOCK,), out.row_stats.dtype.element_ty)) * 0
-    worst_block = tl.full((PARTIALS_BLOCK,), -1, tl.int32)
-    for start in range(0, n_rows, PARTIALS_BLOCK):
-        rows = start + lanes
-        mask = rows < n_rows
-        flags = tl.load(work.flags + rows, mask=mask, other=0, cache_modifier=".cg")
-        loss = tl.load(out.row_stats + n_rows + rows, mask=mask, other=0.0, cache_modifier=".cg")
-        n_counted += (flags > 0).to(tl.int32)
-        n_correct += (flags > 1).to(tl.int32)
-        key = tl.where(flags > 0, sortable_bits(loss), worst_key * 0)  # no loss has the key 0
-        # A lane meets its rows in order: the first of equal ones.
-        worst_block = tl.where(key > worst_key, (rows // PARTIALS_BLOCK).to(tl.int32), worst_block)
-        worst_key = tl.maximum(worst_key, key)
-    worst = tl.where(worst_block < 0, -1, worst_block.to(tl.int64) * PARTIALS_BLOCK + lanes)
-    first = tl.min(tl.where(worst_key == tl.max(worst_key, 0), worst, n_rows), 0)
-    tl.store(out.counts, tl.sum(n_counted.to(tl.int64), 0))
-    tl.store(out.counts + 1, tl.sum(n_correct.to(tl.int64), 0))
-    tl.store(out.counts + 2, first)
+    if work.tallies is not None:
+        tally = _merge_tallies(work.tallies, n_programs, _n_left(n_programs), 1, out.row_stats.dtype.element_ty)
+    tl.store(out.counts, tally.counted.to(tl.int64))
+    tl.store(out.counts + 1, tally.correct.to(tl.int64))
+    tl.store(out.counts + 2, tl.where(tally.worst_key == 0, -1, tally.worst.to(tl.int64)))
 
 
 @triton.jit
@@ -161,6 +194,7 @@ def reduce_batch(
     work,
     loss_sum,  # of this program's rows
     count,  # of this program's rows: counted rows, or for the mean the sum of their weights
+    tally,  # of this program's rows; None without statistics
     scale,
     top_k,
     program,
@@ -176,16 +210,19 @@ def reduce_batch(
             # Row losses were stored by many threads, and are read by others of this CTA, or published by one thread's atomic.
             tl.debug_barrier()
         if work.partial is None:
-            if out.row_stats is not None:
-                count_rows(out, work, n_rows)
+            if tally is not None:
+                store_counts(out, work, tally, n_programs)
             _write_loss(out, work, loss_sum.to(tl.float64), count.to(tl.float64), scale, top_k, n_rows, asks)
         else:
             tl.store(work.partial + program, loss_sum)
             tl.store(work.partial + n_programs + program, count)
-            if _finishes_last(work.partial, work.ticket, program, n_programs, 2):
-                if out.row_stats is not None:
-                    count_rows(out, work, n_rows)
-                total, counted = _sum_left(work.partial, n_programs), _sum_left(work.partial + n_programs, n_programs)
+            if tally is not None:
+                _store_tally(work.tallies + program, n_programs, tally)
+            if _finishes_last(work, program, n_programs, 2):
+                if tally is not None:
+                    store_counts(out, work, tally, n_programs)
+                n = _n_left(n_programs)
+                total, counted = sum_partials(work.partial, n), sum_partials(work.partial + n_programs, n)
                 _write_loss(out, work, total, counted, scale, top_k, n_rows, asks)
 
 
@@ -211,9 +248,9 @@ def _write_loss(out, work, loss_sum, count, scale, top_k, n_rows, asks: tl.const
         else:
             row_loss_ptr = out.saved + STATE + 2 * n_rows
             if asks.reduction == "max":
-                threshold = _largest(row_loss_ptr, n_rows)
+                threshold = largest(row_loss_ptr, n_rows)
             else:
-                threshold = _kth_largest(row_loss_ptr, k, n_rows)
+                threshold = kth_largest(row_loss_ptr, k, n_rows)
             above_sum, n_above, n_tied = sum_above(row_loss_ptr, threshold, n_rows, 0, PARTIALS_BLOCK)
             store_selected(out, threshold, above_sum, n_above, n_tied, k, n_counted, scale)
 
@@ -255,73 +292,3 @@ def _rows_to_select(n_counted, top_k, asks: tl.constexpr):
     else:
         k = top_k.to(tl.int64)
     return tl.minimum(k, n_counted)
-
-
-@triton.jit
-def _row_keys(row_loss_ptr, start, n_rows):
-    index = start + tl.arange(0, PARTIALS_BLOCK)
-    mask = index < n_rows
-    # Rows that do not count hold -inf, the least key: k never reaches them. So does the ragged end, which is masked besides.
-    loss = tl.load(row_loss_ptr + index, mask=mask, other=float("-inf"), cache_modifier=".cg")
-    return loss, sortable_bits(loss), mask
-
-
-@triton.jit
-def _largest(row_loss_ptr, n_rows):
-    _, largest, _ = _row_keys(row_loss_ptr, 0, n_rows)
-    for start in range(PARTIALS_BLOCK, n_rows, PARTIALS_BLOCK):
-        _, key, _ = _row_keys(row_loss_ptr, start, n_rows)
-        largest = tl.maximum(largest, key)
-    return tl.max(largest, 0)
-
-
-@triton.jit
-def digit_histogram(row_loss_ptr, prefix, shift, n_rows, first, step):
-    """How often each digit, the 8 bits from `shift` on, occurs in keys that share the bits above it with prefix: in blocks of
-    rows that begin at `first` and every `step` rows from there."""
-    histogram = tl.zeros((N_DIGITS,), tl.int32)
-    for start in range(first, n_rows, step):
-        _, key, mask = _row_keys(row_loss_ptr, start, n_rows)
-        same = (((key ^ prefix) >> shift) >> DIGIT_BITS) == 0  # in two steps: a shift by the full width is undefined
-        digit = ((key >> shift) & (N_DIGITS - 1)).to(tl.int32)
-        histogram += tl.histogram(digit, N_DIGITS, mask=mask & same)
-    return histogram
-
-
-@triton.jit
-def choose_digit(histogram, rank):
-    """The digit that has the rank-th largest key, and how many keys have a larger one."""
-    at_least = tl.sum(histogram, 0) - tl.cumsum(histogram, 0) + histogram
-    above = at_least - histogram
-    chosen = (above < rank) & (at_least >= rank)  # exactly one digit
-    return tl.sum(tl.where(chosen, tl.arange(0, N_DIGITS), 0), 0), tl.sum(tl.where(chosen, above, 0), 0)
-
-
-@triton.jit
-def _kth_largest(row_loss_ptr, k, n_rows):
-    """Key of the k-th largest loss, k >= 1: its digits are found from the top, each from a histogram of the rows that share the
-    digits above it."""
-    N_BITS: tl.constexpr = row_loss_ptr.dtype.element_ty.primitive_bitwidth
-    prefix = tl.max(sortable_bits(tl.zeros((1,), row_loss_ptr.dtype.element_ty)), 0) * 0  # an unsigned zero of the key's width
-    rank = k
-    for i in tl.static_range(N_BITS // DIGIT_BITS):
-        shift = N_BITS - DIGIT_BITS * (i + 1)
-        digit, n_above = choose_digit(digit_histogram(row_loss_ptr, prefix, shift, n_rows, 0, PARTIALS_BLOCK), rank)
-        rank -= n_above
-        prefix = prefix | (digit.to(prefix.dtype) << shift)
-    return prefix
-
-
-@triton.jit
-def sum_above(row_loss_ptr, threshold, n_rows, first, step):
-    """Sum and number of the losses above the threshold, and how many equal it; blocks as in digit_histogram."""
-    total = tl.zeros((PARTIALS_BLOCK,), tl.float64)
-    n_above = tl.zeros((PARTIALS_BLOCK,), tl.int32)  # of a lane: see count_rows
-    n_tied = tl.zeros((PARTIALS_BLOCK,), tl.int32)
-    for start in range(first, n_rows, step):
-        loss, key, mask = _row_keys(row_loss_ptr, start, n_rows)
-        above = mask & (key > threshold)
-        total += tl.where(above, loss.to(tl.float64), 0.0)
-        n_above += above.to(tl.int32)
-        n_tied += (mask & (key == threshold)).to(tl.int32)
-    return tl.sum(total, 0), tl.sum(n_above.to(tl.int64), 0), tl.sum(n_tied.to(tl.int64), 0)

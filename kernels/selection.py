@@ -13,26 +13,12 @@ import triton
 import triton.language as tl
 
 from . import constants
-from .reduction import (
-    N_DIGITS,
-    PARTIALS_BLOCK,
-    choose_digit,
-    digit_histogram,
-    draws_last,
-    store_selected,
-    sum_above,
-    sum_partials,
-)
+from .keys import key_from_int64
+from .radix import N_DIGITS, PARTIALS_BLOCK, choose_digit, digit_histogram, sum_above
+from .reduction import draws_last, store_selected, sum_partials
 from .rowwise import STATE, load_scale
 
 HISTOGRAM = tl.constexpr(constants.HISTOGRAM)
-
-
-@triton.jit
-def _threshold(selection_ptr, dtype: tl.constexpr):
-    """What is known of it, as a key of losses of this dtype."""
-    bits = tl.load(selection_ptr)
-    return bits.to(tl.uint64, bitcast=True) if dtype == tl.float64 else bits.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=["shift", "n_rows"])
@@ -45,7 +31,7 @@ def digit_kernel(
     """Finds one digit of the k-th largest loss."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     first, step = tl.program_id(0) * PARTIALS_BLOCK, tl.num_programs(0) * PARTIALS_BLOCK
-    prefix, rank = _threshold(work.selection, dtype), tl.load(work.selection + 1)
+    prefix, rank = key_from_int64(tl.load(work.selection), dtype), tl.load(work.selection + 1)
     histogram = digit_histogram(out.saved + STATE + 2 * n_rows, prefix, shift, n_rows, first, step)
     digits = tl.arange(0, N_DIGITS)
     counters = work.ticket + HISTOGRAM + digits  # zeros, and zeros again after every launch
@@ -71,7 +57,7 @@ def selected_kernel(
     """The loss of the selected rows, whose threshold is known."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     program, n_programs = tl.program_id(0), tl.num_programs(0)
-    threshold = _threshold(work.selection, dtype)
+    threshold = key_from_int64(tl.load(work.selection), dtype)
     above_sum, n_above, n_tied = sum_above(
         out.saved + STATE + 2 * n_rows, threshold, n_rows, program * PARTIALS_BLOCK, n_programs * PARTIALS_BLOCK
     )

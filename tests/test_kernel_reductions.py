@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton.language as tl
 from compare import check_against_torch
-from fusedloss.kernels import reduction, selection
+from fusedloss.kernels import radix, reduction, selection
 from oracle import torch_loss
 from paths import GPU, INTERPRETER, Path, entered
 from problems import make_logits, make_target, make_weight
@@ -23,18 +23,43 @@ def kernels(request: pytest.FixtureRequest) -> Any:
         yield request.param
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"reduction": "topk", "top_k": 0.5}], ids=str)
-def test_programs_in_groups(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+@pytest.fixture
+def few_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of groups made small: 21 programs in two of 11 and 10, three blocks of partials each."""
-    for module in (reduction, selection):
+    for module in (radix, reduction, selection):
         monkeypatch.setattr(module, "PARTIALS_BLOCK", tl.constexpr(4))
     monkeypatch.setattr(reduction, "MAX_UNGROUPED", tl.constexpr(20))
     monkeypatch.setattr(reduction, "N_GROUPS", tl.constexpr(2))
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("few_groups")
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"reduction": "topk", "top_k": 0.5}], ids=str)
+def test_programs_in_groups(options: dict[str, Any]) -> None:
     problem = make_logits(21, 300), make_target(21, n_classes=300, ignored=-100), make_weight(300)
     with fusedloss.backend("triton"):
         check_against_torch(*problem, **options)
         torch.testing.assert_close(fusedloss.cross_entropy(*problem, **options), torch_loss(*problem, **options))
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("few_groups")
+@pytest.mark.parametrize("case", ["all differ", "twice in a group", "in both groups", "nan", "no row counts"])
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_statistics_of_programs_in_groups(reduction: str, dtype: torch.dtype, case: str) -> None:
+    logits, target = make_logits(21, 300, dtype=dtype), make_target(21, n_classes=300, ignored=-100)
+    target[[7, 11, 14]] = 5  # the first two in one group, but in different blocks
+    for row in {"twice in a group": [7, 11, 14], "in both groups": [11, 14], "nan": [7, 14]}.get(case, []):
+        logits[row] = torch.arange(300) if case != "nan" else torch.nan
+    if case == "no row counts":
+        target[:] = -100
+    for needs_grad in (False, True):
+        with fusedloss.backend("triton"):
+            _, stats = fusedloss.cross_entropy(logits.requires_grad_(needs_grad), target, reduction=reduction, return_stats=True)
+        with fusedloss.backend("reference"):
+            _, expected = fusedloss.cross_entropy(logits.detach(), target, reduction=reduction, return_stats=True)
+        assert stats[2:5] == expected[2:5]
 
 
 MANY = ROWS_SELECTED_ALONE + 100

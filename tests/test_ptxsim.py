@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from compare import check_against_torch
+from fusedloss.kernels.groups import Work
 from in_place import check_in_place
 from problems import make_logits, make_probabilities, make_target, make_weight
 from sliced import check_slices
@@ -42,7 +43,8 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 # What the emulator calls the tensors in a kernel's groups: by their places.
 LOGITS, TARGET = (f"inputs.{Inputs._fields.index(name)}" for name in ("logits", "target"))
-DLOGITS = f"out.{Outputs._fields.index('dlogits')}"
+DLOGITS, ROW_STATS = (f"out.{Outputs._fields.index(name)}" for name in ("dlogits", "row_stats"))
+TALLIES = f"work.{Work._fields.index('tallies')}"
 
 
 @contextmanager
@@ -147,7 +149,7 @@ def test_probabilities(shape: tuple[int, ...], dtype: torch.dtype, target_dtype:
 @pytest.mark.parametrize("reduction", ["mean", "none", "max"])
 @pytest.mark.parametrize("shape", [(11, 1003), (1100, 520), (3, 33001)], ids=str)
 def test_extras_of_rows(shape: tuple[int, int], reduction: str) -> None:
-    """Two labels and all options; more rows than the last program counts at a time."""
+    """Two labels and all options; more programs than the last one adds up at a time."""
     a, b = (make_target(shape[0], n_classes=shape[1], ignored=-100, seed=seed) for seed in (1, 2))
     b[1] = a[1]
     options = {"sample_weight": make_weight(shape[0]), "z_loss": 1e-2, "softcap": 9.0, "logit_scale": 0.5}
@@ -159,6 +161,23 @@ def test_extras_of_rows(shape: tuple[int, int], reduction: str) -> None:
         _, expected = fusedloss.cross_entropy(logits.detach(), (a, b, 0.3), reduction=reduction, return_stats=True, **options)
     assert stats[2:5] == expected[2:5]
     torch.testing.assert_close(stats[:2] + stats[5:], expected[:2] + expected[5:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("n_rows", "n_cols"), [(20000, 10), (4200, 257)])  # the latter's programs add up in groups
+def test_statistics_are_added_up_by_program(n_rows: int, n_cols: int, reduction: str) -> None:
+    """Every program counts its own rows: that the last one looks at all rows would take it thousands of journeys to L2."""
+    logits, target = make_logits(n_rows, n_cols).requires_grad_(), make_target(n_rows, n_classes=n_cols, ignored=-100)
+    with emulated(order=3) as gpu:
+        _, stats = fusedloss.cross_entropy(logits, target, reduction=reduction, return_stats=True)
+    assert stats.n_counted == (target != -100).sum()
+    assert stats.n_correct == (logits.argmax(1) == target).sum()
+    assert stats.worst == stats.row_loss.argmax()
+    launch = gpu.launches[-1]
+    assert launch.buffers[ROW_STATS].loaded_bytes == 0
+    tallies = launch.buffers[TALLIES]
+    assert tallies.nbytes < launch.buffers[ROW_STATS].nbytes * (3 if n_cols == 257 else 0.1)
+    assert tallies.loaded_bytes < 2 * tallies.stored_bytes  # the keys twice
 
 
 @pytest.mark.parametrize("shape", [(37, 10), (11, 1003), (3, 33301), (2, 19, 33, 16)], ids=str)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedloss.backends.outputs import Outputs
 from fusedloss.backends.triton.launching import Launch, interprets, ticket
 from fusedloss.geometry import DeviceFacts, Geometry, Operands, operands, probabilities_strides
-from fusedloss.kernels.constants import DIGIT_BITS, FRACTION_BITS, N_SELECTED_SUMS, N_SELECTION, N_STATISTICS
+from fusedloss.kernels.constants import DIGIT_BITS, FRACTION_BITS, N_SELECTED_SUMS, N_SELECTION, N_STATISTICS, N_TALLY
 from fusedloss.kernels.groups import Asks, Layout, RowShape, Shard, Strides, Work
 from fusedloss.plan import Cut, Inputs, Options, Slice
 from fusedloss.plan_triton import SCALED_COLS, backward_cut, forward_cuts, holds_rows, scale_cut
@@ -208,7 +208,7 @@ def workspace(launches: Launches, out: Outputs, keeps_workspace: bool) -> Work:
     return Work(
         saved.new_empty((1 if fused else 2, n_partials)) if n_partials > 1 else None,
         ticket(device, keeps_workspace) if n_partials > 1 or (is_cut and not fused) else None,
-        saved.new_empty((n_rows,), dtype=torch.int8) if out.row_stats is not None else None,
+        saved.new_empty((N_TALLY, n_partials), dtype=torch.int64) if n_partials > 1 and out.row_stats is not None else None,
         saved.new_empty((N_SELECTION,), dtype=torch.int64) if selection else None,
         saved.new_empty((N_SELECTED_SUMS, selection[-1].cut.n_programs), dtype=torch.float64) if selection else None,
         new_slices(main, saved) if is_cut else None,
