@@ -18,43 +18,81 @@ INLINE bool takes_few(const Problem& problem) {
          problem.softcap == 0 && problem.focal_gamma == 0;
 }
 
-#if FUSEDLOSS_VECTOR_BYTES == 32
-// v[i][j] becomes v[j][i].
+#if FUSEDLOSS_VECTOR_BYTES >= 32
+// v[i][j] becomes v[j][i]; of AVX-512 in each half of the vectors.
 INLINE void transpose(F::V (&v)[8]) {
-  __m256 pairs[8], quads[8];
+#if FUSEDLOSS_VECTOR_BYTES == 64
+  using M = __m512;
+#define MM(name) _mm512_##name
+#else
+  using M = __m256;
+#define MM(name) _mm256_##name
+#endif
+  M pairs[8], quads[8];
   UNROLL for (int i = 0; i < 4; ++i) {
-    pairs[2 * i] = _mm256_unpacklo_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
-    pairs[2 * i + 1] = _mm256_unpackhi_ps((__m256)v[2 * i], (__m256)v[2 * i + 1]);
+    pairs[2 * i] = MM(unpacklo_ps)((M)v[2 * i], (M)v[2 * i + 1]);
+    pairs[2 * i + 1] = MM(unpackhi_ps)((M)v[2 * i], (M)v[2 * i + 1]);
   }
   UNROLL for (int i = 0; i < 8; i += 4) {
     UNROLL for (int j = 0; j < 2; ++j) {
-      quads[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
-      quads[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+      quads[i + 2 * j] = MM(shuffle_ps)(pairs[i + j], pairs[i + j + 2], 0x44);
+      quads[i + 2 * j + 1] = MM(shuffle_ps)(pairs[i + j], pairs[i + j + 2], 0xee);
     }
   }
+#undef MM
   UNROLL for (int i = 0; i < 4; ++i) {
+#if FUSEDLOSS_VECTOR_BYTES == 64
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), high = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    v[i] = (F::V)_mm512_permutex2var_pd((__m512d)quads[i], low, (__m512d)quads[i + 4]);
+    v[i + 4] = (F::V)_mm512_permutex2var_pd((__m512d)quads[i], high, (__m512d)quads[i + 4]);
+#else
     v[i] = (F::V)_mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
     v[i + 4] = (F::V)_mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+#endif
   }
 }
 
-// Where the 8 lines of a block of 8 classes begin, line i for classes from c on at c * class_step + i * line_step: in the caller's
-// memory the lines are rows, in a tile they are classes.
-struct Steps {
-  int64_t class_step, line_step;
-};
-// From one to the other and back, a whole vector of rows; the last 8 classes again where 8 does not divide their number.
-template <class To, class From>
-INLINE bool copy_transposed(To* to, Steps to_steps, const From* from, Steps from_steps, int n_rows, int64_t n_cols) {
-  if (n_rows < F::W || n_cols < F::W) return false;
-  for (int64_t c = 0; c < n_cols; c += F::W) {
-    if (c > n_cols - F::W) c = n_cols - F::W;
+// Eight classes of a row; of AVX-512 those of the eighth row after it in the second half.
+#if FUSEDLOSS_VECTOR_BYTES == 64
+template <class T>
+INLINE F::V load_eight(const T* at, int64_t row) {
+  return load_halves(at, at + 8 * row);
+}
+template <class T>
+INLINE void store_eight(T* at, int64_t row, F::V v) {
+  store_halves(at, at + 8 * row, v);
+}
+#else
+template <class T>
+INLINE F::V load_eight(const T* at, int64_t) {
+  return load(at);
+}
+template <class T>
+INLINE void store_eight(T* at, int64_t, F::V v) {
+  store(at, v);
+}
+#endif
+
+// A whole vector of rows whose classes are contiguous, eight or more; the last eight again where 8 does not divide their number.
+template <class T>
+INLINE void load_transposed(float* tile, const T* from, int64_t row, int64_t n_cols) {
+  for (int64_t c = 0; c < n_cols; c += 8) {
+    if (c > n_cols - 8) c = n_cols - 8;
     F::V v[8];
-    UNROLL for (int i = 0; i < 8; ++i) v[i] = load(from + c * from_steps.class_step + i * from_steps.line_step);
+    UNROLL for (int i = 0; i < 8; ++i) v[i] = load_eight(from + c + i * row, row);
     transpose(v);
-    UNROLL for (int i = 0; i < 8; ++i) store(to + c * to_steps.class_step + i * to_steps.line_step, v[i]);
+    UNROLL for (int i = 0; i < 8; ++i) store(tile + (c + i) * F::W, v[i]);
   }
-  return true;
+}
+template <class T>
+INLINE void store_transposed(T* to, const float* tile, int64_t row, int64_t n_cols) {
+  for (int64_t c = 0; c < n_cols; c += 8) {
+    if (c > n_cols - 8) c = n_cols - 8;
+    F::V v[8];
+    UNROLL for (int i = 0; i < 8; ++i) v[i] = load(tile + (c + i) * F::W);
+    transpose(v);
+    UNROLL for (int i = 0; i < 8; ++i) store_eight(to + c + i * row, row, v[i]);
+  }
 }
 #endif
 
@@ -67,9 +105,9 @@ INLINE void load_few(A* tile, const T* from, const Strides& strides, int n_rows,
     for (int64_t c = 0; c < n_cols; ++c, from += col) store(tile + c * W, Vector<A>(load(from)));
     return;
   }
-#if FUSEDLOSS_VECTOR_BYTES == 32
+#if FUSEDLOSS_VECTOR_BYTES >= 32
   if constexpr (sizeof(A) == sizeof(float))
-    if (col == 1 && copy_transposed(tile, {W, W}, from, {1, strides.row}, n_rows, n_cols)) return;
+    if (col == 1 && n_rows == W && n_cols >= 8) return load_transposed(tile, from, strides.row, n_cols);
 #endif
   load_tile<T, A>(tile, W, from, strides.row, col, n_rows, n_cols);
 }
@@ -81,9 +119,9 @@ INLINE void store_few(T* to, const A* tile, const Strides& strides, int n_rows, 
     for (int64_t c = 0; c < n_cols; ++c, to += col) store(to, Vector<A>(load(tile + c * W)));
     return;
   }
-#if FUSEDLOSS_VECTOR_BYTES == 32
+#if FUSEDLOSS_VECTOR_BYTES >= 32
   if constexpr (sizeof(A) == sizeof(float))
-    if (col == 1 && copy_transposed(to, {1, strides.row}, tile, {W, W}, n_rows, n_cols)) return;
+    if (col == 1 && n_rows == W && n_cols >= 8) return store_transposed(to, tile, strides.row, n_cols);
 #endif
   store_tile<T, A>(to, tile, W, strides.row, col, n_rows, n_cols);
 }

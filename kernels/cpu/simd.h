@@ -119,20 +119,43 @@ INLINE Simd<double>::V load(const double* p) {
 INLINE void store(float* p, F::V v) { __builtin_memcpy(p, &v, sizeof v); }
 INLINE void store(double* p, Simd<double>::V v) { __builtin_memcpy(p, &v, sizeof v); }
 #if FUSEDLOSS_VECTOR_BYTES == 64
-INLINE F::V load(const bfloat16* p) {
-  return bit_cast<F::V>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
-}
-INLINE F::V load(const float16* p) { return (F::V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-INLINE void store(bfloat16* p, F::V v) {
+INLINE F::V widened(const bfloat16*, __m256i bits) { return bit_cast<F::V>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+INLINE F::V widened(const float16*, __m256i bits) { return (F::V)_mm512_cvtph_ps(bits); }
+INLINE __m256i narrowed(const bfloat16*, F::V v) {
 #ifdef FUSEDLOSS_HAS_BF16
-  const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)v);  // one instruction for ten; flushes subnormal numbers
+  return (__m256i)_mm512_cvtneps_pbh((__m512)v);  // one instruction for ten; flushes subnormal numbers
 #else
-  const __m256i half = _mm512_cvtepi32_epi16((__m512i)bfloat16_bits_from_float_bits(bit_cast<F::U>(v)));
+  return _mm512_cvtepi32_epi16((__m512i)bfloat16_bits_from_float_bits(bit_cast<F::U>(v)));
 #endif
-  _mm256_storeu_si256((__m256i*)p, half);
 }
-INLINE void store(float16* p, F::V v) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+INLINE __m256i narrowed(const float16*, F::V v) {
+  return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+template <class T>
+INLINE F::V load(const T* p) {
+  return widened(p, _mm256_loadu_si256((const __m256i*)p));
+}
+template <class T>
+INLINE void store(T* p, F::V v) {
+  _mm256_storeu_si256((__m256i*)p, narrowed(p, v));
+}
+// The first eight lanes and the last, which lie apart.
+INLINE F::V load_halves(const float* first, const float* last) {
+  return (F::V)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(first)), _mm256_loadu_ps(last), 1);
+}
+INLINE void store_halves(float* first, float* last, F::V v) {
+  _mm256_storeu_ps(first, _mm512_castps512_ps256((__m512)v)), _mm256_storeu_ps(last, _mm512_extractf32x8_ps((__m512)v, 1));
+}
+template <class T>
+INLINE F::V load_halves(const T* first, const T* last) {
+  const __m128i low = _mm_loadu_si128((const __m128i*)first), high = _mm_loadu_si128((const __m128i*)last);
+  return widened(first, _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
+}
+template <class T>
+INLINE void store_halves(T* first, T* last, F::V v) {
+  const __m256i bits = narrowed(first, v);
+  _mm_storeu_si128((__m128i*)first, _mm256_castsi256_si128(bits));
+  _mm_storeu_si128((__m128i*)last, _mm256_extracti128_si256(bits, 1));
 }
 #elif FUSEDLOSS_VECTOR_BYTES == 32
 INLINE F::V load(const bfloat16* p) {
