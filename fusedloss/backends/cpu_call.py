@@ -19,6 +19,7 @@ from fusedloss.backends.cpu_abi import (
     Address,
     Call,
     Extras,
+    Functions,
     Kind,
     Library,
 )
@@ -49,10 +50,12 @@ class Prepacked(NamedTuple):
     dlogits: Span
     target: Span
 
-    def n_threads(self, n_examples: int) -> int:
-        """That are worth waking, and there."""
+    def workers(self, n_examples: int) -> tuple[int, Functions]:
+        """How many threads are worth waking, and there; and the functions that they run."""
+        if n_examples < self.examples_of_two_threads:
+            return 1, self.library.holding_gil
         worth = plan_cpu.max_threads(n_examples * self.per_example * self.n_cols)
-        return worth if worth == 1 else min(worth, torch.get_num_threads())
+        return min(worth, torch.get_num_threads()), self.library.functions
 
 
 def run(
@@ -67,7 +70,7 @@ def run(
 ) -> int:
     logits, target, target_b, lam, weight, sample_weight, scale = inputs
     n_examples = logits.shape[0]
-    n_threads = kind.n_threads(n_examples)
+    n_threads, functions = kind.workers(n_examples)
     call = Call(
         loss=_contiguous_address(outputs.loss),
         saved=_contiguous_address(outputs.saved),
@@ -91,7 +94,6 @@ def run(
         first_class=0 if part is None else part.first_class,
         n_classes=0 if part is None else part.n_classes,
     )
-    functions = kind.library.functions if n_examples >= kind.examples_of_two_threads else kind.library.holding_gil
     return functions[is_backward](CALL.pack(*call), EXTRAS.pack(*extras) + kind.packed)
 
 
@@ -99,8 +101,18 @@ def as_read(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous tensor of this dtype, the same one if it is that already."""
     if tensor.dtype == dtype and tensor.is_contiguous():
         return tensor
-    address(tensor, _spanned(tensor.shape, tensor.stride()) * tensor.itemsize)  # what converts it would not ask
+    return converted(tensor, dtype, bytes_spanned(tensor))
+
+
+def converted(tensor: Tensor, dtype: torch.dtype, n_bytes: int) -> Tensor:
+    """A contiguous tensor of this dtype. n_bytes: as `address` takes them."""
+    address(tensor, n_bytes)  # what converts it would not ask
     return tensor.to(dtype).contiguous()
+
+
+def bytes_spanned(tensor: Tensor) -> int:
+    """From the first value to the end of the last."""
+    return _spanned(tensor.shape, tensor.stride()) * tensor.itemsize
 
 
 def _contiguous_address(tensor: Tensor | None) -> Address:

@@ -2,23 +2,29 @@
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedloss.backends.cpu import all_as_read, library, raise_out_of_bounds, scale_gradient
 from fusedloss.backends.cpu_abi import CALL, EXTRAS, NO_EXTRAS, Extras
-from fusedloss.backends.cpu_call import Prepacked, address, prepack
+from fusedloss.backends.cpu_call import Prepacked, address, bytes_spanned, converted, prepack
 from fusedloss.backends.outputs import STATE, allocate_gradient, contiguous_strides, kept
 from fusedloss.plan import Inputs, Options, accumulation_dtype
-from fusedloss.rows import kernel_inputs
 
 _ON_CPU = partial(torch.empty, device=torch.device("cpu"))
 _BITS = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}  # by the size of a floating point number
+
+
+class Conversion(NamedTuple):
+    """What `cpu_call.converted` is to make of a tensor."""
+
+    dtype: torch.dtype
+    n_bytes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +33,10 @@ class Prepared:
 
     kind: Prepacked
     backward_kind: Prepacked
-    converts: bool  # a tensor that the kernel cannot read where it lies
+    conversions: tuple[Conversion | None, ...] | None  # of logits, target and weight; None: all are read where they lie
     any_batch: bool  # calls with another number of examples are alike
     n_examples: int  # if not
-    shape: torch.Size  # of the caller's logits
+    new_gradient: Callable[[], Tensor]  # if not
     new_loss: Callable[[], Tensor]  # 0-d
     losses: tuple[int, ...] | None  # of an example; None: the loss is 0-d
     saved_per_example: int  # 0: nothing is saved
@@ -46,22 +52,20 @@ class Prepared:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The loss, what the backward reads and the gradient for an upstream gradient of 1; as `Outputs` has them."""
         kind, saved, dlogits = self.kind, None, None
-        if self.converts:
-            logits, target, weight = _converted(logits, target, weight)
+        if self.conversions is not None:
+            logits, target, weight = _converted(self.conversions, logits, target, weight)
         n_examples = logits.shape[0] if self.any_batch else self.n_examples
         loss = self.new_loss() if self.losses is None else _ON_CPU((n_examples, *self.losses), dtype=self.out_dtype)
         if self.saved_per_example:
             saved = _ON_CPU((STATE + n_examples * self.saved_per_example,), dtype=self.saved_dtype)
         if self.makes_gradient:
-            dlogits = torch.empty_like(logits)
+            dlogits = torch.empty_like(logits) if self.any_batch else self.new_gradient()
         logits_at, target_at = logits.data_ptr(), target.data_ptr()
         # Memory that was freed begins at 0; address() asks for more than that, and takes 2 % of a small step for each tensor.
         if not (logits_at and target_at) or logits.storage_offset() or target.storage_offset():
             logits_at = address(logits, kind.logits.of(n_examples))
             target_at = address(target, kind.target.of(n_examples))
-        n_threads, functions = 1, kind.library.holding_gil
-        if n_examples >= kind.examples_of_two_threads:
-            n_threads, functions = kind.n_threads(n_examples), kind.library.functions
+        n_threads, functions = kind.workers(n_examples)
         call = CALL.pack(  # as in run(), but of fewer tensors and without names, which would take 3 % of a small step
             loss.data_ptr(),
             0 if saved is None else saved.data_ptr(),
@@ -76,21 +80,17 @@ class Prepared:
         bad_row = functions.forward(call, self.rest)
         if bad_row:
             raise_out_of_bounds(bad_row - 1, kind.n_cols, target)
-        if self.converts and dlogits is not None:
-            dlogits = dlogits.view(self.shape)
         return loss, saved, dlogits
 
     def backward(self, dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, saved: Tensor) -> Tensor:
         """The gradient of the logits; saved: the forward's, the scale in it."""
-        if self.converts:
-            logits, target, weight = _converted(logits, target, weight)
+        if self.conversions is not None:
+            logits, target, weight = _converted(self.conversions, logits, target, weight)
         kind, n_examples = self.backward_kind, logits.shape[0] if self.any_batch else self.n_examples
-        dlogits = torch.empty_like(logits)
+        dlogits = torch.empty_like(logits) if self.any_batch else self.new_gradient()
         if dloss.dtype != self.saved_dtype or not dloss.is_contiguous():
             dloss = dloss.to(self.saved_dtype).contiguous()
-        n_threads, functions = 1, kind.library.holding_gil
-        if n_examples >= kind.examples_of_two_threads:
-            n_threads, functions = kind.n_threads(n_examples), kind.library.functions
+        n_threads, functions = kind.workers(n_examples)
         call = CALL.pack(
             0,
             address(saved, saved.nbytes),
@@ -103,7 +103,7 @@ class Prepared:
             n_examples,
         )
         functions.backward(call, EXTRAS.pack(*Extras(dloss=address(dloss, dloss.nbytes))) + kind.packed)
-        return dlogits.view(self.shape) if self.converts else dlogits
+        return dlogits
 
     def scale_gradient(self, dlogits: Tensor, dloss: Tensor) -> None:
         """dlogits *= dloss."""
@@ -121,27 +121,25 @@ def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
     if logits.numel() == 0:
         return None
     read = all_as_read(inputs)
-    converts = not all(map(_is_same, read, as_given))
+    pairs = (read.logits, logits), (read.target, as_given.target), (read.weight, as_given.weight)
+    conversions = tuple(_conversion(*pair) for pair in pairs)
+    converts = conversions != (None, None, None)
     soft, saves, makes_gradient = inputs.has_probabilities(), *kept(options, needs_grad, logits.dtype)
-    strides, is_dense = allocate_gradient(inputs.logits).stride(), True
-    if needs_grad and not converts:
-        dlogits = allocate_gradient(logits)
-        is_dense = dlogits.stride() == logits.stride()
-        rows = dlogits.unsqueeze(0) if dlogits.dim() == 1 else dlogits.flatten(2) if dlogits.dim() > 3 else dlogits
-        converts = rows.data_ptr() != dlogits.data_ptr() or rows.stride() != strides
+    gradient = allocate_gradient(inputs.logits)
+    strides, as_given_strides = gradient.stride(), gradient.view(shape).stride()
     kind = prepack(read, strides if makes_gradient else None, out_dtype, options, library())
     bits_at, one = _BITS[out_dtype.itemsize].from_address, torch.ones((), dtype=out_dtype, device="cpu")
     return Prepared(
         kind,
         prepack(read, strides, None, options, library()),
-        converts,
+        conversions if converts else None,
         any_batch=logits.dim() > 1
         and not converts
         # Else the gradient's strides would depend on the number of examples.
-        and (not needs_grad or (is_dense and logits.stride(0) == math.prod(shape[1:])))
+        and (not needs_grad or (as_given_strides == logits.stride() and logits.stride(0) == math.prod(shape[1:])))
         and (soft or as_given.target.stride() == contiguous_strides(as_given.target.shape)),
         n_examples=shape[0] if logits.dim() > 1 else 1,
-        shape=shape,
+        new_gradient=partial(torch.empty_strided, shape, as_given_strides, dtype=logits.dtype, device=logits.device),
         new_loss=partial(torch.empty_strided, (), (), dtype=out_dtype, device=logits.device),
         losses=tuple(shape[2:]) if options.reduction == "none" and logits.dim() > 1 else None,
         saved_per_example=(3 + soft) * kind.per_example if saves else 0,
@@ -154,12 +152,13 @@ def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
     )
 
 
-def _converted(logits: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    read = all_as_read(kernel_inputs(Inputs(logits, target, None, None, weight)))
-    return read.logits, read.target, read.weight
+def _converted(conversions: tuple[Conversion | None, ...], *tensors: Any) -> Iterator[Any]:
+    """The tensors, copied where the kernel cannot read them as they lie."""
+    for tensor, conversion in zip(tensors, conversions, strict=True):
+        yield tensor if conversion is None else converted(tensor, *conversion)
 
 
-def _is_same(read: Tensor | None, given: Tensor | None) -> bool:
-    if read is None or given is None:
-        return read is given
-    return read.dtype == given.dtype and read.data_ptr() == given.data_ptr()
+def _conversion(read: Tensor | None, given: Tensor | None) -> Conversion | None:
+    if read is None or given is None or (read.dtype == given.dtype and read.data_ptr() == given.data_ptr()):
+        return None
+    return Conversion(read.dtype, bytes_spanned(given))
