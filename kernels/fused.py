@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .groups import Problem
 from .label import load_target, load_targets_from, read_label, weight_in_mean, weighted
-from .reduction import mean_coefficient, store_counts, store_stats, sum_over_programs
+from .reduction import mean_coefficient, publish, store_stats, sum_over_programs
 from .row import (
     Span,
     absorb_edges,
@@ -66,8 +66,10 @@ def denominator_kernel(
             tl.store(work.arrived + 1 + rows, 0, mask=exist)
     if work.arrived is not None:
         tl.store(work.arrived, 0)
-    denominator, last = sum_over_programs(work, tl.sum(total, 0), None, tl.program_id(0), tl.num_programs(0))
-    tl.store(out.saved, mean_coefficient(load_scale(inputs, scale, dtype), denominator), mask=last)
+    count, program, n_programs = tl.sum(total, 0), tl.program_id(0), tl.num_programs(0)
+    if publish(out, work, count, None, program, n_programs):
+        denominator, last = sum_over_programs(out, work, count, program, n_programs)
+        tl.store(out.saved, mean_coefficient(load_scale(inputs, scale, dtype), denominator), mask=last)
 
 
 @triton.jit
@@ -87,6 +89,19 @@ def _tile_coefficient(out, work, turn_rows, targets, problem, asks: tl.constexpr
     else:
         g = tl.load(out.saved)
     return g
+
+
+@triton.jit
+def _publish_tile(out, work, rows, loss_sum, losses, lses, entropies, counts, corrects, n_rows):
+    """What there is to say of a tile but its gradient, for whose stores the ticket's fence would wait: (the sum of its losses,
+    whether to call sum_over_programs)."""
+    tally = None
+    if out.row_stats is not None:
+        counted, correct = by_row(counts) != 0, by_row(corrects) != 0
+        lse, loss, entropy = by_row(lses), by_row(losses), by_row(entropies)
+        tally = store_stats(out, rows.index, rows.exist, counted, correct, lse, loss, entropy, n_rows)
+    tile_loss = tl.sum(loss_sum, 0)
+    return tile_loss, publish(out, work, tile_loss, tally, tl.program_id(0), tl.num_programs(0))
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -126,6 +141,8 @@ def fused_tile_kernel(
             losses, lses, counts = losses + (loss,), lses + (lse,), counts + (label.counted.to(tl.int32),)
             corrects = corrects + (has_largest(stats, label, lse, asks).to(tl.int32),)
             entropies = entropies + (row_entropy(stats, label, asks),)
+        if not shape.is_packed:  # there is one turn, and its gradient is stored with it
+            tile_loss, last = _publish_tile(out, work, rows, loss_sum, losses, lses, entropies, counts, corrects, n_rows)
         row_g = tl.where(label.counted, weighted(g, turn_rows[i], label, inputs), 0.0)
         factors = gradient_factors(stats, label, row_g, problem, asks)
         gradients = tile_gradients(
@@ -133,17 +150,11 @@ def fused_tile_kernel(
         )
         turns = turns + (gradients,)
     if shape.is_packed:
+        tile_loss, last = _publish_tile(out, work, rows, loss_sum, losses, lses, entropies, counts, corrects, n_rows)
         store_packed(out.dlogits, turns, n_rows, n_cols, shape)
-
-    tally = None
-    if out.row_stats is not None:
-        counted, correct = by_row(counts) != 0, by_row(corrects) != 0
-        lse, loss, entropy = by_row(lses), by_row(losses), by_row(entropies)
-        tally = store_stats(out, rows.index, rows.exist, counted, correct, lse, loss, entropy, n_rows)
-    total, last = sum_over_programs(work, tl.sum(loss_sum, 0), tally, tl.program_id(0), tl.num_programs(0))
-    tl.store(out.loss, (g * total).to(dtype), mask=last)
-    if tally is not None and last:
-        store_counts(out, work, tally, tl.num_programs(0))
+    if last:
+        total, last = sum_over_programs(out, work, tile_loss, tl.program_id(0), tl.num_programs(0))
+        tl.store(out.loss, (g * total).to(dtype), mask=last)
 
 
 @triton.jit
@@ -167,6 +178,18 @@ def _row_coefficient(out, work, label, problem, asks: tl.constexpr, shape: tl.co
     else:
         g = tl.load(out.saved)
     return g
+
+
+@triton.jit
+def _publish_row(out, work, row, program, part, label, loss, lse, entropy, correct, n_rows):
+    """The same of a row, for which its first slice speaks."""
+    last = tl.full((), 0, tl.int1)
+    if part == 0:
+        tally = None
+        if out.row_stats is not None:
+            tally = store_stats(out, row, row < n_rows, label.counted, correct, lse, loss, entropy, n_rows)
+        last = publish(out, work, loss, tally, program, n_rows)
+    return last
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -224,9 +247,11 @@ def fused_row_kernel(
         stats = with_known_total(stats, problem, asks)
         loss = row_loss(stats, label, row, problem, asks)
         factors = gradient_factors(stats, label, row_g, problem, asks)
+        lse, entropy, correct = loss, loss, label.counted
         if out.row_stats is not None:
-            lse = row_lse(stats, label, asks)
-            correct, entropy = has_largest(stats, label, lse, asks), row_entropy(stats, label, asks)
+            lse, entropy = row_lse(stats, label, asks), row_entropy(stats, label, asks)
+            correct = has_largest(stats, label, lse, asks)
+        last = _publish_row(out, work, row, program, part, label, loss, lse, entropy, correct, n_rows)
         store_edges(dlogits, edges, finite, factors, problem, asks, shape)
         p = factors.p
         if N_SLICES > 1 and not asks.softcap:
@@ -241,22 +266,16 @@ def fused_row_kernel(
     else:  # a class index out of range, or a row that does not count: nothing is read
         missing = tl.where(label.counted & (row_g != 0), float("nan"), 0.0)
         loss = tl.where(label.counted, float("nan"), 0.0).to(dtype)
-        lse, entropy = loss, loss
-        correct = label.counted & False
+        last = _publish_row(out, work, row, program, part, label, loss, loss, loss, label.counted & False, n_rows)
         for i in tl.static_range(N_BLOCKS):
             tl.store(dlogits.own + i * COLS + lane, tl.zeros((COLS,), dtype) + missing, mask=masks[i])
         if shape.is_ragged:
             cols, in_edge = edge_columns(span, n_cols, SECTOR)
             tl.store(dlogits.row + cols, tl.zeros((2 * SECTOR,), dtype) + missing, mask=in_edge)
 
-    if part == 0:
-        tally = None
-        if out.row_stats is not None:
-            tally = store_stats(out, row, row < n_rows, label.counted, correct, lse, loss, entropy, n_rows)
-        loss_sum, last = sum_over_programs(work, loss, tally, program, n_rows)
+    if last:
+        loss_sum, last = sum_over_programs(out, work, loss, program, n_rows)
         tl.store(out.loss, (g * loss_sum).to(dtype), mask=last)
-        if tally is not None and last:
-            store_counts(out, work, tally, n_rows)
 
 
 @triton.jit(do_not_specialize=["n", "n_rows"])

@@ -43,25 +43,39 @@ def draws_last(ticket_ptr, n):
 
 
 @triton.jit
-def _finishes_last(work, program, n_programs, N_SUMS: tl.constexpr):
-    """Whether all other programs have finished. Of many, those of a group, every N_GROUPS-th, have added up their partials in the
-    place of the first: 65536 partials would be 64 journeys to L2, one after the other, for a program that all others have left
-    alone, and as many atomics on one address."""
+def _draws_last(ticket_ptr, program, n_programs):
+    """Whether all other programs have drawn, or of many those of this one's group, which are every N_GROUPS-th."""
     if n_programs > MAX_UNGROUPED:
-        group = program & (N_GROUPS - 1)  # of a power of two
-        n_members = (n_programs - 1 - group) // N_GROUPS + 1
-        last = draws_last(work.ticket + 1 + group, n_members)
-        if last:
-            for i in tl.static_range(N_SUMS):
-                group_ptr = work.partial + i * n_programs + group
-                tl.store(group_ptr, sum_partials(group_ptr, n_members, N_GROUPS).to(work.partial.dtype.element_ty))
-            if work.tallies is not None:
-                group_ptr = work.tallies + group
-                tally = _merge_tallies(group_ptr, n_programs, n_members, N_GROUPS, work.partial.dtype.element_ty)
-                _store_tally(group_ptr, n_programs, tally)
-            last = draws_last(work.ticket, N_GROUPS)
+        group, n_members = _group(program, n_programs)
+        last = draws_last(ticket_ptr + 1 + group, n_members)
     else:
-        last = draws_last(work.ticket, n_programs)
+        last = draws_last(ticket_ptr, n_programs)
+    return last
+
+
+@triton.jit
+def _group(program, n_programs):
+    """The program's group, and how many programs that has."""
+    group = program & (N_GROUPS - 1)  # of a power of two
+    return group, (n_programs - 1 - group) // N_GROUPS + 1
+
+
+@triton.jit
+def _finishes_last(work, program, n_programs, N_SUMS: tl.constexpr):
+    """Whether a program for which _draws_last is true is the last of all. Of many, that of a group adds up the partials of its
+    group first, in the place of the first: 65536 partials would be 64 journeys to L2, one after the other, for a program that
+    all others have left alone, and as many atomics on one address."""
+    last = tl.full((), 1, tl.int1)
+    if n_programs > MAX_UNGROUPED:
+        group, n_members = _group(program, n_programs)
+        for i in tl.static_range(N_SUMS):
+            group_ptr = work.partial + i * n_programs + group
+            tl.store(group_ptr, sum_partials(group_ptr, n_members, N_GROUPS).to(work.partial.dtype.element_ty))
+        if work.tallies is not None:
+            group_ptr = work.tallies + group
+            tally = _merge_tallies(group_ptr, n_programs, n_members, N_GROUPS, work.partial.dtype.element_ty)
+            _store_tally(group_ptr, n_programs, tally)
+        last = draws_last(work.ticket, N_GROUPS)
     return last
 
 
@@ -84,18 +98,32 @@ def sum_partials(partial_ptr, n, stride=1):
 
 
 @triton.jit
-def sum_over_programs(work, value, tally, program, n_programs):
-    """Sum of all programs' values, for the program that finishes last: (sum, whether this is the one). tally: None without
-    statistics."""
-    total = value.to(tl.float64)
-    last = True
+def publish(out, work, value, tally, program, n_programs):
+    """For a program that knows its value, but may have more to do, for which nobody has to wait. Whether it is among the last,
+    which then call sum_over_programs. tally: None without statistics."""
+    last = tl.full((), 1, tl.int1)
     if work.partial is not None:
         tl.store(work.partial + program, value)
         if tally is not None:
             _store_tally(work.tallies + program, n_programs, tally)
+        last = _draws_last(work.ticket, program, n_programs)
+    elif tally is not None:
+        _store_counts(out, tally)
+    return last
+
+
+@triton.jit
+def sum_over_programs(out, work, value, program, n_programs):
+    """Sum of all programs' values, for the program that finishes last, which also adds up their tallies: (sum, whether this is
+    the one)."""
+    total = value.to(tl.float64)
+    last = tl.full((), 1, tl.int1)
+    if work.partial is not None:
         last = _finishes_last(work, program, n_programs, 1)
         if last:
             total = sum_partials(work.partial, _n_left(n_programs))
+            if work.tallies is not None:
+                _add_up_tallies(out, work, n_programs)
     return total, last
 
 
@@ -156,10 +184,14 @@ def _load_keys(key_ptr, index, n, stride, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_counts(out, work, tally, n_programs):
+def _add_up_tallies(out, work, n_programs):
+    """Of all programs, by the last one."""
+    _store_counts(out, _merge_tallies(work.tallies, n_programs, _n_left(n_programs), 1, out.row_stats.dtype.element_ty))
+
+
+@triton.jit
+def _store_counts(out, tally):
     """out.counts: rows that count, those whose target is the largest logit, and the first with the largest loss, or -1."""
-    if work.tallies is not None:
-        tally = _merge_tallies(work.tallies, n_programs, _n_left(n_programs), 1, out.row_stats.dtype.element_ty)
     tl.store(out.counts, tally.counted.to(tl.int64))
     tl.store(out.counts + 1, tally.correct.to(tl.int64))
     tl.store(out.counts + 2, tl.where(tally.worst_key == 0, -1, tally.worst.to(tl.int64)))
@@ -211,19 +243,18 @@ def reduce_batch(
             tl.debug_barrier()
         if work.partial is None:
             if tally is not None:
-                store_counts(out, work, tally, n_programs)
+                _store_counts(out, tally)
             _write_loss(out, work, loss_sum.to(tl.float64), count.to(tl.float64), scale, top_k, n_rows, asks)
         else:
-            tl.store(work.partial + program, loss_sum)
             tl.store(work.partial + n_programs + program, count)
-            if tally is not None:
-                _store_tally(work.tallies + program, n_programs, tally)
-            if _finishes_last(work, program, n_programs, 2):
-                if tally is not None:
-                    store_counts(out, work, tally, n_programs)
-                n = _n_left(n_programs)
-                total, counted = sum_partials(work.partial, n), sum_partials(work.partial + n_programs, n)
-                _write_loss(out, work, total, counted, scale, top_k, n_rows, asks)
+            # Triton would work out both sides of an `and`.
+            if publish(out, work, loss_sum, tally, program, n_programs):  # noqa: SIM102
+                if _finishes_last(work, program, n_programs, 2):
+                    if tally is not None:
+                        _add_up_tallies(out, work, n_programs)
+                    n = _n_left(n_programs)
+                    total, counted = sum_partials(work.partial, n), sum_partials(work.partial + n_programs, n)
+                    _write_loss(out, work, total, counted, scale, top_k, n_rows, asks)
 
 
 @triton.jit

@@ -289,7 +289,19 @@ def test_all_waves_acquire_what_a_ticket_publishes(monkeypatch: pytest.MonkeyPat
             waiting = re.search(r"global_load_b32 [^\n]*glc", assembly)
             leaves = re.findall(r"s_cbranch_vcc\w+ (\.LBB\w+)", assembly[: waiting.start()])[-1]
             assert _all_waves_acquire(acquires.findall(assembly[assembly.index(f"\n{leaves}:") :]))
-    assert n_drawn == {"recompute, slices": 1, "slices": 4}[case]
+    assert n_drawn == {"recompute, slices": 1, "slices": 6}[case]
+
+
+@pytest.mark.parametrize(("case", "n_stores"), [("ticket", 1), ("pixels", 1), ("one row a program", 2), ("slices", 2)])
+def test_the_loss_is_published_before_the_gradient_is_stored(monkeypatch: pytest.MonkeyPatch, case: str, n_stores: int) -> None:
+    """The ticket's fence would wait for all stores before it; of a row there are two places, for it may not count."""
+    (main,) = (
+        launch for launch in launches(monkeypatch, "sm_90", lambda: _call(*CASES[case])) if launch.kernel.startswith("fused")
+    )
+    steps = re.findall(r"acq_rel|st\.global\.v[48]", compile_for(main, "sm_90").asm["ptx"])
+    runs = [step for i, step in enumerate(steps) if i == 0 or steps[i - 1] != step]
+    stores = [i for i, step in enumerate(runs) if step != "acq_rel"]
+    assert stores == [1 + 2 * i for i in range(n_stores)]
 
 
 @pytest.mark.parametrize("case", ["ticket", "one row a program", "slices", "topk", "selection", "recompute, shared tile"])
