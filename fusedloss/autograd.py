@@ -88,7 +88,7 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rest: tuple[Tensor, Tensor | None, float, KnownCall]) -> Tensor:
         target, weight, scale, known = rest  # one by one they would cost a percent of a small step
-        loss, saved, dlogits = known.prepared.forward(logits, target, weight, scale)
+        loss, saved, dlogits, stats = known.prepared.forward(logits, target, weight, scale)
         ctx.known, ctx.scale, ctx.names = known, scale, known.names
         if dlogits is None:
             ctx.save_for_backward(logits, target, *(() if weight is None else (weight,)), saved)
@@ -102,6 +102,8 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
             else:
                 ctx.save_for_backward(dlogits, target, weight)
         ctx.has_gradient = dlogits is not None
+        if stats is not None:
+            ctx.stats = stats  # as outputs of a Function they would take 10 us
         return loss
 
     @staticmethod

@@ -63,7 +63,7 @@ def key_of(
         type(scale) is not float
         or type(ignore_index) is not int
         or not size_average is reduce is top_k is sample_weight is None
-        or return_stats
+        or (return_stats and reduction == "none")  # whose statistics have a gradient
         or type(target) is tuple
         or hooks_are_active()
     ):

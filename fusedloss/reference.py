@@ -100,11 +100,11 @@ class Torchs(NamedTuple):
 
     options: Options
 
-    def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float) -> tuple[Tensor, None, None]:
+    def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float) -> tuple[Tensor, None, None, None]:
         """As the Prepared of a backend, which autograd differentiates."""
         options = self.options
         loss = TORCHS(logits, target, weight, None, options.ignore_index, None, options.reduction, options.label_smoothing)
-        return loss if scale == 1 else _number(scale, loss) * loss, None, None
+        return loss if scale == 1 else _number(scale, loss) * loss, None, None, None
 
 
 def torchs(inputs: Inputs, options: Options) -> Tensor:

@@ -17,7 +17,7 @@ from fusedloss.autograd import (
     forgets_logits,
     kernel_forward,
 )
-from fusedloss.backends.outputs import N_ROW_STATS
+from fusedloss.backends.outputs import N_ROW_STATS, RowStats
 from fusedloss.backends.triton import device_facts
 from fusedloss.checks import check_class_indices
 from fusedloss.geometry import DeviceFacts
@@ -60,8 +60,9 @@ def serve(
                     loss = KnownCrossEntropyFunction.apply(input, (target, weight, extras[0], call))
                     if call.forgets:
                         forget_logits(loss)
-                    return loss
-                return call.prepared.forward(input, target, weight, extras[0])[0]
+                    return (loss, _loss_stats(vars(loss.grad_fn).pop("stats"), input)) if call.options.return_stats else loss
+                loss, _, _, stats = call.prepared.forward(input, target, weight, extras[0])
+                return loss if stats is None else (loss, _loss_stats(stats, input))
     scale, sample_weight, *_ = extras
     labels, labels_b, lam = labels_of(target)
     tensors = (input, labels, labels_b, lam if isinstance(lam, Tensor) else None, weight, sample_weight)
@@ -186,9 +187,15 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
     if not options.return_stats:
         return result, None
     loss, row_stats, counts = result
-    lse, row_loss, entropy = row_stats.view(N_ROW_STATS, inputs.logits.shape[0], *inputs.logits.shape[2:])
+    return loss, _loss_stats((row_stats, counts), inputs.logits)
+
+
+def _loss_stats(stats: RowStats, logits: Tensor) -> LossStats:
+    row_stats, counts = stats
+    rows = () if logits.dim() == 1 else (logits.shape[0], *logits.shape[2:])
+    lse, row_loss, entropy = row_stats.view(N_ROW_STATS, *rows).unbind()
     n_counted, n_correct, worst = counts.unbind()
-    return loss, LossStats(lse.detach(), row_loss.detach(), n_counted, n_correct, worst, entropy)
+    return LossStats(lse.detach(), row_loss.detach(), n_counted, n_correct, worst, entropy)
 
 
 def check_if_asked(target: Tensor, target_b: Tensor | None, n_classes: int, options: Options, route: Route) -> None:

@@ -70,6 +70,42 @@ def test_known_pixels(path: Path, calls: list[Any], shape: tuple[int, ...], redu
             fusedloss.cross_entropy(logits, target, reduction=reduction)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "max", "none"])
+@pytest.mark.parametrize("shape", [(N, C), (2, 5, 3, 4), (1, C)], ids=str)
+def test_known_statistics(path: Path, calls: list[Any], shape: tuple[int, ...], reduction: str) -> None:
+    """But of the rows' losses, where the entropies have a gradient."""
+    logits = make_logits(*shape).requires_grad_()
+    target = make_target(shape[0], *shape[2:], n_classes=shape[1], ignored=-100)
+
+    def statistics(logits: Tensor = logits) -> tuple[Tensor, ...]:
+        loss, stats = fusedloss.cross_entropy(logits, target, reduction=reduction, return_stats=True)
+        gradients = torch.autograd.grad(loss, logits, torch.full_like(loss, 0.5)) if loss.requires_grad else ()
+        assert not any(value.requires_grad for value in stats[:-1])
+        assert stats.entropy.requires_grad == (loss.requires_grad and reduction == "none")
+        return loss.detach(), *stats, *gradients
+
+    for arguments in ((), (logits.detach(),)):
+        first, _ = statistics(*arguments), statistics(*arguments)
+        calls.clear()
+        third = statistics(*arguments)
+        assert [value.shape for value in third] == [value.shape for value in first]
+        assert all(map(torch.equal, third, first))
+        assert len(calls) == (reduction == "none")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_known_statistics_of_one_row_and_of_pixels_in_columns(calls: list[Any], transposed: bool) -> None:
+    logits, target = (
+        (make_logits(2, C, 3, 4).mT, make_target(2, 4, 3, n_classes=C)) if transposed else (make_logits(C), torch.tensor(3))
+    )
+    first, _ = (fusedloss.cross_entropy(logits, target, return_stats=True)[1] for _ in range(2))
+    calls.clear()
+    for ours, expected in zip(fusedloss.cross_entropy(logits, target, return_stats=True)[1], first, strict=True):
+        assert ours.shape == expected.shape
+        assert torch.equal(ours, expected)
+    assert not calls
+
+
 def test_pixels_in_another_order(path: Path, calls: list[Any]) -> None:
     """What a kernel cannot read where it lies is converted, for the C++ kernel in a known call as well."""
     logits, target = make_logits(2, 5, 3, 4), make_target(2, 3, 4, n_classes=5)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedloss.backends.cpu import all_as_read, library, raise_out_of_bounds, scale_gradient
 from fusedloss.backends.cpu_abi import CALL, EXTRAS, NO_EXTRAS, Extras
 from fusedloss.backends.cpu_call import Prepacked, address, bytes_spanned, converted, prepack
-from fusedloss.backends.outputs import STATE, allocate_gradient, contiguous_strides, kept
+from fusedloss.backends.outputs import N_ROW_STATS, STATE, RowStats, allocate_gradient, contiguous_strides, kept
 from fusedloss.plan import Inputs, Options, accumulation_dtype
 
 _ON_CPU = partial(torch.empty, device=torch.device("cpu"))
@@ -43,15 +43,15 @@ class Prepared:
     makes_gradient: bool
     out_dtype: torch.dtype
     saved_dtype: torch.dtype
-    rest: bytes  # of the kernel's arguments
+    rest: bytes | None  # of the kernel's arguments; None: addresses of statistics are among them
     bits_at: Callable[[int], Any]  # of a loss, as an integer at an address
     one: int  # the bits of 1
 
     def forward(
         self, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The loss, what the backward reads and the gradient for an upstream gradient of 1; as `Outputs` has them."""
-        kind, saved, dlogits = self.kind, None, None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, RowStats | None]:
+        """The loss, what the backward reads, the gradient for an upstream gradient of 1 and statistics; as `Outputs` has them."""
+        kind, saved, dlogits, stats, rest = self.kind, None, None, None, self.rest
         if self.conversions is not None:
             logits, target, weight = _converted(self.conversions, logits, target, weight)
         n_examples = logits.shape[0] if self.any_batch else self.n_examples
@@ -60,6 +60,12 @@ class Prepared:
             saved = _ON_CPU((STATE + n_examples * self.saved_per_example,), dtype=self.saved_dtype)
         if self.makes_gradient:
             dlogits = torch.empty_like(logits) if self.any_batch else self.new_gradient()
+        if rest is None:
+            stats = (
+                _ON_CPU((N_ROW_STATS, n_examples * kind.per_example), dtype=self.saved_dtype),
+                _ON_CPU((3,), dtype=torch.int64),
+            )
+            rest = EXTRAS.pack(*Extras(row_stats=address(stats[0], 0), counts=address(stats[1], 0))) + kind.packed
         logits_at, target_at = logits.data_ptr(), target.data_ptr()
         # Memory that was freed begins at 0; address() asks for more than that, and takes 2 % of a small step for each tensor.
         if not (logits_at and target_at) or logits.storage_offset() or target.storage_offset():
@@ -77,10 +83,10 @@ class Prepared:
             n_threads,
             n_examples,
         )
-        bad_row = functions.forward(call, self.rest)
+        bad_row = functions.forward(call, rest)
         if bad_row:
             raise_out_of_bounds(bad_row - 1, kind.n_cols, target)
-        return loss, saved, dlogits
+        return loss, saved, dlogits, stats
 
     def backward(self, dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, saved: Tensor) -> Tensor:
         """The gradient of the logits; saved: the forward's, the scale in it."""
@@ -146,7 +152,7 @@ def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
         makes_gradient=makes_gradient,
         out_dtype=out_dtype,
         saved_dtype=accumulation_dtype(logits.dtype),
-        rest=NO_EXTRAS + kind.packed,
+        rest=None if options.return_stats else NO_EXTRAS + kind.packed,
         bits_at=bits_at,
         one=bits_at(one.data_ptr()).value,
     )

@@ -24,6 +24,7 @@ class Outputs(NamedTuple):
 
 
 NO_OUTPUTS = Outputs(*(None,) * 5)
+RowStats = tuple[Tensor, Tensor]  # row_stats and counts
 N_ROW_STATS, ENTROPY = 3, 2  # rows of Outputs.row_stats, and which is the entropy
 
 
@@ -81,11 +82,13 @@ def allocate_forward(inputs: Inputs, options: Options, out_dtype: torch.dtype, n
 
 @dataclass(frozen=True, eq=False)
 class Allocators:
-    """Make the outputs of calls alike, of contiguous logits without statistics, in half the time that asking them takes."""
+    """Make the outputs of calls alike, of contiguous logits, in half the time that asking them takes; None: there is no such."""
 
     loss: Callable[[], Tensor]
     saved: Callable[[], Tensor] | None
     dlogits: Callable[[], Tensor] | None
+    row_stats: Callable[[], Tensor] | None
+    counts: Callable[[], Tensor] | None
 
 
 def forward_allocators(
@@ -93,11 +96,13 @@ def forward_allocators(
 ) -> Allocators:
     """What `allocate_forward` allocates for these arguments, loss and gradient as the caller's logits of this shape have them."""
     device, dtype = inputs.logits.device, inputs.logits.dtype
-    loss, saved, has_gradient, _ = output_sizes(inputs, options, needs_grad)
+    loss, saved, has_gradient, row_stats = output_sizes(inputs, options, needs_grad)
     return Allocators(
         allocator((shape[0], *shape[2:]) if loss else (), out_dtype, device),
         None if saved is None else allocator((saved,), accumulation_dtype(dtype), device),
         allocator(shape, dtype, device) if has_gradient else None,
+        None if row_stats is None else allocator(row_stats, accumulation_dtype(dtype), device),
+        None if row_stats is None else allocator((3,), torch.int64, device),
     )
 
 

@@ -10,6 +10,7 @@ from fusedloss.backends.outputs import (
     NO_OUTPUTS,
     Allocators,
     Outputs,
+    RowStats,
     allocate_forward,
     allocate_gradient,
     allocator,
@@ -173,15 +174,16 @@ class Prepared:
 
     def forward(
         self, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The loss, what the backward reads and the gradient for an upstream gradient of 1; as `Outputs` has them."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, RowStats | None]:
+        """The loss, what the backward reads, the gradient for an upstream gradient of 1 and statistics; as `Outputs` has them."""
         new = self.new
         loss = new.loss()
         saved = None if new.saved is None else new.saved()
         dlogits = None if new.dlogits is None else new.dlogits()
-        out = Outputs(loss, self.new_state() if saved is None else saved, dlogits, None, None)
+        stats = None if new.row_stats is None or new.counts is None else (new.row_stats(), new.counts())
+        out = Outputs(loss, self.new_state() if saved is None else saved, dlogits, *(stats or (None, None)))
         _launch_forward(self.launches, out, Inputs(logits, target, None, None, weight), scale, 1.0, keeps_workspace=True)
-        return loss, saved, dlogits
+        return loss, saved, dlogits, stats
 
     def backward(self, dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, saved: Tensor) -> Tensor:
         """The gradient of the logits; saved: the forward's, the scale in it."""
