@@ -31,9 +31,8 @@ SHAPES = {
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"FUSED_ROW_THREADS": 128},
-    {"FUSED_ROW_THREADS": 256},
     {"FUSED_ROW_THREADS": 512},
-    {"FUSED_ROW_THREADS": 256, "SLICE_THREADS": 256},
+    {"SLICE_THREADS": 256},
     {"FUSED_ROW_THREADS": 128, "SLICE_THREADS": 64},
 ]
 ROUNDS = 20

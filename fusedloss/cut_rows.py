@@ -17,8 +17,10 @@ FUSED_COLS_PER_THREAD = 8
 FUSED_ROW_BLOCKS = {2: 11, 4: 9, 8: 2}
 FUSED_ROW_BLOCKS_MORE = {2: 3, 4: 3, 8: 1}
 FUSED_ROW_BLOCKS_PROBABILITIES = {2: 4, 4: 4, 8: 1}  # they wait in registers, too
-FUSED_ROW_REGISTERS = 128  # as many as 512 threads can have; with fewer blocks 255, as many as 256 can have
-FUSED_ROW_THREADS = 512
+FUSED_ROW_REGISTERS = 128  # with fewer blocks as many as a thread can have, and ptxas takes no more than these either
+# An SM has room for two programs of so many threads with so many registers: one loads or stores while the other reduces.
+FUSED_ROW_THREADS = 256
+FUSED_ROW_THREADS_ALONE = 512  # all registers of an SM: where no program may wait for another, rather than read a row twice
 # A longer row is cut into slices: programs that wait for each other, of few threads, so that an SM has room for four and some
 # load while others wait.
 SLICE_THREADS = 128
@@ -76,7 +78,8 @@ def fused_rows(t: Operands, more: bool, device: DeviceFacts) -> Cut | None:
     threads = device.warp_size
     while threads * FUSED_COLS_PER_THREAD * fitting < n_cols:
         threads *= 2
-    if filling > 1 or threads > (FUSED_ROW_THREADS // 2 if all_registers else FUSED_ROW_THREADS):
+    most = FUSED_ROW_THREADS if device.may_wait or all_registers else FUSED_ROW_THREADS_ALONE
+    if filling > 1 or threads > most:
         threads = SLICE_THREADS
     block_cols = threads * FUSED_COLS_PER_THREAD
     blocks = -(-n_cols // block_cols)
@@ -117,7 +120,8 @@ def _row_block(n_cols: int, itemsize: int, device: DeviceFacts) -> tuple[int, in
 
 
 def _slices_that_fill(g: Geometry, device: DeviceFacts) -> int:
-    """Slices of a row that give every SM a program; 1 where rows are many or short."""
+    """Slices of a row that give every SM a program; 1 where rows are many or short. A power of two: each number of slices is a
+    kernel of its own, and the number of rows may be another in every call."""
     if g.n_cols < LONG_ROW_COLS or g.n_rows == 0:
         return 1
-    return max(1, min(device.n_sms // g.n_rows, -(-g.n_cols // MIN_SLICE_COLS), MAX_SLICES))
+    return min(next_power_of_2(device.n_sms // g.n_rows), next_power_of_2(-(-g.n_cols // MIN_SLICE_COLS)), MAX_SLICES)

@@ -13,6 +13,7 @@ from problems import make_logits, make_probabilities, make_target
 import fusedloss
 from fusedloss import backends
 from fusedloss.backends import cpu
+from fusedloss.cut_rows import SM_REGISTERS
 from fusedloss.geometry import DeviceFacts
 from fusedloss.plan import Cut
 from fusedloss.plan_triton import ROWS_SELECTED_ALONE
@@ -142,8 +143,8 @@ def test_the_plan_of_probabilities_on_a_gpu(shape: tuple[int, ...], reduction: s
     assert plan.launches == (3 if reduction == "mean" and plan.forward.n_slices > 1 else 2)
 
 
-def _forward_of(n_rows: int, n_cols: int, device: DeviceFacts) -> Cut:
-    logits = torch.empty(n_rows, n_cols, dtype=torch.bfloat16, device="meta", requires_grad=True)
+def _forward_of(n_rows: int, n_cols: int, device: DeviceFacts, dtype: torch.dtype = torch.bfloat16) -> Cut:
+    logits = torch.empty(n_rows, n_cols, dtype=dtype, device="meta", requires_grad=True)
     with fusedloss.backend("triton"):
         plan = fusedloss.plan(logits, torch.empty(n_rows, dtype=torch.long, device="meta"), device=device)
     assert plan.strategy == "fused"
@@ -155,6 +156,27 @@ def test_slices_that_wait_take_a_quarter_of_the_gpu_unless_a_row_needs_more() ->
         assert 1 < _forward_of(1, n_cols, DeviceFacts()).n_slices <= 132 // 4
     assert _forward_of(1, 128256, DeviceFacts(n_sms=40)).n_slices == 12  # as many columns as fit take 11.4 programs
     assert _forward_of(1, 128256, DeviceFacts(n_sms=12)).n_slices == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("n_cols", [4096, 22528, 22536, 32000, 32768, 45056, 50257, 128256, 262144])
+def test_an_sm_has_room_for_two_programs_of_any_row(n_cols: int, dtype: torch.dtype) -> None:
+    """One loads or stores while the other reduces. With one, as 32000 classes had, neither overlaps."""
+    cut = _forward_of(8192, n_cols, DeviceFacts(), dtype)
+    assert cut.kernel == "fused_row_kernel"
+    assert 2 * cut.num_warps * 32 * cut.max_registers <= SM_REGISTERS
+
+
+def test_few_rows_compile_few_kernels() -> None:
+    """Rows fewer than the SMs are cut into slices, of which each number is a kernel of its own."""
+    cuts = [_forward_of(n_rows, 128256, DeviceFacts()) for n_rows in range(1, 200)]
+    assert {cut.n_slices for cut in cuts} == {12, 16, 32}
+    assert len({(cut.num_warps, cut.shape) for cut in cuts}) == 3
+    with fusedloss.backend("triton"), torch.no_grad():
+        for n_rows in range(1, 200):
+            logits = torch.empty(n_rows, 128256, dtype=torch.bfloat16, device="meta")
+            cuts.append(fusedloss.plan(logits, torch.empty(n_rows, dtype=torch.long, device="meta")).forward)
+    assert {cut.n_slices for cut in cuts if cut.kernel == "forward_row_kernel"} == {1, 2, 4, 8, 16}
 
 
 @pytest.mark.parametrize("n_cols", [32000, 50257, 128256])

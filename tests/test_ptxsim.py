@@ -62,7 +62,7 @@ def launched(gpu: Any) -> dict[str, Any]:
     return {launch.kernel: launch for launch in gpu.launches}
 
 
-# n_cols 10: tiles; 257: one row a program; 1000: rows begin inside a sector; 1001: ragged rows; 30001: several warps; 50257 and
+# n_cols 10: tiles; 257: one row a program; 1000: rows begin inside a sector; 1001: ragged rows; 20001: several warps; 40008 and
 # more: slices, for few rows as many as fill the GPU.
 # n_rows 37 leaves the last tile ragged, 700 x 10 needs the ticket, every program counts up to 64 rows of its own, 4200 programs
 # add up in groups.
@@ -77,7 +77,7 @@ def launched(gpu: Any) -> dict[str, Any]:
         (4200, 257, BF16),
         (70, 1001, BF16),
         (5, 1003, FP64),
-        (5, 30001, BF16),
+        (5, 20001, BF16),
         (3, 40008, FP64),
         (2, 70001, BF16),
         (70, 50257, BF16),
