@@ -36,7 +36,8 @@ def plan(
 ) -> Plan | LinearPlan:
     """Tells which path `cross_entropy(input, target, weight, **options)` takes, why, and what it costs; runs nothing.
 
-    The gradient of `LossStats.entropy`, where a loss is made of it, comes on top: one more pass, by PyTorch's operators.
+    The gradient of `LossStats.entropy`, where a loss is made of it, comes on top: one more pass, by PyTorch's operators; of
+    `linear_cross_entropy` also the memory of one more chunk.
 
     With linear_weight it tells the same of `linear_cross_entropy(input, linear_weight, target, weight=weight, **options)`.
 

@@ -1,7 +1,7 @@
 """The torch.autograd.Functions of a loss fused with the last linear layer.
 
 SummedLoss   forward  a gradient pass    backward  its gradients, scaled by dloss
-RowLosses    forward  a row pass         backward  a gradient pass with dloss as the rows' factors
+RowLosses    forward  a row pass         backward  a gradient pass with dloss as the rows' factors, and the entropies' gradient
 both                                     backward  under create_graph: PyTorch's layer, then the reference
 
 The gradients that the forward made are saved as autograd saves tensors, so that hooks and checkpointing see them. They belong to
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fusedloss import linear_ops, ops, reference
 from fusedloss.autograd import keeps_graph
+from fusedloss.backends.outputs import ENTROPY
 from fusedloss.linear_passes import LinearInputs, NeedsGrad
 from fusedloss.plan import Inputs, Options, accumulation_dtype
 from fusedloss.world import is_batched
@@ -58,7 +59,8 @@ class SummedLoss(torch.autograd.Function):
 
 
 class RowLosses(torch.autograd.Function):
-    """The rows' losses without scale, (n_rows,) in the dtype of accumulation; with statistics also (3, n_rows) and 0-d."""
+    """The rows' losses without scale, (n_rows,) in the dtype of accumulation; with statistics also (3, n_rows), of which the
+    entropies have a gradient, and 0-d."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
@@ -69,28 +71,40 @@ class RowLosses(torch.autograd.Function):
         ctx.call = options, settings
         if not options.return_stats:
             return outputs.row_losses
-        ctx.mark_non_differentiable(outputs.row_stats, outputs.n_correct)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(outputs.n_correct)
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        dloss = dlosses[0]
+    def backward(ctx: Any, dloss: Tensor | None, *dstats: Tensor | None) -> tuple[Tensor | None, ...]:
         options, settings = ctx.call
-        inputs = LinearInputs(*ctx.saved_tensors)
-        if torch.is_grad_enabled() or is_batched(dloss):
-            return _differentiable(inputs, options, settings.needs_grad, dloss)
+        inputs, dentropy = LinearInputs(*ctx.saved_tensors), None
+        if dstats and dstats[0] is not None:
+            dentropy = dstats[0][ENTROPY]
+            dloss = torch.zeros_like(dentropy) if dloss is None else dloss
+        if dloss is None:
+            return _padded([None] * 3)
+        if torch.is_grad_enabled() or is_batched(dloss) or (dentropy is not None and is_batched(dentropy)):
+            return _differentiable(inputs, options, settings.needs_grad, dloss, dentropy)
         options = options._replace(reduction="sum", return_stats=False)
-        return _padded(linear_ops.gradient_pass(inputs, options, settings, dloss).gradients())
+        return _padded(linear_ops.gradient_pass(inputs, options, settings, dloss, dentropy).gradients())
 
 
-def _differentiable(inputs: LinearInputs, options: Options, needs_grad: NeedsGrad, dloss: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable(
+    inputs: LinearInputs, options: Options, needs_grad: NeedsGrad, dloss: Tensor, dentropy: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
     """The gradients of PyTorch's own layer and the reference, which have derivatives of any order."""
     x, linear_weight, bias, *loss_tensors = inputs
     wanted = [tensor for tensor, needed in zip(inputs[:3], needs_grad, strict=True) if needed]
     with torch.enable_grad():
         loss_inputs = Inputs(F.linear(x, linear_weight, bias), *loss_tensors)  # type: ignore[arg-type]
-        loss, _ = reference.cross_entropy(loss_inputs, options._replace(return_stats=False), accumulation_dtype(x.dtype))
-        found = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))  # type: ignore[arg-type]
+        options = options._replace(return_stats=dentropy is not None)
+        loss, stats = reference.cross_entropy(loss_inputs, options, accumulation_dtype(x.dtype))
+        results, upstream = [loss], [dloss]
+        if dentropy is not None:
+            assert stats is not None
+            results, upstream = [loss, stats.entropy], [dloss, dentropy]
+        found = iter(torch.autograd.grad(results, wanted, upstream, create_graph=True))  # type: ignore[arg-type]
     return _padded(next(found) if needed else None for needed in needs_grad)
 
 

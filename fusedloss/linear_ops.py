@@ -24,7 +24,7 @@ _TRACING_MODES = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in
 
 _library.define(
     f"linear_gradient_pass({_INPUTS}, {_OPTIONS}, bool input_grad, bool weight_grad, bool bias_grad, int? chunk_rows, "
-    "bool float32_sum, bool compact, str backend, Tensor? upstream) "
+    "bool float32_sum, bool compact, str backend, Tensor? upstream, Tensor? dentropy) "
     "-> (Tensor loss, Tensor dinput, Tensor dweight, Tensor dbias, Tensor row_stats, Tensor n_correct)"
 )
 _library.define(
@@ -38,12 +38,13 @@ def gradient_pass(
     options: Options,
     settings: Settings,
     upstream: Tensor | None = None,
+    dentropy: Tensor | None = None,
 ) -> GradientPass:
     """`linear_passes.gradient_pass`."""
-    if nobody_traces(*inputs, upstream):
-        return linear_passes.gradient_pass(inputs, options, settings, upstream)
+    if nobody_traces(*inputs, upstream, dentropy):
+        return linear_passes.gradient_pass(inputs, options, settings, upstream, dentropy)
     operator = torch.ops.fusedloss.linear_gradient_pass.default
-    loss, *tensors = operator(*inputs, *options, *settings.needs_grad, *settings[1:], upstream)
+    loss, *tensors = operator(*inputs, *options, *settings.needs_grad, *settings[1:], upstream, dentropy)
     asked = (*settings.needs_grad, options.return_stats, options.return_stats)
     return GradientPass(loss, *(tensor if is_asked else None for tensor, is_asked in zip(tensors, asked, strict=True)))
 
@@ -64,9 +65,9 @@ def nobody_traces(*tensors: Tensor | None) -> bool:
 
 
 def _gradient_pass_impl(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, options, (*needs_grad, chunk_rows, float32_sum, compact, backend, upstream) = _split(arguments)
+    inputs, options, (*needs_grad, chunk_rows, float32_sum, compact, backend, upstream, dentropy) = _split(arguments)
     settings = Settings(NeedsGrad(*needs_grad), chunk_rows, float32_sum, compact, backend)
-    return _all_tensors(linear_passes.gradient_pass(inputs, options, settings, upstream))
+    return _all_tensors(linear_passes.gradient_pass(inputs, options, settings, upstream, dentropy))
 
 
 def _row_pass_impl(*arguments: Any) -> tuple[Tensor, ...]:

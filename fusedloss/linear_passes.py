@@ -7,9 +7,9 @@ gradient_pass   logits = x W^T + b          the loss of the chunk's rows, sum_n 
 row_pass        logits = x W^T + b          a loss per row; 1 matmul
 
 "sum" and "mean" are one gradient pass in the forward: a_n is known beforehand, the mean's denominator by a look at the targets.
-"none", "max" and "topk" are a row pass, then a gradient pass in the backward over the rows whose loss has an upstream gradient:
-max and topk select few. Rows without one, and ignored rows, are left out of the matmuls (on a GPU, where the host would have
-to wait for their number, only if the caller says compact; else they are multiplied as zeros).
+"none", "max" and "topk" are a row pass, then a gradient pass in the backward over the rows whose loss, or entropy, has an
+upstream gradient: max and topk select few. Rows without one, and ignored rows, are left out of the matmuls (on a GPU, where the
+host would have to wait for their number, only if the caller says compact; else they are multiplied as zeros).
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fusedloss import ops
 from fusedloss.backends.outputs import N_ROW_STATS
+from fusedloss.entropy import add_gradient
 from fusedloss.plan import Inputs, Options, accumulation_dtype
 from fusedloss.plan_linear import Chunks, chunks_of, leaves_rows_out, sums_in_float32
 
@@ -105,19 +106,28 @@ def gradient_pass(
     options: Options,
     settings: Settings,
     upstream: Tensor | None = None,  # (n_rows,): a gradient for each row's loss, which also selects the rows
+    dentropy: Tensor | None = None,  # (n_rows,): with it, for each row's entropy
 ) -> GradientPass:
     """The sum of the rows' losses, and its gradients."""
+    wanted = None
     if upstream is not None:
+        wanted = upstream != 0 if dentropy is None else (upstream != 0) | (dentropy != 0)
         factors = upstream if inputs.sample_weight is None else upstream * inputs.sample_weight
         inputs = inputs._replace(sample_weight=factors)
-    passed = _Chunked(inputs, options, settings, upstream)
+    passed = _Chunked(inputs, options, settings, wanted)
     sums = _GradientSums(inputs, settings, passed)
     losses = [inputs.input.new_zeros((), dtype=passed.dtype)]
     if inputs.scale is not None:  # of no row at all, 0 times nan: the mean
         losses[0] = losses[0] * inputs.scale.to(passed.dtype)
     for rows in passed.chunks():
         x, loss_inputs = passed.with_logits(rows)
+        of_entropies = None
+        if dentropy is not None:  # before the logits are overwritten
+            of_entropies = torch.zeros_like(loss_inputs.logits)
+            add_gradient(of_entropies, _take(dentropy, rows), loss_inputs, options)
         outputs = ops.forward_overwriting(loss_inputs, passed.options, passed.dtype, settings.backend)
+        if of_entropies is not None:
+            outputs.dlogits.add_(of_entropies)
         losses.append(outputs.loss)
         sums.add(outputs.dlogits, x, rows)
         passed.keep_stats(outputs.row_stats, outputs.counts, rows)
@@ -140,13 +150,13 @@ def row_pass(inputs: LinearInputs, options: Options, settings: Settings) -> RowP
 class _Chunked:
     """Goes through the rows that are not left out, and keeps what is gathered on the way."""
 
-    def __init__(self, inputs: LinearInputs, options: Options, settings: Settings, upstream: Tensor | None = None) -> None:
+    def __init__(self, inputs: LinearInputs, options: Options, settings: Settings, wanted: Tensor | None = None) -> None:
         x, linear_weight = inputs.input, inputs.linear_weight
         self.inputs, self.options = inputs, options
         self.dtype = accumulation_dtype(x.dtype)
         counted = inputs.counted(options.ignore_index)
-        if upstream is not None:
-            counted = upstream != 0 if counted is None else counted & (upstream != 0)
+        if wanted is not None:
+            counted = wanted if counted is None else counted & wanted
         self.index: Tensor | None = None  # of the rows that are left, None: all
         self.counted: Tensor | None = None  # which of them count, None: all
         if counted is not None and not leaves_rows_out(settings.backend, settings.compact):

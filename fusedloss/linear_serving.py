@@ -116,7 +116,7 @@ def _serve(
     if options.reduction == "none":
         loss = loss.reshape(batch + loss.shape[1:])  # of a linear_weight (C, d1, ..., F) there are (N, d1, ...)
     if stats is not None:
-        of_rows = (stats.lse, stats.row_loss, stats.entropy.detach())  # of unfused layers the last would have a gradient
+        of_rows = (stats.lse, stats.row_loss, stats.entropy)
         lse, row_loss, entropy = (values.reshape(batch + values.shape[1:]) for values in of_rows)
         stats = stats._replace(lse=lse, row_loss=row_loss, entropy=entropy)
     return loss, stats
@@ -232,4 +232,6 @@ def _denominator(inputs: LinearInputs, options: Options) -> Tensor:
 def _statistics(row_stats: Tensor, n_correct: Any, inputs: LinearInputs, options: Options) -> LossStats:
     lse, row_loss, entropy = row_stats.unbind()
     counted = _counted(inputs, options)
-    return LossStats(lse, row_loss, counted.sum(), n_correct, reference.worst_row(row_loss, counted), entropy)
+    entropy = entropy if options.differentiates_entropy() else entropy.detach()
+    row_loss = row_loss.detach()
+    return LossStats(lse.detach(), row_loss, counted.sum(), n_correct, reference.worst_row(row_loss, counted), entropy)

@@ -74,7 +74,12 @@ def _forward_cut(t: Operands, options: Options, device: DeviceFacts, sharded: bo
     if t.logits.n_rows <= ROWS_SELECTED_ALONE and not sharded:
         return tile
     # Without the selection it needs few registers, and ptxas would spill for fewer still.
-    return replace(tile, max_registers=register_limit(registers_of(tile.num_warps, 1), device))
+    return _with_all_registers(tile, device)
+
+
+def _with_all_registers(cut: Cut, device: DeviceFacts) -> Cut:
+    """With as many as one program on an SM can have: left to itself, ptxas would spill a few values to fit another."""
+    return replace(cut, max_registers=register_limit(registers_of(cut.num_warps, 1), device))
 
 
 def _fused_cut(t: Operands, options: Options, device: DeviceFacts) -> Cut:
@@ -84,11 +89,12 @@ def _fused_cut(t: Operands, options: Options, device: DeviceFacts) -> Cut:
     return cut_tiles("fused_tile_kernel", t, more, device) if rows is None else rows
 
 
-def backward_cut(t: Operands, options: Options, device: DeviceFacts) -> Cut:
+def backward_cut(t: Operands, options: Options, device: DeviceFacts, sharded: bool = False) -> Cut:
     """The launch of the recompute strategy's backward; the gradient's strides may differ from the logits'."""
     if takes_rows(t):
         return backward_rows(t, device)
-    return cut_tiles("backward_tile_kernel", t, holds_more(options, t.itemsize), device)
+    tile = cut_tiles("backward_tile_kernel", t, holds_more(options, t.itemsize), device)
+    return _with_all_registers(tile, device) if sharded else tile
 
 
 def scale_cut(n_elements: int, device: DeviceFacts) -> Cut:

@@ -151,6 +151,11 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "single program, fp64, softcap": ((64, 100), FP64, {"weight": True, "label_smoothing": 0.1, "softcap": 30.0}),
     "selection": ((20000, 10), FP32, {"reduction": "topk", "top_k": 0.2}),
     "selection, fp64": ((20000, 10), FP64, {"reduction": "max"}),
+    "shard, packed rows, two labels": (
+        (4096, 10),
+        FP32,
+        {"shard": True, "two_labels": True, "weight": True, "label_smoothing": 0.1},
+    ),
     "shard, packed rows": ((4096, 10), FP32, {"shard": True, "weight": True, "label_smoothing": 0.1}),
     "shard, shared tile, all extras": ((4096, 100), FP32, {"shard": True, "softcap": 30.0, "z_loss": 1e-3, "two_labels": True}),
     "shard, long rows": ((64, 32000), BF16, {"shard": True}),

@@ -157,14 +157,3 @@ def test_compiles(path: Path, shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(compiled, expected)
         torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (compiled, expected)))
     torch.compiler.reset()
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_the_fused_last_layer_has_it_without_gradient(backend: str) -> None:
-    input, weight = make_logits(6, 4).requires_grad_(), make_logits(10, 4, seed=3)
-    target = make_target(6, n_classes=10, ignored=-100)
-    with fusedloss.backend(backend):
-        losses, stats = fusedloss.linear_cross_entropy(input, weight, target, reduction="none", return_stats=True)
-    assert losses.requires_grad
-    assert not stats.entropy.requires_grad
-    torch.testing.assert_close(stats.entropy, entropies(input.detach() @ weight.t(), target))

@@ -131,7 +131,8 @@ def _forward_launches(kind: Kind, saves: bool) -> Launches:
 @lru_cache(maxsize=1024)
 def _backward_launch(kind: Kind) -> Launch:
     t = kind.operands()
-    return _logits_launch(backward_cut(t, kind.options, kind.facts), kind, t, _asks(kind), {})
+    cut = backward_cut(t, kind.options, kind.facts, kind.part is not None)
+    return _logits_launch(cut, kind, t, _asks(kind), {})
 
 
 # The same for the scaling of a fused gradient.
