@@ -53,8 +53,8 @@ def linear_cross_entropy(
             acc_dtype of float32, the gradient of a bfloat16 or float16 linear_weight is summed in float32, as it always is
             over more than 2 chunks.
         top_k, scale, sample_weight, z_loss, logit_scale, softcap, return_stats, out_dtype: as for `cross_entropy`, a row
-            being one of input. With reduction "none" the `entropy` of the statistics has a gradient here, too: no matmul more, but
-            in the backward the memory of one more chunk.
+            being one of input. With reduction "none" the statistics' `entropy` has a gradient here, too: no matmul more, but in
+            the backward the memory of one more chunk.
         chunk_rows: rows of a chunk; None: as many as have 64 MiB of logits, but 256 at least (on a GPU 250 MB and 2048).
 
         compact: on a GPU, too, rows that are ignored, or that "max" and "topk" do not select, are left out of the matmuls; the

@@ -10,8 +10,8 @@ class LossStats(NamedTuple):
 
     They carry no gradient but one: under `reduction="none"` that of `entropy`, for an entropy bonus beside the rows' losses. Its
     backward reads the logits once more, by PyTorch's operators, a chunk of rows at a time, and adds to the loss's gradient;
-    `plan` does not count it. Where `entropy` enters no loss it costs nothing. `linear_cross_entropy` makes the logits again in the
-    backward anyway, and holds a chunk's gradient of the entropies besides.
+    `plan` does not count it. Where `entropy` enters no loss it costs nothing. `linear_cross_entropy` makes the logits again
+    in the backward anyway, and holds a chunk's gradient of the entropies besides.
 
     Rows are what `reduction="none"` has a loss for: (N,) for logits (N, C), (N, d1, ...) for (N, C, d1, ...), () for (C,).
     Per-row values are float32, float64 for float64 logits, and 0 for ignored rows.
