@@ -18,6 +18,7 @@ class DeviceFacts(NamedTuple):
     n_sms: int = 132
     warp_size: int = 32  # of Radeons, too
     is_nvidia: bool = True
+    flushes_l2: bool = False  # for a ticket (kernels/finish.py)
     may_wait: bool = True  # the programs of a launch, for each other; FUSEDLOSS_NO_WAIT=1: they never do
 
 

@@ -11,7 +11,7 @@ import torch
 from fusedloss.cut_rows import backward_rows, forward_rows, fused_rows, registers_of, takes_rows
 from fusedloss.cut_tiles import cut_tiles
 from fusedloss.geometry import DeviceFacts, Operands, operands, probabilities_strides, register_limit, warps
-from fusedloss.kernels.constants import DIGIT_BITS, PARTIALS_BLOCK
+from fusedloss.kernels.constants import DIGIT_BITS, MAX_UNGROUPED, N_GROUPS, PARTIALS_BLOCK
 from fusedloss.plan import ROW_REDUCTIONS, Block, Cut, Inputs, Options, Plan, fuses_gradient, spatial_dims_collapse
 
 # Up to so many rows, every program of a fused mean reads all targets, 512 bytes, which saves a launch.
@@ -19,6 +19,10 @@ COUNTED_ROWS = 64
 # Up to so many rows, the last program of a forward selects among their losses alone, for "max" and "topk"; of more, launches of
 # many programs do (kernels/selection.py).
 ROWS_SELECTED_ALONE = 16384
+# Up to so many programs of a forward draw tickets on every GPU, for which the launch that saves them would take longer. Not fewer
+# than COUNTED_ROWS: beyond these the mean's coefficient is in `saved`, where finish_kernel finds it.
+TICKETS_ANYWHERE = 64
+FINISH_THREADS = 256
 SMALL_THREADS = 128  # of a program of a kernel that reads no logits, or only scales a gradient
 SCALED_ELEMENTS = (
     4096  # of a fused gradient at a time; of the last ones each is accessed on its own, and 64 per thread would spill
@@ -32,13 +36,16 @@ class ForwardCuts(NamedTuple):
 
     counting: Cut | None  # before the main one: the mean's denominator, or the slices' counters
     main: Cut
-    selection: tuple[Cut, ...] = ()  # after it, where rows are too many for its last program to select among
+    n_partials: int  # sums that programs of the main launch leave
+    finishing: Cut | None  # after it, where no last program of its own adds them up
+    selection: tuple[Cut, ...] = ()  # where rows are too many for one program to select among
     clears: bool = False  # before all: the slices' counters, which no launch of ours clears
 
     def kernels(self) -> tuple[str, ...]:
         """What is launched, by name."""
         before = ("zeros",) if self.clears else () if self.counting is None else (self.counting.kernel,)
-        return (*before, self.main.kernel, *(cut.kernel for cut in self.selection))
+        finishing = () if self.finishing is None else (self.finishing.kernel,)
+        return (*before, self.main.kernel, *finishing, *(cut.kernel for cut in self.selection))
 
 
 def holds_more(options: Options, itemsize: int) -> bool:
@@ -49,15 +56,27 @@ def holds_more(options: Options, itemsize: int) -> bool:
 def forward_cuts(t: Operands, options: Options, device: DeviceFacts, sharded: bool = False) -> ForwardCuts:
     """The launches of a forward; one that has a gradient to write is fused. sharded: the logits are a slice of the classes."""
     if t.dlogits is None:
-        return ForwardCuts(None, _forward_cut(t, options, device, sharded), _selection_cuts(t, options.reduction, device))
+        main = _forward_cut(t, options, device, sharded)
+        adds_up = not sharded and (options.reduction != "none" or options.return_stats)
+        return ForwardCuts(None, main, *_sums(main, adds_up, device), _selection_cuts(t, options.reduction, device))
     n_rows, is_mean = t.logits.n_rows, options.reduction == "mean" and t.probabilities is None
     main = _fused_cut(t, options, device)
+    sums = _sums(main, True, device)
     if is_mean and main.kernel == "fused_row_kernel" and main.n_slices == 1 and n_rows <= COUNTED_ROWS:
-        return ForwardCuts(None, replace(main, shape=replace(main.shape, counted_rows=COUNTED_ROWS)))
+        return ForwardCuts(None, replace(main, shape=replace(main.shape, counted_rows=COUNTED_ROWS)), *sums)
     if t.probabilities is not None:  # every row counts
-        return ForwardCuts(None, main, clears=main.n_slices > 1)
+        return ForwardCuts(None, main, *sums, clears=main.n_slices > 1)
     counts = main.n_slices > 1 or (is_mean and main.n_programs > 1)
-    return ForwardCuts(_denominator_cut(n_rows, device) if counts else None, main)
+    return ForwardCuts(_denominator_cut(n_rows, device) if counts else None, main, *sums)
+
+
+def _sums(main: Cut, adds_up: bool, device: DeviceFacts) -> tuple[int, Cut | None]:
+    """How many sums a forward's programs leave, and the launch that adds them up, if it is one of its own."""
+    n_partials = main.n_programs // main.n_slices if adds_up else 1
+    if not device.flushes_l2 or n_partials <= TICKETS_ANYWHERE:
+        return n_partials, None
+    n_programs = N_GROUPS if n_partials > MAX_UNGROUPED else 1
+    return n_partials, Cut("finish_kernel", n_programs, warps(FINISH_THREADS, device), Block(PARTIALS_BLOCK, 1))
 
 
 def holds_rows(cut: Cut) -> bool:

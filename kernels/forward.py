@@ -128,7 +128,7 @@ def forward_row_kernel(
 
     last_slice = True
     if N_SLICES > 1:
-        arrived_ptr = work.ticket + 1 + row
+        arrived_ptr = work.arrived + 1 + row
         last_slice = publish_slice(stats, work.slices, arrived_ptr, row, n_rows, part, asks, N_SLICES) == N_SLICES
         tl.store(arrived_ptr, 0, mask=last_slice)  # ready for the next launch
     if last_slice:

@@ -81,7 +81,7 @@ def _tile_coefficient(out, work, turn_rows, targets, problem, asks: tl.constexpr
         g = scale
     elif asks.probabilities:
         g = mean_coefficient(scale, tl.zeros((), dtype) + problem.n_rows)
-    elif work.ticket is None:  # this program has all rows
+    elif work.partial is None:  # this program has all rows
         weights = tl.zeros(turn_rows[0].shape, dtype)
         for i in tl.static_range(len(turn_rows)):
             weights += weight_in_mean(targets[i], turn_rows[i], turn_rows[i] < problem.n_rows, problem, asks, dtype)
@@ -167,7 +167,7 @@ def _row_coefficient(out, work, label, problem, asks: tl.constexpr, shape: tl.co
         g = scale
     elif asks.probabilities:
         g = mean_coefficient(scale, tl.zeros((), dtype) + problem.n_rows)
-    elif work.ticket is None:  # there is no other row
+    elif work.partial is None:  # there is no other row
         g = mean_coefficient(scale, label.counted.to(dtype) if asks.two_labels else label.weight)
     elif ROWS > 0:
         rows = tl.arange(0, ROWS)

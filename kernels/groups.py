@@ -25,12 +25,12 @@ class Work(NamedTuple):
     """None: nothing of the kind is needed, as by a single program, or where there is nothing to add up."""
 
     partial: Any = None  # (1 or 2, n_programs) sums of the programs (reduction.py)
-    ticket: Any = None  # () int32: programs that are done; then more counters
+    ticket: Any = None  # (1024,) int32: programs that are done, in counters of groups of them, too; None: finish.py does the rest
     tallies: Any = None  # (3, n_programs) int64: a Tally of each
     selection: Any = None  # (4,) int64, where launches of their own select among the rows (selection.py)
     sums: Any = None  # (3, n_programs) float64, theirs
     slices: Any = None  # (5, n_rows, n_slices): statistics of the slices of rows (slices.py)
-    arrived: Any = None  # (1 + n_rows,) int32: programs that have started; slices published of each row
+    arrived: Any = None  # (1 + n_rows,) int32: programs that have started; slices published of each row. May be ticket
 
 
 class Strides(NamedTuple):

@@ -3,7 +3,7 @@
 Each program stores two partial sums and draws a ticket from an atomic counter; the one that draws the last ticket adds all
 partials in the order of the programs. So the result does not depend on the order in which programs ran, and no float is
 ever added atomically. (The technique of CUDA's threadFenceReduction sample.) Where programs are many, groups of
-them do so first.
+them do so first. Where tickets are dear there is none, and finish_kernel does what is left (finish.py).
 
 Statistics are counted in the same way: a program leaves a tally of its own rows, and the last one adds up those of programs.
 Only "max" and "topk" keep every row's loss, and the last program selects among them (radix.py); of many rows, launches of their
@@ -62,26 +62,36 @@ def _group(program, n_programs):
 
 @triton.jit
 def _finishes_last(work, program, n_programs, N_SUMS: tl.constexpr):
-    """Whether a program for which _draws_last is true is the last of all. Of many, that of a group adds up the partials of its
-    group first, in the place of the first: 65536 partials would be 64 journeys to L2, one after the other, for a program that
-    all others have left alone, and as many atomics on one address."""
+    """Whether a program for which _draws_last is true is the last of all. Of many, that of a group adds that up first."""
     last = tl.full((), 1, tl.int1)
     if n_programs > MAX_UNGROUPED:
-        group, n_members = _group(program, n_programs)
-        for i in tl.static_range(N_SUMS):
-            group_ptr = work.partial + i * n_programs + group
-            tl.store(group_ptr, sum_partials(group_ptr, n_members, N_GROUPS).to(work.partial.dtype.element_ty))
-        if work.tallies is not None:
-            group_ptr = work.tallies + group
-            tally = _merge_tallies(group_ptr, n_programs, n_members, N_GROUPS, work.partial.dtype.element_ty)
-            _store_tally(group_ptr, n_programs, tally)
+        add_up_group(work, program, n_programs, N_SUMS)
         last = draws_last(work.ticket, N_GROUPS)
     return last
 
 
 @triton.jit
+def add_up_group(work, program, n_programs, N_SUMS: tl.constexpr):
+    """Adds up the partials of a program's group in the place of the first: 65536 partials would be 64 journeys to L2, one after
+    the other, for a program that all others have left alone, and as many atomics on one address."""
+    group, n_members = _group(program, n_programs)
+    for i in tl.static_range(N_SUMS):
+        group_ptr = work.partial + i * n_programs + group
+        tl.store(group_ptr, sum_partials(group_ptr, n_members, N_GROUPS).to(work.partial.dtype.element_ty))
+    if work.tallies is not None:
+        group_ptr = work.tallies + group
+        tally = _merge_tallies(group_ptr, n_programs, n_members, N_GROUPS, work.partial.dtype.element_ty)
+        _store_tally(group_ptr, n_programs, tally)
+
+
+@triton.jit
+def sum_left(partial_ptr, n_programs):
+    """The sum of all programs' values, or of those that add_up_group has left."""
+    return sum_partials(partial_ptr, _n_left(n_programs))
+
+
+@triton.jit
 def _n_left(n_programs):
-    """How many partials _finishes_last has left."""
     return tl.where(n_programs > MAX_UNGROUPED, N_GROUPS, n_programs)
 
 
@@ -106,7 +116,10 @@ def publish(out, work, value, tally, program, n_programs):
         tl.store(work.partial + program, value)
         if tally is not None:
             _store_tally(work.tallies + program, n_programs, tally)
-        last = _draws_last(work.ticket, program, n_programs)
+        if work.ticket is not None:
+            last = _draws_last(work.ticket, program, n_programs)
+        else:
+            last = tl.full((), 0, tl.int1)
     elif tally is not None:
         _store_counts(out, tally)
     return last
@@ -118,12 +131,12 @@ def sum_over_programs(out, work, value, program, n_programs):
     the one)."""
     total = value.to(tl.float64)
     last = tl.full((), 1, tl.int1)
-    if work.partial is not None:
+    if work.ticket is not None:
         last = _finishes_last(work, program, n_programs, 1)
         if last:
-            total = sum_partials(work.partial, _n_left(n_programs))
+            total = sum_left(work.partial, n_programs)
             if work.tallies is not None:
-                _add_up_tallies(out, work, n_programs)
+                add_up_tallies(out, work, n_programs)
     return total, last
 
 
@@ -184,7 +197,7 @@ def _load_keys(key_ptr, index, n, stride, dtype: tl.constexpr):
 
 
 @triton.jit
-def _add_up_tallies(out, work, n_programs):
+def add_up_tallies(out, work, n_programs):
     """Of all programs, by the last one."""
     _store_counts(out, _merge_tallies(work.tallies, n_programs, _n_left(n_programs), 1, out.row_stats.dtype.element_ty))
 
@@ -247,14 +260,21 @@ def reduce_batch(
             _write_loss(out, work, loss_sum.to(tl.float64), count.to(tl.float64), scale, top_k, n_rows, asks)
         else:
             tl.store(work.partial + n_programs + program, count)
-            # Triton would work out both sides of an `and`.
-            if publish(out, work, loss_sum, tally, program, n_programs):  # noqa: SIM102
-                if _finishes_last(work, program, n_programs, 2):
-                    if tally is not None:
-                        _add_up_tallies(out, work, n_programs)
-                    n = _n_left(n_programs)
-                    total, counted = sum_partials(work.partial, n), sum_partials(work.partial + n_programs, n)
-                    _write_loss(out, work, total, counted, scale, top_k, n_rows, asks)
+            last = publish(out, work, loss_sum, tally, program, n_programs)
+            if work.ticket is not None:
+                # Triton would work out both sides of an `and`.
+                if last:  # noqa: SIM102
+                    if _finishes_last(work, program, n_programs, 2):
+                        finish_batch(out, work, scale, top_k, n_programs, n_rows, asks)
+
+
+@triton.jit
+def finish_batch(out, work, scale, top_k, n_programs, n_rows, asks: tl.constexpr):
+    """What is left to do when all programs, or all groups of many, have left their sums."""
+    if work.tallies is not None:
+        add_up_tallies(out, work, n_programs)
+    loss_sum, count = sum_left(work.partial, n_programs), sum_left(work.partial + n_programs, n_programs)
+    _write_loss(out, work, loss_sum, count, scale, top_k, n_rows, asks)
 
 
 @triton.jit

@@ -42,7 +42,7 @@ FACTS = {
     "sm_80": DeviceFacts(108, 32),
     "sm_90": DeviceFacts(132, 32),
     "sm_100": DeviceFacts(148, 32),
-    "gfx942": DeviceFacts(304, 64, is_nvidia=False),
+    "gfx942": DeviceFacts(304, 64, is_nvidia=False, flushes_l2=True),
     "sm_75": DeviceFacts(40, 32),
     "sm_89": DeviceFacts(128, 32),
     "sm_120": DeviceFacts(170, 32),

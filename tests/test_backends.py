@@ -151,6 +151,29 @@ def _forward_of(n_rows: int, n_cols: int, device: DeviceFacts, dtype: torch.dtyp
     return plan.forward
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "options", "kernels"),
+    [
+        (64, {}, ("fused_row_kernel", "scale_gradient_kernel")),  # so few tickets take no longer than a launch
+        (65, {}, ("denominator_kernel", "fused_row_kernel", "finish_kernel", "scale_gradient_kernel")),
+        (65, {"reduction": "max"}, ("forward_row_kernel", "finish_kernel", "backward_row_kernel")),
+        (65, {"reduction": "none"}, ("forward_row_kernel", "backward_row_kernel")),
+        (65, {"reduction": "none", "return_stats": True}, ("forward_row_kernel", "finish_kernel", "backward_row_kernel")),
+    ],
+    ids=str,
+)
+def test_sums_are_added_up_by_a_launch_where_tickets_are_dear(
+    n_rows: int, options: dict[str, Any], kernels: tuple[str, ...]
+) -> None:
+    logits, target = (
+        torch.empty(n_rows, 1000, device="meta", requires_grad=True),
+        torch.empty(n_rows, dtype=torch.long, device="meta"),
+    )
+    with fusedloss.backend("triton"):
+        assert fusedloss.plan(logits, target, device=DeviceFacts(flushes_l2=True), **options).kernels == kernels
+        assert "finish_kernel" not in fusedloss.plan(logits, target, device=DeviceFacts(), **options).kernels
+
+
 def test_slices_that_wait_take_a_quarter_of_the_gpu_unless_a_row_needs_more() -> None:
     for n_cols in (50257, 128256, 256000):
         assert 1 < _forward_of(1, n_cols, DeviceFacts()).n_slices <= 132 // 4

@@ -9,10 +9,11 @@ import pytest
 import torch
 from compiled import ALLOWED_SPILLS, OTHER_TARGETS, TARGETS, compile_for, launches, report, variants
 from sliced import sliced_call
+from triton.backends.compiler import GPUTarget
 
 import fusedloss
 from fusedloss.backends import triton
-from fusedloss.backends.triton.launching import kernels
+from fusedloss.backends.triton.launching import SEVERAL_L2S, kernels
 from fusedloss.plan import Slice
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -181,7 +182,7 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
 }
 # What cannot be read 16 bytes at a time: rows of 101, of which no thread can hold four; 40950 gradients, where they are scaled.
 NARROW = {"ragged shared tile", "ticket, odd batch"}
-READS_NO_LOGITS = {"denominator_kernel", "digit_kernel", "selected_kernel"}
+READS_NO_LOGITS = {"denominator_kernel", "finish_kernel", "digit_kernel", "selected_kernel"}
 
 
 def _call(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]) -> torch.Tensor:
@@ -233,7 +234,8 @@ def _cells() -> Iterator[Any]:
 @pytest.mark.parametrize(("case", "target"), list(_cells()))
 def test_compiles_without_spills_and_with_wide_accesses(monkeypatch: pytest.MonkeyPatch, case: str, target: str) -> None:
     recorded = launches(monkeypatch, target, lambda: _call(*CASES[case]))
-    assert len(recorded) in {"selection": (7,), "selection, fp64": (11,)}.get(case, (2, 3))
+    n_finishing = sum(launch.kernel == "finish_kernel" for launch in recorded)
+    assert len(recorded) - n_finishing in {"selection": (7,), "selection, fp64": (11,)}.get(case, (2, 3))
     for launch in recorded:
         found = report(compile_for(launch, target), target)
         assert found.spills <= ALLOWED_SPILLS, f"{launch.kernel}: {found}"
@@ -267,6 +269,24 @@ def test_kernels_for_amd_are_compiled_as_they_are_launched(monkeypatch: pytest.M
         assert "'DS'" in key, name
     main = next(launch for launch in recorded if launch.kernel == "fused_tile_kernel")
     assert "buffer_load_dword" in compile_for(main, "gfx942").asm["amdgcn"]
+
+
+@pytest.mark.parametrize("case", ["statistics of short rows", "selection"])
+def test_a_forward_on_mi300_writes_no_l2_back(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Its SMs have no L2 in common, and a ticket would: the sums are added up in a launch of their own (kernels/finish.py)."""
+    by_name = {launch.kernel: launch for launch in launches(monkeypatch, "gfx942", lambda: _call(*CASES[case]))}
+    assert "finish_kernel" in by_name
+    main = by_name["fused_row_kernel" if case == "statistics of short rows" else "forward_tile_kernel"]
+    assert "buffer_wbl2" not in compile_for(main, "gfx942").asm["amdgcn"]
+
+
+@pytest.mark.parametrize(
+    ("name", "warp_size"), [("gfx90a", 64), ("gfx942", 64), ("gfx950", 64), ("gfx1100", 32), ("gfx1201", 32)]
+)
+def test_which_gpus_write_an_l2_back_for_a_ticket(monkeypatch: pytest.MonkeyPatch, name: str, warp_size: int) -> None:
+    monkeypatch.setitem(OTHER_TARGETS, name, GPUTarget("hip", name, warp_size))
+    drawing, *_ = launches(monkeypatch, "gfx1100", lambda: _call(*CASES["ticket"]))
+    assert ("buffer_wbl2" in compile_for(drawing, name).asm["amdgcn"]) == (name in SEVERAL_L2S)
 
 
 def _all_waves_acquire(steps: list[str]) -> bool:
@@ -325,5 +345,5 @@ def test_any_number_of_rows_takes_the_same_kernels(monkeypatch: pytest.MonkeyPat
 def test_cases_select_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     selected = set()
     for case in CASES.values():
-        selected |= {launch.kernel for launch in launches(monkeypatch, "sm_90", lambda case=case: _call(*case))}
+        selected |= {launch.kernel for launch in launches(monkeypatch, "gfx942", lambda case=case: _call(*case))}
     assert selected == set(kernels())

@@ -54,6 +54,18 @@ def test_a_foreign_stream_keeps_none(stream: SimpleNamespace, stream_id: int) ->
     assert launching._stream_ticket.cache_info().currsize == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "flushes_l2"),
+    [("gfx942:sramecc+:xnack-", True), ("gfx950", True), ("gfx90a:sramecc+:xnack-", False), ("gfx1100", False)],
+)
+def test_facts_of_an_amd_gpu(monkeypatch: pytest.MonkeyPatch, name: str, flushes_l2: bool) -> None:
+    found = SimpleNamespace(multi_processor_count=304, warp_size=64, gcnArchName=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    facts = launching._facts_of_gpu.__wrapped__(DEVICE)
+    assert facts == FACTS["gfx942"]._replace(flushes_l2=flushes_l2)
+
+
 BF16, FP32 = torch.bfloat16, torch.float32
 # Tiles; slices; a backward that recomputes; two labels; a single row; float16, whose gradient is made in the backward.
 WARMED: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {

@@ -22,9 +22,11 @@ from sliced import check_slices
 
 import fusedloss
 from fusedloss import kernels as kernel_sources
+from fusedloss import known
 from fusedloss.backends import triton
 from fusedloss.backends.outputs import Outputs
 from fusedloss.backends.triton import given, launching
+from fusedloss.geometry import DeviceFacts
 from fusedloss.plan import Inputs
 from fusedloss.plan_triton import ROWS_SELECTED_ALONE
 
@@ -178,6 +180,31 @@ def test_statistics_are_added_up_by_program(n_rows: int, n_cols: int, reduction:
     tallies = launch.buffers[TALLIES]
     assert tallies.nbytes < launch.buffers[ROW_STATS].nbytes * (3 if n_cols == 257 else 0.1)
     assert tallies.loaded_bytes < 2 * tallies.stored_bytes  # the keys twice
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [((4200, 257), {}), ((70, 1001), {"reduction": "topk", "top_k": 0.3}), ((140, 50257), {"reduction": "sum"})],
+    ids=str,
+)
+@pytest.mark.parametrize("order", ["reverse", 1], ids=lambda order: f"order {order}")
+def test_a_launch_that_adds_up(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], options: dict[str, Any], order: str | int
+) -> None:
+    """Where tickets are dear (kernels/finish.py): 4200 programs leave groups to 64 of its own, which draw tickets."""
+    monkeypatch.setattr(triton, "device_facts", lambda _: DeviceFacts(flushes_l2=True))
+    monkeypatch.setattr(known, "KNOWN", {})  # of another GPU
+    logits, target = make_logits(*shape, dtype=BF16), make_target(shape[0], n_classes=shape[1], ignored=-100)
+    with emulated(order=order) as gpu:
+        check_against_torch(logits, target, **options)
+        _, stats = fusedloss.cross_entropy(logits, target, return_stats=True, **options)
+    assert stats.n_counted == (target != -100).sum()
+    assert stats.worst == stats.row_loss.argmax()
+    by_name = launched(gpu)
+    assert "finish_kernel" in by_name
+    if shape[1] < 2**15:  # slices have counters of their own
+        main = next(launch for name, launch in by_name.items() if name in ("fused_row_kernel", "forward_row_kernel"))
+        assert "atom." not in main.compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("shape", [(37, 10), (11, 1003), (3, 33301), (2, 19, 33, 16)], ids=str)

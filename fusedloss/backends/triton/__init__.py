@@ -86,19 +86,22 @@ def _new_state(logits: Tensor) -> Callable[[], Tensor]:
 
 
 def _launch_forward(launches: Launches, out: Outputs, inputs: Inputs, scale: float, lam: float, keeps_workspace: bool) -> None:
-    counting, main, selection, clears, _ = launches
+    counting, main, _, finishing, selection, clears = launches
     device = inputs.logits.device
     work = given.workspace(launches, out, keeps_workspace)
     arguments = {"out": out, "inputs": inputs, "work": work, "scale": scale, "lam": lam}
+    waits = out.dlogits is not None and main.cut.n_slices > 1
     # Triton's interpreter runs programs one after another: none can wait for a later one. There, the launches are made twice
     # without waiting, and in the second round every slice finds what all others published in the first.
-    for _ in range(2 if work.arrived is not None and launching.interprets() else 1):
+    for _ in range(2 if waits and launching.interprets() else 1):
         if counting is not None:
             own = given.counting_workspace(counting, work, out, keeps_workspace)
             launching.launch(counting, device, {**arguments, "work": own})
         elif clears:
             work.arrived.zero_()
-        launching.launch(main, device, arguments)
+        launching.launch(main, device, arguments if finishing is None else {**arguments, "work": work._replace(ticket=None)})
+    if finishing is not None:
+        launching.launch(finishing, device, arguments)
     for step in selection:
         launching.launch(step, device, arguments)
 

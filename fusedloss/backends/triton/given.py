@@ -21,9 +21,10 @@ class Launches(NamedTuple):
 
     counting: Launch | None
     main: Launch
+    n_partials: int
+    finishing: Launch | None
     selection: tuple[Launch, ...]
     clears: bool
-    n_partials: int  # sums that the last program of the main launch adds up
 
 
 class Kind(NamedTuple):
@@ -110,11 +111,12 @@ def _forward_launches(kind: Kind, saves: bool) -> Launches:
     t, options = kind.operands(), kind.options
     g = t.logits
     cuts = forward_cuts(t, options, kind.facts, kind.part is not None)
-    fused = t.dlogits is not None
     asks = _asks(kind, saves, top_k_is_fraction=options.top_k == 0, statistics=options.return_stats)
-    numbers = {} if fused else {"top_k": options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS)}
-    main = _logits_launch(cuts.main, kind, t, asks, numbers)
-    counting = None
+    numbers = {"top_k": options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS)}
+    main = _logits_launch(cuts.main, kind, t, asks, numbers if t.dlogits is None else {})
+    counting = finishing = None
+    if cuts.finishing is not None:
+        finishing = _launch(cuts.finishing, {"n_rows": g.n_rows, "n_partials": cuts.n_partials, "asks": asks, **numbers})
     if cuts.counting is not None:
         shared = {"n_rows": g.n_rows, "n_cols": g.n_cols, "asks": asks}
         counting = _launch(cuts.counting, {**shared, "BLOCK_ROWS": cuts.counting.shape.rows})
@@ -122,9 +124,7 @@ def _forward_launches(kind: Kind, saves: bool) -> Launches:
     steps = [_launch(cut, {"n_rows": g.n_rows, "shift": DIGIT_BITS * (len(digits) - 1 - i)}) for i, cut in enumerate(digits)]
     if selected is not None:
         steps.append(_launch(selected, {"n_rows": g.n_rows}))
-    adds_up = fused or options.reduction != "none" or options.return_stats
-    n_partials = cuts.main.n_programs // cuts.main.n_slices if adds_up else 1
-    return Launches(counting, main, tuple(steps), cuts.clears, n_partials)
+    return Launches(counting, main, cuts.n_partials, finishing, tuple(steps), cuts.clears)
 
 
 # The same for a backward.
@@ -206,14 +206,15 @@ def workspace(launches: Launches, out: Outputs, keeps_workspace: bool) -> Work:
     main, saved, device = launches.main, out.saved, out.saved.device
     fused, is_cut = out.dlogits is not None, main.cut.n_slices > 1
     n_rows, n_partials, selection = main.n_rows, launches.n_partials, launches.selection
+    counters = ticket(device, keeps_workspace) if n_partials > 1 or (is_cut and not fused) else None
     return Work(
         saved.new_empty((1 if fused else 2, n_partials)) if n_partials > 1 else None,
-        ticket(device, keeps_workspace) if n_partials > 1 or (is_cut and not fused) else None,
+        counters,
         saved.new_empty((N_TALLY, n_partials), dtype=torch.int64) if n_partials > 1 and out.row_stats is not None else None,
         saved.new_empty((N_SELECTION,), dtype=torch.int64) if selection else None,
         saved.new_empty((N_SELECTED_SUMS, selection[-1].cut.n_programs), dtype=torch.float64) if selection else None,
         new_slices(main, saved) if is_cut else None,
-        saved.new_empty((1 + n_rows,), dtype=torch.int32) if is_cut and fused else None,
+        (saved.new_empty((1 + n_rows,), dtype=torch.int32) if fused else counters) if is_cut else None,
     )
 
 

@@ -12,6 +12,8 @@ from fusedloss.geometry import VECTOR_BYTES, DeviceFacts
 from fusedloss.kernels.constants import N_COUNTERS
 from fusedloss.plan import Cut
 
+# MI300 and MI350, whose compiled tickets hold buffer_wbl2; those of MI200, Radeons and NVIDIA's GPUs do not (test_compiled.py).
+SEVERAL_L2S = ("gfx942", "gfx950")
 MAY_WAIT = environment.choice("FUSEDLOSS_NO_WAIT", ("0", "1")) == "0"
 
 
@@ -122,7 +124,7 @@ def keeps_compiled(device: torch.device) -> bool:
 @cache
 def kernels() -> dict[str, Any]:
     """All kernels by name."""
-    from fusedloss.kernels import backward, forward, fused, selection
+    from fusedloss.kernels import backward, finish, forward, fused, selection
 
     return {
         kernel.__name__: kernel
@@ -133,6 +135,7 @@ def kernels() -> dict[str, Any]:
             fused.scale_gradient_kernel,
             forward.forward_tile_kernel,
             forward.forward_row_kernel,
+            finish.finish_kernel,
             selection.digit_kernel,
             selection.selected_kernel,
             backward.backward_tile_kernel,
@@ -163,7 +166,9 @@ def device_facts(device: torch.device) -> DeviceFacts:
 @cache
 def _facts_of_gpu(device: torch.device) -> DeviceFacts:
     found = torch.cuda.get_device_properties(device)
-    return DeviceFacts(found.multi_processor_count, found.warp_size, torch.version.hip is None, MAY_WAIT)
+    is_nvidia = torch.version.hip is None
+    flushes_l2 = not is_nvidia and found.gcnArchName.partition(":")[0] in SEVERAL_L2S
+    return DeviceFacts(found.multi_processor_count, found.warp_size, is_nvidia, flushes_l2, MAY_WAIT)
 
 
 def ticket(device: torch.device, keeps_workspace: bool) -> Tensor:
