@@ -20,6 +20,7 @@ from .radix import kth_largest, largest, sum_above
 from .rowwise import STATE
 
 PARTIALS_BLOCK = tl.constexpr(constants.PARTIALS_BLOCK)
+TALLIES_BLOCK = tl.constexpr(constants.PARTIALS_BLOCK // 2)  # twice two registers of each: more would spill in a single warp
 MAX_UNGROUPED = tl.constexpr(constants.MAX_UNGROUPED)
 N_GROUPS = tl.constexpr(constants.N_GROUPS)
 FRACTION_BITS = tl.constexpr(constants.FRACTION_BITS)
@@ -177,15 +178,15 @@ def _merge_tallies(tally_ptr, n_programs, n, stride, dtype: tl.constexpr):
     counted, correct = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
     worst_key = key_from_int64(counted, dtype)
     block = tl.zeros((), tl.int32)
-    for start in range(0, n, PARTIALS_BLOCK):
-        index = start + tl.arange(0, PARTIALS_BLOCK)
+    for start in range(0, n, TALLIES_BLOCK):
+        index = start + tl.arange(0, TALLIES_BLOCK)
         counts = tl.load(tally_ptr + index * stride, mask=index < n, other=0, cache_modifier=".cg")
         key = tl.max(_load_keys(tally_ptr + n_programs, index, n, stride, dtype), 0)
         counted += tl.sum(counts & COUNT_MASK, 0)
         correct += tl.sum(counts >> COUNT_BITS, 0)
         block = tl.where(key > worst_key, start, block).to(tl.int32)  # of equal ones the first
         worst_key = tl.maximum(key, worst_key)
-    index = block + tl.arange(0, PARTIALS_BLOCK)
+    index = block + tl.arange(0, TALLIES_BLOCK)
     tied = (index < n) & (_load_keys(tally_ptr + n_programs, index, n, stride, dtype) == worst_key)
     rows = tl.load(tally_ptr + 2 * n_programs + index * stride, mask=tied, other=NO_ROW, cache_modifier=".cg")
     return Tally(counted=counted, correct=correct, worst_key=worst_key, worst=tl.min(rows, 0))
@@ -261,8 +262,8 @@ def reduce_batch(
         else:
             tl.store(work.partial + n_programs + program, count)
             last = publish(out, work, loss_sum, tally, program, n_programs)
-            if work.ticket is not None:
-                # Triton would work out both sides of an `and`.
+            # Triton would work out all sides of an `and`.
+            if work.ticket is not None:  # noqa: SIM102
                 if last:  # noqa: SIM102
                     if _finishes_last(work, program, n_programs, 2):
                         finish_batch(out, work, scale, top_k, n_programs, n_rows, asks)
