@@ -10,6 +10,8 @@ struct GroupState {
   static constexpr int N = kMaxLanes, W = Simd<A>::W;
   static constexpr int64_t kNoCol = INT64_MIN;
   using V = Vector<A>;
+  using Int = typename Simd<A>::Int;
+  using Longs = typename Simd<double>::I;
 
   alignas(64) A max[N], rest[N], x_t[N], x_b[N], w_t[N], w_b[N], k_t[N], k_b[N], shift[N], q_sum[N], q_total[N];
   alignas(64) A g[N], loss[N], lse[N], p[N], constant[N], q[N], at_t[N], at_b[N];
@@ -32,7 +34,7 @@ struct GroupState {
   // The same, and the statistics of the forward; x: the logits of the first row.
   template <class T>
   void begin_backward(const Problem& problem, const Terms<A>& terms, const T* x, int64_t row, int n, int lanes) {
-    const int64_t n_rows = problem.n_rows(), col = problem.logits_strides.col;
+    const int64_t n_rows = problem.n_rows();
     const A *head = static_cast<const A*>(problem.saved), *whole_rows = static_cast<const A*>(problem.slice_stats);
     const A* saved = (whole_rows ? whole_rows : head + kState) + row;
     const A* dloss = static_cast<const A*>(problem.dloss);
@@ -62,10 +64,9 @@ struct GroupState {
       if (terms.two_labels) copy(x_b, saved + 5 * n_rows, n);
       return;
     }
-    for (int lane = 0; lane < n; ++lane, x += problem.logits_strides.row) {
-      if (is_here(problem, target[lane])) x_t[lane] = logit(terms, x + target[lane] * col);
-      if (terms.two_labels && is_here(problem, target_b[lane])) x_b[lane] = logit(terms, x + target_b[lane] * col);
-    }
+    if (terms.soft) return;
+    gather_logits(problem, terms, x, n, target, x_t);
+    if (terms.two_labels) gather_logits(problem, terms, x, n, target_b, x_b);
   }
 
   // Whether this slice of the row, which is all of it but for sharded classes, has that column.
@@ -136,19 +137,28 @@ struct GroupState {
   static bool is_class(const Problem& problem, int64_t col) {
     return uint64_t(col) + uint64_t(problem.first_class) < uint64_t(problem.n_row_cols());
   }
+  // The transformed logits of columns that this slice has; x: the first row.
   template <class T>
-  static A logit(const Terms<A>& terms, const T* x) {
-    return terms.transformed ? terms.transform(broadcast(A(load1(x))))[0] : A(load1(x));
+  static void gather_logits(const Problem& problem, const Terms<A>& terms, const T* x, int n, const int64_t* cols, A* to) {
+    const int64_t row = problem.logits_strides.row, col = problem.logits_strides.col, n_cols = problem.n_cols;
+    const bool transformed = terms.transformed;
+    for (int lane = 0; lane < n; ++lane) {
+      if (cols[lane] < 0 || cols[lane] >= n_cols) continue;
+      const A logit = A(load1(x + lane * row + cols[lane] * col));
+      to[lane] = transformed ? terms.transform(broadcast(logit))[0] : logit;
+    }
   }
 
   // The labels, and which rows count; zeros where statistics are added up, or are not known.
   void read_targets(const Problem& problem, const Terms<A>& terms, int64_t row, int n, int lanes) {
     if (terms.soft) {
-      for (int lane = 0; lane < n; ++lane) target[lane] = kNoCol, live[lane] = 1;
+      const Longs none = Longs{} + kNoCol;
+      for (int lane = 0; lane < lanes; lane += Simd<double>::W) __builtin_memcpy(target + lane, &none, sizeof none);
+      for (int lane = 0; lane < lanes; lane += W) store(live + lane, iota<A>() < Int(n - lane) ? broadcast(A(1)) : V{});
     } else {
       problem.target_kind == kUint8 ? read_labels<uint8_t>(problem, row, n) : read_labels<int64_t>(problem, row, n);
+      for (int lane = n; lane < lanes; ++lane) target[lane] = target_b[lane] = kNoCol, live[lane] = 0;
     }
-    for (int lane = n; lane < lanes; ++lane) target[lane] = target_b[lane] = kNoCol, live[lane] = 0;
     for (int lane = 0; lane < lanes; lane += W)
       store(q_sum + lane, V{}), store(q_total + lane, V{}), store(x_t + lane, V{}), store(shift + lane, V{});
   }
@@ -195,7 +205,11 @@ struct GroupState {
     if (problem.saved) {
       A* saved = static_cast<A*>(problem.saved) + kState + row;
       copy(saved, max, n), copy(saved + n_rows, rest, n);
-      for (int lane = 0; lane < n; ++lane) saved[2 * n_rows + lane] = live[lane] != 0 ? loss[lane] : -kInfinity<A>;
+      for (int lane = 0; lane < n; lane += W) {
+        const V losses = V(load(live + lane)) != V{} ? V(load(loss + lane)) : broadcast(-kInfinity<A>);
+        A* to = saved + 2 * n_rows + lane;
+        lane + W <= n ? store(to, losses) : store_partial<A, A>(to, n - lane, losses);
+      }
       if (problem.has_probabilities()) copy(saved + 3 * n_rows, q_total, n);
     }
     if (problem.reduction == kNone) store_losses(problem, row, loss, n);

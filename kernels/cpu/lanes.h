@@ -182,7 +182,7 @@ void tile_stats(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t n, 
     add_classes(s.q_total, tile, n, [&](int64_t at, int) { return V(load(tile.q + at)); });
     add_classes(s.q_sum, tile, n, [&](int64_t at, int lane) { return V(load(tile.q + at)) * difference(at, lane); });
   }
-  for (int lane = 0; lane < tile.lanes; ++lane) {
+  for (int lane = 0; lane < tile.lanes && !terms.soft; ++lane) {
     if (terms.two_labels && tile.has(s.target_b[lane], start, n)) s.x_b[lane] = tile.at(s.target_b[lane] - start, lane);
     if (!tile.has(s.target[lane], start, n)) continue;
     A& z_t = tile.at(s.target[lane] - start, lane);
@@ -197,19 +197,16 @@ template <class A>
 void tile_gradient(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t n, const GroupState<A>& s) {
   using V = Vector<A>;
   for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
-    const V p = load(s.p + lane), constant = load(s.constant + lane), q = load(s.q + lane);
+    const V p = load(s.p + lane), constant = load(s.constant + lane), q = load(s.q + lane), dead = load(s.at_t + lane);
+    const auto live = V(load(s.live + lane)) != V{};
     for (int64_t at = lane; at < n * tile.lanes; at += tile.lanes) {
       V d = V(load(tile.z + at)) * p - constant;
       if (terms.per_class) d -= V(load(tile.q + at)) * q;
       if (terms.capped) d *= V(load(tile.dz + at));
-      store(tile.z + at, d);
+      store(tile.z + at, live ? d : dead);  // 0 times an infinite or NaN statistic would be NaN
     }
   }
-  for (int lane = 0; lane < tile.lanes; ++lane) {
-    if (s.live[lane] == 0) {  // 0 times an infinite or NaN statistic would be NaN
-      for (int64_t c = 0; c < n; ++c) tile.at(c, lane) = s.at_t[lane];
-      continue;
-    }
+  for (int lane = 0; lane < tile.lanes && !terms.soft; ++lane) {  // a lane that is not live has no target
     if (tile.has(s.target[lane], start, n)) tile.at(s.target[lane] - start, lane) = s.at_t[lane];
     if (terms.two_labels && tile.has(s.target_b[lane], start, n)) tile.at(s.target_b[lane] - start, lane) = s.at_b[lane];
   }
