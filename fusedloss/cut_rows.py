@@ -1,6 +1,7 @@
 """How the Triton path cuts long rows: a program per row, or several that share one. Pure functions, see plan_triton.py."""
 
 from fusedloss.geometry import SECTOR_BYTES, VECTOR_BYTES, DeviceFacts, Geometry, Operands, next_power_of_2, register_limit, warps
+from fusedloss.kernels.constants import MEETING_BITS
 from fusedloss.kernels.groups import RowShape
 from fusedloss.plan import Cut
 
@@ -92,6 +93,16 @@ def fused_rows(t: Operands, more: bool, device: DeviceFacts) -> Cut | None:
     registers = register_limit(registers_of(num_warps, 1) if all_registers else FUSED_ROW_REGISTERS, device)
     shape = RowShape(block_cols, _row_group(g, t.itemsize), n_slices, n_blocks)
     return Cut("fused_row_kernel", g.n_rows * n_slices, num_warps, shape, registers)
+
+
+def may_meet(cut: Cut, device: DeviceFacts) -> bool:
+    """Whether all programs of a launch may wait for each other: they fit a quarter of the GPU, whatever registers they take. Not
+    where each look at a counter costs more than another launch."""
+    n_threads = cut.n_programs * cut.num_warps * device.warp_size
+    countable = cut.n_programs < 1 << MEETING_BITS and cut.n_programs * cut.shape.rows < 1 << (31 - MEETING_BITS)
+    if not device.may_wait or device.flushes_l2 or not countable:
+        return False
+    return WAITING_SHARE * n_threads * MAX_REGISTERS <= device.n_sms * SM_REGISTERS
 
 
 def registers_of(num_warps: int, per_sm: int) -> int:

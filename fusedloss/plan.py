@@ -129,6 +129,11 @@ class Cut:
         """Programs that share a row."""
         return getattr(self.shape, "n_slices", 1)
 
+    @property
+    def counts(self) -> bool:
+        """Programs wait until each has summed the weights of its rows."""
+        return getattr(self.shape, "counts", False)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedloss.cut_rows import backward_rows, forward_rows, fused_rows, registers_of, takes_rows
+from fusedloss.cut_rows import backward_rows, forward_rows, fused_rows, may_meet, registers_of, takes_rows
 from fusedloss.cut_tiles import cut_tiles
 from fusedloss.geometry import DeviceFacts, Operands, operands, probabilities_strides, register_limit, warps
 from fusedloss.kernels.constants import DIGIT_BITS, MAX_UNGROUPED, N_GROUPS, PARTIALS_BLOCK
@@ -66,6 +66,8 @@ def forward_cuts(t: Operands, options: Options, device: DeviceFacts, sharded: bo
         return ForwardCuts(None, replace(main, shape=replace(main.shape, counted_rows=COUNTED_ROWS)), *sums)
     if t.probabilities is not None:  # every row counts
         return ForwardCuts(None, main, *sums, clears=main.n_slices > 1)
+    if is_mean and main.kernel == "fused_tile_kernel" and main.n_programs > 1 and may_meet(main, device):
+        return ForwardCuts(None, replace(main, shape=replace(main.shape, counts=True)), *sums)
     counts = main.n_slices > 1 or (is_mean and main.n_programs > 1)
     return ForwardCuts(_denominator_cut(n_rows, device) if counts else None, main, *sums)
 

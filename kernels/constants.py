@@ -4,6 +4,7 @@ STATE = 4  # scalars at the head of `saved` (rowwise.py)
 PARTIALS_BLOCK = 1024  # partial sums, or row losses, that a program reads at a time (reduction.py)
 MAX_UNGROUPED = 4096  # programs that draw tickets from one counter
 N_GROUPS = 64  # of more programs, each with a counter of its own; a power of two
+MEETING_BITS = 10  # of the number of programs that wait for each other before they have summed a denominator (reduction.py)
 DIGIT_BITS = 8  # of a key, which the selection finds at a time
 N_SELECTION = 4  # integers that the launches of a selection hand on (selection.py)
 N_SELECTED_SUMS = 3

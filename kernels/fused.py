@@ -4,9 +4,10 @@ Traffic: each logit of a counted row, and each of its class probabilities, is re
 rows and pixels (tile.py) are read with their neighbours, whether they count or not. Only a tile whose rows do not fit its
 registers is read twice. The gradient is that for an upstream gradient of 1; scale_gradient_kernel makes it right for another.
 
-The mean's denominator must be known before the first gradient is written. A single program has all rows in its tile; where rows
-are few, every program looks at all targets; otherwise denominator_kernel, a launch of its own over the targets alone, leaves the
-coefficient in saved[0]. With class probabilities every row counts, and there is nothing to sum.
+The mean's denominator must be known before the first gradient is written. A single program has all rows in its tile; a few tiles
+wait for each other, each with what its own targets weigh; of few long rows, every program looks at all targets; otherwise
+denominator_kernel, a launch of its own over the targets alone, leaves the coefficient in saved[0]. With class probabilities every
+row counts, and there is nothing to sum.
 
     denominator_kernel     scale / sum of the counted rows' weights
     fused_tile_kernel      several rows per program (tile.py), any strides
@@ -19,7 +20,7 @@ import triton.language as tl
 
 from .groups import Problem
 from .label import load_target, load_targets_from, read_label, weight_in_mean, weighted
-from .reduction import mean_coefficient, publish, store_stats, sum_over_programs
+from .reduction import mean_coefficient, publish, store_stats, sum_over_programs, sum_together
 from .row import (
     Span,
     absorb_edges,
@@ -37,7 +38,7 @@ from .row import (
     with_known_total,
 )
 from .rowwise import finite_max, gradient_factors, has_largest, load_scale, load_terms, row_entropy, row_loss, row_lse
-from .slices import merge_slices, publish_slice, wait_for_slices
+from .slices import merge_slices, publish_slice, wait_for
 from .tile import by_row, by_turn, load_held, load_turn_targets, store_packed, tile_cols, tile_lines, tile_rows, tile_sources
 from .tile_softmax import one_thread_per_row, tile_gradients, tile_statistics
 
@@ -73,7 +74,7 @@ def denominator_kernel(
 
 
 @triton.jit
-def _tile_coefficient(out, work, turn_rows, targets, problem, asks: tl.constexpr):
+def _tile_coefficient(out, work, turn_rows, targets, problem, asks: tl.constexpr, shape: tl.constexpr):
     """What a row's loss has as its factor in the batch loss."""
     scale = problem.terms.scale
     dtype: tl.constexpr = scale.dtype
@@ -81,11 +82,15 @@ def _tile_coefficient(out, work, turn_rows, targets, problem, asks: tl.constexpr
         g = scale
     elif asks.probabilities:
         g = mean_coefficient(scale, tl.zeros((), dtype) + problem.n_rows)
-    elif work.partial is None:  # this program has all rows
+    elif work.partial is None or shape.counts:
         weights = tl.zeros(turn_rows[0].shape, dtype)
         for i in tl.static_range(len(turn_rows)):
             weights += weight_in_mean(targets[i], turn_rows[i], turn_rows[i] < problem.n_rows, problem, asks, dtype)
-        g = mean_coefficient(scale, tl.sum(weights, 0))
+        count = tl.sum(weights, 0)
+        if shape.counts:  # there are other programs
+            is_number = problem.inputs.weight is None or asks.two_labels
+            count = sum_together(work, count, tl.program_id(0), tl.num_programs(0), is_number, shape.waits)
+        g = mean_coefficient(scale, count).to(dtype)
     else:
         g = tl.load(out.saved)
     return g
@@ -123,7 +128,7 @@ def fused_tile_kernel(
     held = load_held(inputs, n_rows, n_cols, asks, shape)
     turn_rows = by_turn(tl.where(rows.exist, rows.index, n_rows), N_TURNS)  # rows past the end get an index that is no row's
     targets = load_turn_targets(turn_rows, rows, problem, asks, shape)
-    g = _tile_coefficient(out, work, turn_rows, targets, problem, asks)
+    g = _tile_coefficient(out, work, turn_rows, targets, problem, asks, shape)
 
     loss_sum = tl.zeros((TURN_ROWS,), dtype)
     turns, losses, lses, entropies, counts, corrects = (), (), (), (), (), ()
@@ -153,6 +158,8 @@ def fused_tile_kernel(
         tile_loss, last = _publish_tile(out, work, rows, loss_sum, losses, lses, entropies, counts, corrects, n_rows)
         store_packed(out.dlogits, turns, n_rows, n_cols, shape)
     if last:
+        if shape.counts:
+            tl.store(work.ticket + 1, 0)  # nobody waits any more
         total, last = sum_over_programs(out, work, tile_loss, tl.program_id(0), tl.num_programs(0))
         tl.store(out.loss, (g * total).to(dtype), mask=last)
 
@@ -241,7 +248,7 @@ def fused_row_kernel(
             arrived_ptr = work.arrived + 1 + row
             arrived = publish_slice(own, work.slices, arrived_ptr, row, n_rows, part, asks, N_SLICES)
             if shape.waits:
-                wait_for_slices(arrived_ptr, arrived, N_SLICES)
+                wait_for(arrived_ptr, arrived, N_SLICES)
             stats = merge_slices(own, work.slices, row, n_rows, asks, N_SLICES)
         finite = finite_max(stats.max)
         stats = with_known_total(stats, problem, asks)

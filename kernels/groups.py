@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 class Work(NamedTuple):
     """None: nothing of the kind is needed, as by a single program, or where there is nothing to add up."""
 
-    partial: Any = None  # (1 or 2, n_programs) sums of the programs (reduction.py)
+    partial: Any = None  # (1 or 2, n_programs) sums of the programs, the second of a mean's weights (reduction.py)
     ticket: Any = None  # (1024,) int32: programs that are done, in counters of groups of them, too; None: finish.py does the rest
     tallies: Any = None  # (3, n_programs) int64: a Tally of each
     selection: Any = None  # (4,) int64, where launches of their own select among the rows (selection.py)
@@ -120,6 +120,8 @@ class TileShape:
     padded: int = 1  # elements of a packed row group, or of a thread's part of a packed row, to the next power of 2
     vector: int = 1  # all strides and the contiguous size are multiples of it; at most 16 bytes
     rows_contiguous: bool = False  # the row strides are 1: neighbouring rows, not classes, lie side by side
+    counts: bool = False  # fused mean: programs sum the denominator together, before any of them writes a gradient
+    waits: bool = True  # they, for each other; not where programs run one after another
 
     @property
     def is_packed(self) -> bool:

@@ -84,9 +84,9 @@ def label_logits_of_shards(shards_ptr, rows, mask, n_rows, asks: tl.constexpr):
 
 
 @triton.jit
-def wait_for_slices(arrived_ptr, arrived, N_SLICES: tl.constexpr):
-    """Returns when all slices of the row have published. One thread looks; a barrier holds the others until it has seen it."""
-    while arrived < N_SLICES:
+def wait_for(arrived_ptr, arrived, n):
+    """Returns when n programs have published. One thread looks; a barrier holds the others until it has seen it."""
+    while arrived < n:
         arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire")
     tl.debug_barrier()  # for the other waves: see draws_last
 

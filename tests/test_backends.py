@@ -202,6 +202,31 @@ def test_few_rows_compile_few_kernels() -> None:
     assert {cut.n_slices for cut in cuts if cut.kernel == "forward_row_kernel"} == {1, 2, 4, 8, 16}
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "device", "together"),
+    [
+        (4096, DeviceFacts(), True),  # 32 programs of 64 threads: with 255 registers each they fill 8 SMs
+        (4096, DeviceFacts(n_sms=30), False),
+        (16896, DeviceFacts(), True),
+        (17000, DeviceFacts(), False),
+        (4096, DeviceFacts(may_wait=False), False),
+    ],
+    ids=str,
+)
+def test_tiles_sum_the_denominator_together_where_they_are_a_quarter_of_the_gpu(
+    n_rows: int, device: DeviceFacts, together: bool
+) -> None:
+    logits = torch.empty(n_rows, 10, device="meta", requires_grad=True)
+    target = torch.empty(n_rows, dtype=torch.long, device="meta")
+    with fusedloss.backend("triton"):
+        plan = fusedloss.plan(logits, target, device=device)
+        total = fusedloss.plan(logits, target, reduction="sum", device=device)
+    counted = ("fused_tile_kernel", "scale_gradient_kernel")
+    assert plan.kernels == (counted if together else ("denominator_kernel", *counted))
+    assert plan.forward.counts == together
+    assert not total.forward.counts
+
+
 @pytest.mark.parametrize("n_cols", [32000, 50257, 128256])
 @pytest.mark.parametrize("n_rows", [1, 8192])
 def test_where_nobody_may_wait_no_row_is_shared(n_rows: int, n_cols: int) -> None:
