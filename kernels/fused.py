@@ -4,12 +4,8 @@ Traffic: each logit of a counted row, and each of its class probabilities, is re
 rows and pixels (tile.py) are read with their neighbours, whether they count or not. Only a tile whose rows do not fit its
 registers is read twice. The gradient is that for an upstream gradient of 1; scale_gradient_kernel makes it right for another.
 
-The mean's denominator must be known before the first gradient is written. A single program has all rows in its tile; a few tiles
-wait for each other, each with what its own targets weigh; of few long rows, every program looks at all targets; otherwise
-denominator_kernel, a launch of its own over the targets alone, leaves the coefficient in saved[0]. With class probabilities every
-row counts, and there is nothing to sum.
+The mean's denominator must be known before the first gradient is written: denominator.py.
 
-    denominator_kernel     scale / sum of the counted rows' weights
     fused_tile_kernel      several rows per program (tile.py), any strides
     fused_row_kernel       one row per program, or one slice of it (slices.py), classes contiguous: 16-byte accesses at any start
     scale_gradient_kernel  dlogits *= dloss, where dloss is not 1
@@ -18,9 +14,10 @@ row counts, and there is nothing to sum.
 import triton
 import triton.language as tl
 
+from .denominator import coefficient_of_row, coefficient_of_tile
 from .groups import Problem
-from .label import load_target, load_targets_from, read_label, weight_in_mean, weighted
-from .reduction import mean_coefficient, publish, store_stats, sum_over_programs, sum_together
+from .label import read_label, weighted
+from .reduction import publish, store_stats, sum_over_programs
 from .row import (
     Span,
     absorb_edges,
@@ -37,63 +34,10 @@ from .row import (
     whole_groups,
     with_known_total,
 )
-from .rowwise import finite_max, gradient_factors, has_largest, load_scale, load_terms, row_entropy, row_loss, row_lse
+from .rowwise import finite_max, gradient_factors, has_largest, load_terms, row_entropy, row_loss, row_lse
 from .slices import merge_slices, publish_slice, wait_for
 from .tile import by_row, by_turn, load_held, load_turn_targets, store_packed, tile_cols, tile_lines, tile_rows, tile_sources
 from .tile_softmax import one_thread_per_row, tile_gradients, tile_statistics
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def denominator_kernel(
-    out,  # saved[0]: the coefficient of a row's loss in the mean
-    inputs,
-    work,  # arrived is cleared for the launch that follows, where that cuts rows into slices
-    scale: "fp64",
-    n_rows,
-    n_cols,
-    asks: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
-    """Counts, or sums the weights of, every n_programs-th block of rows; the last program divides. Reads targets, not logits."""
-    dtype: tl.constexpr = out.saved.dtype.element_ty
-    problem = Problem(inputs=inputs, terms=(), n_rows=n_rows, n_cols=n_cols, shard=None)
-    total = tl.zeros((BLOCK_ROWS,), dtype)
-    for start in range(tl.program_id(0) * BLOCK_ROWS, n_rows, tl.num_programs(0) * BLOCK_ROWS):
-        rows = start + tl.arange(0, BLOCK_ROWS)
-        exist = rows < n_rows
-        target = load_targets_from(start, inputs.target, rows, n_rows, asks)
-        total += weight_in_mean(target, rows, exist, problem, asks, dtype)
-        if work.arrived is not None:
-            tl.store(work.arrived + 1 + rows, 0, mask=exist)
-    if work.arrived is not None:
-        tl.store(work.arrived, 0)
-    count, program, n_programs = tl.sum(total, 0), tl.program_id(0), tl.num_programs(0)
-    if publish(out, work, count, None, program, n_programs):
-        denominator, last = sum_over_programs(out, work, count, program, n_programs)
-        tl.store(out.saved, mean_coefficient(load_scale(inputs, scale, dtype), denominator), mask=last)
-
-
-@triton.jit
-def _tile_coefficient(out, work, turn_rows, targets, problem, asks: tl.constexpr, shape: tl.constexpr):
-    """What a row's loss has as its factor in the batch loss."""
-    scale = problem.terms.scale
-    dtype: tl.constexpr = scale.dtype
-    if asks.reduction == "sum":
-        g = scale
-    elif asks.probabilities:
-        g = mean_coefficient(scale, tl.zeros((), dtype) + problem.n_rows)
-    elif work.partial is None or shape.counts:
-        weights = tl.zeros(turn_rows[0].shape, dtype)
-        for i in tl.static_range(len(turn_rows)):
-            weights += weight_in_mean(targets[i], turn_rows[i], turn_rows[i] < problem.n_rows, problem, asks, dtype)
-        count = tl.sum(weights, 0)
-        if shape.counts:  # there are other programs
-            is_number = problem.inputs.weight is None or asks.two_labels
-            count = sum_together(work, count, tl.program_id(0), tl.num_programs(0), is_number, shape.waits)
-        g = mean_coefficient(scale, count).to(dtype)
-    else:
-        g = tl.load(out.saved)
-    return g
 
 
 @triton.jit
@@ -128,7 +72,7 @@ def fused_tile_kernel(
     held = load_held(inputs, n_rows, n_cols, asks, shape)
     turn_rows = by_turn(tl.where(rows.exist, rows.index, n_rows), N_TURNS)  # rows past the end get an index that is no row's
     targets = load_turn_targets(turn_rows, rows, problem, asks, shape)
-    g = _tile_coefficient(out, work, turn_rows, targets, problem, asks, shape)
+    g = coefficient_of_tile(out, work, turn_rows, targets, problem, asks, shape)
 
     loss_sum = tl.zeros((TURN_ROWS,), dtype)
     turns, losses, lses, entropies, counts, corrects = (), (), (), (), (), ()
@@ -162,29 +106,6 @@ def fused_tile_kernel(
             tl.store(work.ticket + 1, 0)  # nobody waits any more
         total, last = sum_over_programs(out, work, tile_loss, tl.program_id(0), tl.num_programs(0))
         tl.store(out.loss, (g * total).to(dtype), mask=last)
-
-
-@triton.jit
-def _row_coefficient(out, work, label, problem, asks: tl.constexpr, shape: tl.constexpr):
-    """What a row's loss has as its factor in the batch loss."""
-    ROWS: tl.constexpr = shape.counted_rows
-    scale = problem.terms.scale
-    dtype: tl.constexpr = scale.dtype
-    if asks.reduction == "sum":
-        g = scale
-    elif asks.probabilities:
-        g = mean_coefficient(scale, tl.zeros((), dtype) + problem.n_rows)
-    elif work.partial is None:  # there is no other row
-        g = mean_coefficient(scale, label.counted.to(dtype) if asks.two_labels else label.weight)
-    elif ROWS > 0:
-        rows = tl.arange(0, ROWS)
-        exist = rows < problem.n_rows
-        target = load_target(problem.inputs.target, rows, exist, asks)
-        weights = weight_in_mean(target, rows, exist, problem, asks, dtype)
-        g = mean_coefficient(scale, tl.sum(weights, 0))
-    else:
-        g = tl.load(out.saved)
-    return g
 
 
 @triton.jit
@@ -224,7 +145,7 @@ def fused_row_kernel(
     terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
     problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, shard=None)
     label = load_label(row, problem, asks)
-    g = _row_coefficient(out, work, label, problem, asks, shape)
+    g = coefficient_of_row(out, work, label, problem, asks, shape)
     row_g = weighted(g, row, label, inputs)
 
     head, n_main = whole_groups(row, layout.logits.row, n_cols, SECTOR, shape)

@@ -18,13 +18,11 @@ from .groups import Tally
 from .keys import key_from_int64, loss_from_sortable_bits, sortable_bits
 from .radix import kth_largest, largest, sum_above
 from .rowwise import STATE
-from .slices import wait_for
 
 PARTIALS_BLOCK = tl.constexpr(constants.PARTIALS_BLOCK)
 TALLIES_BLOCK = tl.constexpr(constants.PARTIALS_BLOCK // 2)  # twice two registers of each: more would spill in a single warp
 MAX_UNGROUPED = tl.constexpr(constants.MAX_UNGROUPED)
 N_GROUPS = tl.constexpr(constants.N_GROUPS)
-MEETING_BITS = tl.constexpr(constants.MEETING_BITS)
 FRACTION_BITS = tl.constexpr(constants.FRACTION_BITS)
 HALF = tl.constexpr(1 << (constants.FRACTION_BITS - 1))
 COUNT_BITS = tl.constexpr(32)  # a program or a group has fewer rows: two counts are one integer
@@ -107,26 +105,6 @@ def sum_partials(partial_ptr, n, stride=1):
         # The last block is rarely full. .cg: other SMs wrote these, L1 may hold an old line.
         partials = tl.load(partial_ptr + index * stride, mask=index < n, other=0.0, cache_modifier=".cg")
         total += tl.sum(partials.to(tl.float64), 0)  # per block: kept per lane they would be 64 registers of a single warp
-    return total
-
-
-@triton.jit
-def sum_together(work, value, program, n_programs, COUNTS: tl.constexpr, WAITS: tl.constexpr):
-    """Sum of all programs' values, for each of them: they wait for each other, so all must run at once, as the plan has it.
-    COUNTS: values are numbers of rows, whose sum the counter of programs can hold besides. It is that of a group, of which so few
-    programs have none; the last program clears it."""
-    counter = work.ticket + 1
-    if COUNTS and WAITS:
-        n = tl.atomic_add(counter, (value.to(tl.int32) << MEETING_BITS) + 1, sem="acq_rel")
-        while (n & ((1 << MEETING_BITS) - 1)) < n_programs:
-            n = tl.atomic_add(counter, 0, sem="acquire")
-        total = (n >> MEETING_BITS).to(tl.float64)
-    else:
-        tl.store(work.partial + n_programs + program, value)
-        n = tl.atomic_add(counter, 1, sem="acq_rel") + 1
-        if WAITS:
-            wait_for(counter, n, n_programs)
-        total = sum_partials(work.partial + n_programs, n_programs)
     return total
 
 

@@ -124,12 +124,12 @@ def keeps_compiled(device: torch.device) -> bool:
 @cache
 def kernels() -> dict[str, Any]:
     """All kernels by name."""
-    from fusedloss.kernels import backward, finish, forward, fused, selection
+    from fusedloss.kernels import backward, denominator, finish, forward, fused, selection
 
     return {
         kernel.__name__: kernel
         for kernel in (
-            fused.denominator_kernel,
+            denominator.denominator_kernel,
             fused.fused_tile_kernel,
             fused.fused_row_kernel,
             fused.scale_gradient_kernel,
