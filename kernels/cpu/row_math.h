@@ -197,7 +197,9 @@ void store_losses(const Problem& problem, int64_t row, const A* losses, int n) {
 template <class A>
 INLINE void add_losses(CompensatedSum& sum, const A* losses, int n) {
   if constexpr (sizeof(A) == sizeof(double)) {
-    for (int lane = 0; lane < n; ++lane) sum.add(losses[lane]);
+    CompensatedSum own = sum;  // in registers: for all that the compiler knows, the sum is one of the losses
+    for (int lane = 0; lane < n; ++lane) own.add(losses[lane]);
+    sum = own;
   } else {
     using D = Simd<double>;
     D::V parts{};
