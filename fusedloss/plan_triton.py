@@ -53,8 +53,9 @@ def holds_more(options: Options, itemsize: int) -> bool:
     return options.label_smoothing > 0 or options.softcap > 0 or options.return_stats or (itemsize > 2 and options.has_extras())
 
 
-def forward_cuts(t: Operands, options: Options, device: DeviceFacts, sharded: bool = False) -> ForwardCuts:
-    """The launches of a forward; one that has a gradient to write is fused. sharded: the logits are a slice of the classes."""
+def forward_cuts(t: Operands, options: Options, device: DeviceFacts, sharded: bool = False, in_turn: bool = False) -> ForwardCuts:
+    """The launches of a forward; one that has a gradient to write is fused. sharded: the logits are a slice of the classes;
+    in_turn: programs run one after another, in Triton's interpreter."""
     if t.dlogits is None:
         main = _forward_cut(t, options, device, sharded)
         adds_up = not sharded and (options.reduction != "none" or options.return_stats)
@@ -66,7 +67,7 @@ def forward_cuts(t: Operands, options: Options, device: DeviceFacts, sharded: bo
         return ForwardCuts(None, replace(main, shape=replace(main.shape, counted_rows=COUNTED_ROWS)), *sums)
     if t.probabilities is not None:  # every row counts
         return ForwardCuts(None, main, *sums, clears=main.n_slices > 1)
-    if is_mean and main.kernel == "fused_tile_kernel" and main.n_programs > 1 and may_meet(main, device):
+    if is_mean and main.kernel == "fused_tile_kernel" and main.n_programs > 1 and may_meet(main, device) and not in_turn:
         return ForwardCuts(None, replace(main, shape=replace(main.shape, counts=True)), *sums)
     counts = main.n_slices > 1 or (is_mean and main.n_programs > 1)
     return ForwardCuts(_denominator_cut(n_rows, device) if counts else None, main, *sums)

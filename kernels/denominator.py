@@ -52,12 +52,12 @@ def denominator_kernel(
 
 
 @triton.jit
-def _sum_together(work, value, program, n_programs, COUNTS: tl.constexpr, WAITS: tl.constexpr):
+def _sum_together(work, value, program, n_programs, COUNTS: tl.constexpr):
     """Sum of all programs' values, for each of them: they wait for each other, so all must run at once, as the plan has it.
     COUNTS: values are numbers of rows, whose sum the counter of programs can hold besides. It is that of a group, of which so few
     programs have none; the last program clears it."""
     counter = work.ticket + 1
-    if COUNTS and WAITS:
+    if COUNTS:
         n = tl.atomic_add(counter, (value.to(tl.int32) << MEETING_BITS) + 1, sem="acq_rel")
         while (n & ((1 << MEETING_BITS) - 1)) < n_programs:
             n = tl.atomic_add(counter, 0, sem="acquire")
@@ -65,8 +65,7 @@ def _sum_together(work, value, program, n_programs, COUNTS: tl.constexpr, WAITS:
     else:
         tl.store(work.partial + n_programs + program, value)
         n = tl.atomic_add(counter, 1, sem="acq_rel") + 1
-        if WAITS:
-            wait_for(counter, n, n_programs)
+        wait_for(counter, n, n_programs)
         total = sum_partials(work.partial + n_programs, n_programs)
     return total
 
@@ -87,7 +86,7 @@ def coefficient_of_tile(out, work, turn_rows, targets, problem, asks: tl.constex
         count = tl.sum(weights, 0)
         if shape.counts:  # there are other programs
             is_number = problem.inputs.weight is None or asks.two_labels
-            count = _sum_together(work, count, tl.program_id(0), tl.num_programs(0), is_number, shape.waits)
+            count = _sum_together(work, count, tl.program_id(0), tl.num_programs(0), is_number)
         g = mean_coefficient(scale, count).to(dtype)
     else:
         g = tl.load(out.saved)

@@ -120,8 +120,7 @@ class TileShape:
     padded: int = 1  # elements of a packed row group, or of a thread's part of a packed row, to the next power of 2
     vector: int = 1  # all strides and the contiguous size are multiples of it; at most 16 bytes
     rows_contiguous: bool = False  # the row strides are 1: neighbouring rows, not classes, lie side by side
-    counts: bool = False  # fused mean: programs sum the denominator together, before any of them writes a gradient
-    waits: bool = True  # they, for each other; not where programs run one after another
+    counts: bool = False  # fused mean: programs wait for each other, until all have summed the weights of their rows
 
     @property
     def is_packed(self) -> bool:

@@ -90,9 +90,9 @@ def _launch_forward(launches: Launches, out: Outputs, inputs: Inputs, scale: flo
     device = inputs.logits.device
     work = given.workspace(launches, out, keeps_workspace)
     arguments = {"out": out, "inputs": inputs, "work": work, "scale": scale, "lam": lam}
-    waits = out.dlogits is not None and (main.cut.n_slices > 1 or main.cut.counts)
+    waits = out.dlogits is not None and main.cut.n_slices > 1
     # Triton's interpreter runs programs one after another: none can wait for a later one. There, the launches are made twice
-    # without waiting, and in the second round every program finds what all others published in the first.
+    # without waiting, and in the second round every slice finds what all others published in the first.
     for _ in range(2 if waits and launching.interprets() else 1):
         if counting is not None:
             own = given.counting_workspace(counting, work, out, keeps_workspace)

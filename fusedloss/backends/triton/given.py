@@ -11,7 +11,7 @@ from fusedloss.backends.outputs import Outputs
 from fusedloss.backends.triton.launching import Launch, interprets, ticket
 from fusedloss.geometry import DeviceFacts, Geometry, Operands, operands, probabilities_strides
 from fusedloss.kernels.constants import DIGIT_BITS, FRACTION_BITS, N_SELECTED_SUMS, N_SELECTION, N_STATISTICS, N_TALLY
-from fusedloss.kernels.groups import Asks, Layout, Shard, Strides, Work
+from fusedloss.kernels.groups import Asks, Layout, RowShape, Shard, Strides, Work
 from fusedloss.plan import Cut, Inputs, Options, Slice
 from fusedloss.plan_triton import SCALED_COLS, backward_cut, forward_cuts, holds_rows, scale_cut
 
@@ -90,7 +90,7 @@ def overwrites(inputs: Inputs, options: Options, facts: DeviceFacts) -> bool:
     """Whether a fused forward may write the gradient over the logits."""
     cut = forward_launches(inputs, inputs.logits.stride(), options, False, facts).main.cut
     # The interpreter launches what waits twice, and would read gradients the second time.
-    return holds_rows(cut) and not ((cut.n_slices > 1 or cut.counts) and interprets())
+    return holds_rows(cut) and not (cut.n_slices > 1 and interprets())
 
 
 def scale_launch(dlogits: Tensor, facts: DeviceFacts) -> Launch:
@@ -110,7 +110,7 @@ def backward_launch(
 def _forward_launches(kind: Kind, saves: bool) -> Launches:
     t, options = kind.operands(), kind.options
     g = t.logits
-    cuts = forward_cuts(t, options, kind.facts, kind.part is not None)
+    cuts = forward_cuts(t, options, kind.facts, kind.part is not None, in_turn=interprets())
     asks = _asks(kind, saves, top_k_is_fraction=options.top_k == 0, statistics=options.return_stats)
     numbers = {"top_k": options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS)}
     main = _logits_launch(cuts.main, kind, t, asks, numbers if t.dlogits is None else {})
@@ -166,7 +166,7 @@ def _asks(kind: Kind, saves: bool = False, top_k_is_fraction: bool = False, stat
 def _logits_launch(cut: Cut, kind: Kind, t: Operands, asks: Asks, numbers: dict[str, Any]) -> Launch:
     """Of a kernel that has the logits: what all of these are given."""
     options, g = kind.options, t.logits
-    shape = replace(cut.shape, waits=not interprets())
+    shape = replace(cut.shape, waits=not interprets()) if isinstance(cut.shape, RowShape) else cut.shape
     shard = None if kind.part is None else Shard(*kind.part)
     layout = Layout(_n_inner(g), g.n_cols, _strides(g), _strides(t.dlogits), _strides(t.probabilities), shard)
     return _launch(
