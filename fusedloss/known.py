@@ -43,7 +43,7 @@ class KnownCall:
 
 
 KNOWN: dict[tuple[Any, ...], tuple[KnownCall, ...]] = {}  # by options and settings; only a cache: it may be emptied at any time
-_seen: dict[tuple[Any, ...], int] = {}  # how often, by key, shape, strides and dtype
+_seen: dict[tuple[Any, ...], int] = {}  # how often, by key, shape, strides and dtypes
 _lengths: dict[tuple[Any, ...], int] = {}  # the first number of examples, by key, shape of an example, strides and dtype
 
 
@@ -95,10 +95,10 @@ def find(key: tuple[Any, ...], input: Tensor, target: Tensor, weight: Tensor | N
     return None
 
 
-def is_worth_remembering(key: tuple[Any, ...], logits: Tensor) -> bool:
+def is_worth_remembering(key: tuple[Any, ...], logits: Tensor, target: Tensor) -> bool:
     """Whether such a call comes again. Remembering one takes as long as serving it, so not for a shape that comes once; and where
     others are forgotten for it, at the powers of two only: many shapes in turn would do nothing but replace each other."""
-    call = (key, logits.shape, logits.stride(), logits.dtype)
+    call = (key, logits.shape, logits.stride(), logits.dtype, target.dtype)
     if len(_seen) >= MAX_SEEN:
         _seen.clear()
     times = _seen[call] = _seen.get(call, 0) + 1

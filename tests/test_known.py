@@ -312,10 +312,11 @@ def test_a_shape_that_comes_often_takes_the_place_of_another(calls: list[Any]) -
     for n_cols in range(C, C + known.MAX_CALLS):
         for _ in range(2):
             fusedloss.cross_entropy(make_logits(N, n_cols), target)
-    calls.clear()
-    for _ in range(20):
-        fusedloss.cross_entropy(make_logits(N, 50), target)
-    assert len(calls) == 16
+    for labels in (target, target.to(torch.uint8), make_probabilities(N, 50)):  # each is counted on its own
+        calls.clear()
+        for _ in range(20):
+            fusedloss.cross_entropy(make_logits(N, 50), labels)
+        assert len(calls) == 16
 
 
 def test_the_number_of_threads_is_no_part_of_it(calls: list[Any]) -> None:
