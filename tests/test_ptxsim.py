@@ -19,7 +19,6 @@ from fusedloss.kernels.constants import N_COUNTERS
 from fusedloss.kernels.groups import Work
 from in_place import check_in_place
 from problems import make_logits, make_probabilities, make_target, make_weight
-from sliced import check_slices
 
 import fusedloss
 from fusedloss import kernels as kernel_sources
@@ -208,14 +207,6 @@ def test_a_launch_that_adds_up(
     if shape[1] < 2**15:  # slices have counters of their own
         main = next(launch for name, launch in by_name.items() if name in ("fused_row_kernel", "forward_row_kernel"))
         assert "atom." not in main.compiled.asm["ptx"]
-
-
-@pytest.mark.parametrize("shape", [(37, 10), (11, 1003), (3, 33301), (2, 19, 33, 16)], ids=str)
-def test_classes_in_several_places(shape: tuple[int, ...]) -> None:
-    """A target in another place is no address here, and ignored rows are not read."""
-    widths = (shape[1] - 3 * shape[1] // 10, 3 * shape[1] // 10)
-    with emulated(order=3):
-        check_slices(triton, shape, widths, FP32, weight=True, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("order", ["in-order", "reverse", 1, 2], ids=lambda order: f"order {order}")
