@@ -110,13 +110,14 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         known = ctx.known
         watched = torch.is_grad_enabled() or is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() != 0
-        if not watched and not ctx.has_gradient and nobody_watches(dloss) and not is_batched(dloss):
-            logits, target, *weight, saved = ctx.saved_tensors
-            return known.prepared.backward(dloss, logits, target, weight[0] if weight else None, saved), None
-        if not watched and ctx.has_gradient and known.takes_dloss(dloss) and not keeps_graph():
+        is_alike = not watched and known.takes_dloss(dloss)
+        if is_alike and ctx.has_gradient and not keeps_graph():
             dlogits = _taken(ctx)
             known.prepared.scale_gradient(dlogits, dloss)
             return dlogits, None
+        if not ctx.has_gradient and (is_alike or (not watched and nobody_watches(dloss) and not is_batched(dloss))):
+            logits, target, *weight, saved = ctx.saved_tensors
+            return known.prepared.backward(dloss, logits, target, weight[0] if weight else None, saved), None
         return _gradient(ctx, dloss, None, known.options._replace(scale=ctx.scale), known.out_dtype, known.backend), None
 
 

@@ -18,6 +18,8 @@ from fusedloss.plan import Inputs, Options, accumulation_dtype
 
 _ON_CPU = partial(torch.empty, device=torch.device("cpu"))
 _BITS = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}  # by the size of a floating point number
+_DLOSS = Extras._fields.index("dloss")
+_BEFORE_DLOSS, _AFTER_DLOSS = Extras()[:_DLOSS], Extras()[_DLOSS + 1 :]
 
 
 class Conversion(NamedTuple):
@@ -108,7 +110,8 @@ class Prepared:
             n_threads,
             n_examples,
         )
-        functions.backward(call, EXTRAS.pack(*Extras(dloss=address(dloss, dloss.nbytes))) + kind.packed)
+        extras = EXTRAS.pack(*_BEFORE_DLOSS, address(dloss, dloss.nbytes), *_AFTER_DLOSS)  # by name: a percent of a small step
+        functions.backward(call, extras + kind.packed)
         return dlogits
 
     def scale_gradient(self, dlogits: Tensor, dloss: Tensor) -> None:
