@@ -3,9 +3,11 @@
     python benchmarks/gpu.py --only tune
     python benchmarks/gpu_tune.py '{"FUSED_ROW_THREADS": 256}'     # one setting
 
-Each setting is a process of its own, in which nothing is remembered of another plan. The first is the plan as it is.
+Each setting is a process of its own, in which nothing is remembered of another plan. The first is the plan as it is. "packed
+rows" is no constant: gathered_tile.py says what it tries.
 """
 
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -18,8 +20,11 @@ from gpu_run import emit
 
 import fusedloss
 from fusedloss import cut_rows as constants
+from fusedloss import cut_tiles, kernels
 
 SHAPES = {
+    "100 classes": (65536, 100),
+    "101 classes": (65536, 101),
     "ImageNet": (4096, 1000),
     "8192 classes": (8192, 8192),
     "Llama 2": (8192, 32000),
@@ -34,15 +39,39 @@ SETTINGS: list[dict[str, Any]] = [
     {"FUSED_ROW_THREADS": 512},
     {"SLICE_THREADS": 256},
     {"FUSED_ROW_THREADS": 128, "SLICE_THREADS": 64},
+    {"packed rows": "gathered"},
 ]
 ROUNDS = 20
+
+
+def gather_packed_rows() -> None:
+    """Loads kernels/tile.py anew, with the functions of gathered_tile.py, and the fused kernels with it; Triton remembers what it
+    has compiled of a function."""
+    import gathered_tile
+
+    cut_tiles.PART_REGISTERS = constants.MAX_REGISTERS  # fewer would spill
+    for name in ("tile", "fused"):
+        spec = importlib.util.find_spec(f"fusedloss.kernels.{name}")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        setattr(kernels, name, module)
+        if name == "tile":
+            for function in ("_load_lines", "_store_lines"):
+                assert hasattr(module, function), f"kernels/tile.py has no {function}"
+                setattr(module, function, getattr(gathered_tile, function))
 
 
 def apply(setting: dict[str, Any]) -> None:
     """For the rest of the process."""
     for name, value in setting.items():
-        assert hasattr(constants, name), f"the plan has no {name}"
-        setattr(constants, name, value)
+        if name == "packed rows":
+            gather_packed_rows()
+        else:
+            assert hasattr(constants, name), f"the plan has no {name}"
+            setattr(constants, name, value)
 
 
 def measure(setting: dict[str, Any], device: str = "cuda") -> None:

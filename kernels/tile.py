@@ -216,22 +216,41 @@ def _before(offsets, n, shape: tl.constexpr):
 
 
 @triton.jit
-def _load_packed(ptr, n_rows, n_cols, other, shape: tl.constexpr):
-    """For each turn its blocks: (turn_rows, cols), or without the last axis. other: beyond the last column, and in other rows."""
-    N_BLOCKS: tl.constexpr = shape.n_blocks
-    N_TURNS: tl.constexpr = shape.n_turns
-    ROWS: tl.constexpr = shape.rows
-    COLS: tl.constexpr = shape.cols
+def _load_lines(ptr, n_rows, n_cols, other, shape: tl.constexpr):
+    """This program's packed rows, (lines, padded). other: beyond the last column, and in other rows."""
     VECTOR: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     ptrs, offsets, inside, n_left = _packed_places(ptr, n_rows, n_cols, shape)
     # A mask that may end inside a 16-byte group would make every access narrow: that is for the last rows of an odd batch.
-    if n_left == ROWS * n_cols:
+    if n_left == shape.rows * n_cols:
         values = tl.load(ptrs, mask=inside, other=other)
     elif n_left % VECTOR == 0:
         values = tl.load(ptrs, mask=inside & _before(offsets, (n_left // VECTOR) * VECTOR, shape), other=other)
     else:
         values = tl.load(ptrs, mask=inside & _before(offsets, n_left, shape), other=other)
-    cells = _unzip(tl.trans(values))
+    return values
+
+
+@triton.jit
+def _store_lines(ptr, values, n_rows, n_cols, shape: tl.constexpr):
+    """The inverse of _load_lines."""
+    VECTOR: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+    ptrs, offsets, inside, n_left = _packed_places(ptr, n_rows, n_cols, shape)
+    if n_left == shape.rows * n_cols:
+        tl.store(ptrs, values, mask=inside)
+    elif n_left % VECTOR == 0:
+        tl.store(ptrs, values, mask=inside & _before(offsets, (n_left // VECTOR) * VECTOR, shape))
+    else:
+        tl.store(ptrs, values, mask=inside & _before(offsets, n_left, shape))
+
+
+@triton.jit
+def _load_packed(ptr, n_rows, n_cols, other, shape: tl.constexpr):
+    """For each turn its blocks: (turn_rows, cols), or without the last axis."""
+    N_BLOCKS: tl.constexpr = shape.n_blocks
+    N_TURNS: tl.constexpr = shape.n_turns
+    ROWS: tl.constexpr = shape.rows
+    COLS: tl.constexpr = shape.cols
+    cells = _unzip(tl.trans(_load_lines(ptr, n_rows, n_cols, other, shape)))
     turns = ()
     for turn in tl.static_range(N_TURNS):
         blocks = ()
@@ -248,20 +267,12 @@ def store_packed(ptr, turns, n_rows, n_cols, shape: tl.constexpr):
     N_BLOCKS: tl.constexpr = shape.n_blocks
     PADDED: tl.constexpr = shape.padded
     LINES: tl.constexpr = shape.turn_rows * shape.cols
-    VECTOR: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     cells = ()
     for place in tl.static_range(PADDED):
         # What fills the tile up is never stored.
         block = turns[place // N_BLOCKS][place % N_BLOCKS] if place < shape.n_turns * N_BLOCKS else turns[0][0]
         cells = cells + (tl.reshape(block, (LINES,)) if shape.is_wide else block,)
-    values = tl.trans(_zip(cells))
-    ptrs, offsets, inside, n_left = _packed_places(ptr, n_rows, n_cols, shape)
-    if n_left == shape.rows * n_cols:
-        tl.store(ptrs, values, mask=inside)
-    elif n_left % VECTOR == 0:
-        tl.store(ptrs, values, mask=inside & _before(offsets, (n_left // VECTOR) * VECTOR, shape))
-    else:
-        tl.store(ptrs, values, mask=inside & _before(offsets, n_left, shape))
+    _store_lines(ptr, tl.trans(_zip(cells)), n_rows, n_cols, shape)
 
 
 @triton.jit
