@@ -36,11 +36,11 @@ def check_options(
         check_out_dtype(out_dtype)
     # Python's own numbers from here on: not all that pass for a number can be looked up.
     if type(ignore_index) is not int:
-        ignore_index = _index("ignore_index", ignore_index)
+        ignore_index = integer("ignore_index", ignore_index)
     if type(label_smoothing) is not float:
         label_smoothing = _smoothing(label_smoothing)
     if top_k is not None and not isinstance(top_k, float):
-        top_k = _index("top_k", top_k)
+        top_k = integer("top_k", top_k)
     scale, z_loss, lam = _float("scale", scale), _number("z_loss", z_loss), _float("lam", lam)
     logit_scale, softcap = _number("logit_scale", logit_scale), None if softcap is None else _number("softcap", softcap)
     focal_gamma = _number("focal_gamma", focal_gamma)
@@ -94,7 +94,7 @@ def check_out_dtype(out_dtype: Any) -> None:
         raise ValueError(f"out_dtype must be one of {', '.join(map(str, FLOATING))}, but got {out_dtype}")
 
 
-def _index(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
     if isinstance(value, (bool, float, str)) or not hasattr(value, "__index__"):
         raise TypeError(f"cross_entropy(): argument '{name}' must be int, not {type(value).__name__}")
     return operator.index(value)
@@ -140,7 +140,7 @@ def _check_top_k(reduction: str, top_k: int | float | None) -> tuple[int, float]
         if not 0 < top_k <= 1 or math.isnan(top_k):
             raise ValueError(f"a fractional top_k must be in (0, 1], but got {top_k}")
         return 0, top_k
-    k = _index("top_k", top_k)
+    k = integer("top_k", top_k)
     if k < 1:
         raise ValueError(f"top_k must be at least 1, but got {k}")
     return min(k, 2**62), 0.0

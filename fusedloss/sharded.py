@@ -14,6 +14,7 @@ from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
 from fusedloss.route import autocast_is_on, dtype_of_loss
 from fusedloss.rows import expanded_to_rows, kernel_inputs
 from fusedloss.stats import LossStats
+from fusedloss.world import is_batched
 
 # PyTorch 2.14 renamed it and warns of the old name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -110,11 +111,11 @@ class _SlicedRowLosses(torch.autograd.Function):
         published = backend.slice_statistics(local, options, part)
         if is_soft and options.return_stats:
             published[2] = slices.logits_of_likeliest(local, whole.target.amax(1), options) if logits.shape[1] else -torch.inf
-        n_ranks, (n_statistics, n_rows) = dist.get_world_size(group), published.shape
-        gathered = published.new_empty((n_ranks * n_statistics, n_rows))
-        _all_gather(gathered, published, group=group)
-        stats = slices.merge(gathered.view(n_ranks, n_statistics, n_rows).to(torch.float64), options.return_stats, is_soft)
+        gathered, makes_up_rows = _gathered(published, part, logits.shape[1], group)
+        stats = slices.merge(gathered.to(torch.float64), options.return_stats, is_soft)
         rows = slices.describe_rows(local, options, part, torch.float64)
+        if logits.device.type != "cpu":
+            rows = rows._replace(outside=rows.counted & (rows.outside | ~makes_up_rows))
         losses, lse = slices.row_losses(stats, rows, options, part)
         ctx.call = backend, rows.weight_total, options._replace(return_stats=False), part
         ctx.has_entropy = options.return_stats
@@ -136,6 +137,8 @@ class _SlicedRowLosses(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("the loss of sharded classes has no second derivative (create_graph=True)")
+        if any(gradient is not None and is_batched(gradient) for gradient in (dlosses, dentropy)):
+            raise RuntimeError("the loss of sharded classes has no gradient for a batch of upstream gradients (is_grads_batched)")
         logits, merged, *saved = ctx.saved_tensors
         log_d, entropy, saved = (*saved[:2], saved[2:]) if ctx.has_entropy else (None, None, saved)
         rest = iter(saved)
@@ -148,6 +151,36 @@ class _SlicedRowLosses(torch.autograd.Function):
             whole_rows = (merged[0], log_d.to(merged.dtype), entropy.to(merged.dtype))
             add_gradient(dlogits, dentropy.to(merged.dtype), inputs, options, whole_rows)
         return dlogits.view(logits.shape), None, None, None, None
+
+
+def _gathered(published: Tensor, part: Slice, n_local: int, group: "dist.ProcessGroup | None") -> tuple[Tensor, Tensor]:
+    """Every rank's statistics, (n_ranks, n_statistics, n_rows), and whether the shards make up the rows, 0-d.
+
+    Raises:
+        ValueError: they do not, and are on the CPU.
+    """
+    n_ranks, dtype = dist.get_world_size(group), torch.int64 if published.dtype == torch.float64 else torch.int32
+    place = [published.new_full((1,), number, dtype=dtype) for number in (part.first_class, n_local, part.n_classes)]
+    own = torch.cat([published.flatten(), *(number.view(published.dtype) for number in place)])  # the bits of an integer
+    gathered = own.new_empty(n_ranks * len(own))
+    _all_gather(gathered, own, group=group)
+    gathered = gathered.view(n_ranks, -1)
+    places = gathered[:, -3:].contiguous().view(dtype).long()
+    makes_up_rows = _make_up_rows(places)
+    if published.device.type == "cpu" and not makes_up_rows:
+        held = ", ".join(f"{width} from {first} on of {n_classes}" for first, width, n_classes in places.tolist())
+        raise ValueError(
+            f"the shards do not make up the rows: the ranks hold {held}; of unequal ones pass first_class, n_classes"
+        )
+    return gathered[:, :-3].view(n_ranks, *published.shape), makes_up_rows
+
+
+def _make_up_rows(places: Tensor) -> Tensor:
+    """Whether every class lies on one rank, 0-d; places: (n_ranks, 3), first class, classes there, classes of a row."""
+    first, width, n_classes = places.unbind(1)
+    end = first + width
+    before_end = (width * (first < end.unsqueeze(1))).sum(1)
+    return ((before_end == end) | (width == 0)).all() & (n_classes == width.sum()).all()
 
 
 def _backend(inputs: Inputs) -> Any:

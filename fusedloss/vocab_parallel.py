@@ -8,10 +8,11 @@ from torch import Tensor
 
 from fusedloss.checks import Facts
 from fusedloss.functional import cross_entropy
-from fusedloss.option_checks import check_options
+from fusedloss.option_checks import check_options, integer
 from fusedloss.plan import Extras, Inputs, Reduction, Slice
 from fusedloss.serving import labels_of
 from fusedloss.sharded import check_whole_rows, sharded_cross_entropy
+from fusedloss.world import Kind, world_of
 
 
 def vocab_parallel_cross_entropy(
@@ -37,9 +38,9 @@ def vocab_parallel_cross_entropy(
     """The loss of logits whose classes are sharded over the ranks of a group; each rank gets the gradient of its own.
 
     It is `cross_entropy` of the logits concatenated along the classes, with one collective in the forward, of 3 numbers per row
-    (5 with label smoothing or class probabilities, 6 with two labels, one more with return_stats), and none in the backward.
-    Every rank merges the numbers in the order of the ranks, knows every row's loss, and reduces by itself: all return the same
-    bits.
+    (5 with label smoothing or class probabilities, 6 with two labels, one more with return_stats) and 3 per rank, and none in
+    the backward. Every rank merges the numbers in the order of the ranks, knows every row's loss, and reduces by itself: all
+    return the same bits. Under torch.compile a graph ends before the call and another begins behind it, so fullgraph=True fails.
 
         logits = hidden @ lm_head_shard.T  # (N, n_classes / n_ranks)
         loss = vocab_parallel_cross_entropy(logits, target)
@@ -61,18 +62,37 @@ def vocab_parallel_cross_entropy(
         a gradient with reduction "none", to this rank's logits, without a collective.
 
     Raises:
-        ValueError: n_classes cannot be told; input holds all classes on a group of several ranks (gathered by mistake).
-        RuntimeError: a second derivative is asked for, which would need another collective.
+        ValueError: n_classes cannot be told; input holds all classes on a group of several ranks (gathered by mistake); a class
+            lies on no rank, or on two (on a GPU the loss is NaN then, since the host does not wait).
+        RuntimeError: a second derivative is asked for, which would need another collective, or is_grads_batched.
+        NotImplementedError: under torch.func, forward-mode differentiation, export; of a tensor subclass.
         What `cross_entropy` raises for the whole rows, on every rank alike and before the collective.
 
     References:
         Shoeybi et al. 2019, arXiv:1909.08053, section 3 (vocabulary-parallel cross-entropy).
     """
+    place = group, first_class, n_classes
+    extras = Extras(scale, sample_weight, top_k, return_stats, z_loss, logit_scale, softcap, out_dtype=out_dtype)
+    # A compiler's graph ends here, and another begins behind it.
+    serve = torch.compiler.disable(_serve) if torch.compiler.is_compiling() and _place(group)[0] > 1 else _serve
+    return serve(input, target, weight, place, ignore_index, reduction, label_smoothing, extras)
+
+
+def _serve(
+    input: Tensor,
+    target: Any,
+    weight: Tensor | None,
+    place: "tuple[dist.ProcessGroup | None, int | None, int | None]",  # group, first_class, n_classes
+    ignore_index: int,
+    reduction: Reduction,
+    label_smoothing: float,
+    extras: Extras,
+) -> Any:
+    group, first_class, n_classes = place
     n_ranks, rank = _place(group)
     target, target_b, lam = labels_of(target)
     part = _slice(input, target, weight, rank, n_ranks, first_class, n_classes)
     n_local = max(0, min(input.shape[1], part.n_classes - part.first_class))
-    extras = Extras(scale, sample_weight, top_k, return_stats, z_loss, logit_scale, softcap, out_dtype=out_dtype)
     options = check_options(reduction, ignore_index, label_smoothing, extras, lam)
     if n_ranks == 1:
         return cross_entropy(
@@ -90,11 +110,14 @@ def vocab_parallel_cross_entropy(
         target_b,
         lam if isinstance(lam, Tensor) else None,
         weight,
-        sample_weight,
-        scale if isinstance(scale, Tensor) else None,
+        extras.sample_weight,
+        extras.scale if isinstance(extras.scale, Tensor) else None,
     )
+    world = world_of(*inputs)
+    if world.kind is Kind.COMPOSED:
+        raise NotImplementedError(f"the loss of sharded classes is the kernels' alone, and {world.reason}")
     torchs = check_whole_rows(inputs, options, part)
-    loss, stats = sharded_cross_entropy(inputs, options, part, group, out_dtype or torchs)
+    loss, stats = sharded_cross_entropy(inputs, options, part, group, extras.out_dtype or torchs)
     return (loss, stats) if options.return_stats else loss
 
 
@@ -127,7 +150,8 @@ def _slice(
             raise ValueError(
                 f"n_classes must be given with first_class={first_class}: the other ranks' shards are not known here"
             )
-    first_class = rank * n_local if first_class is None else first_class
+    n_classes = integer("n_classes", n_classes)
+    first_class = rank * n_local if first_class is None else integer("first_class", first_class)
     if n_classes < 1 or first_class < 0:
         raise ValueError(f"n_classes must be positive and first_class not negative, but got {n_classes} and {first_class}")
     if n_ranks > 1 and n_local == n_classes:

@@ -115,3 +115,31 @@ def test_ranks_launches_and_threads_find_the_same_bits(tmp_path: Path) -> None:
             for rank, found in enumerate(ranks):
                 assert found[call][:-1] == first[:-1], f"{call}: loss, or statistics, of rank {rank}"
                 assert found[call][-1] == launches[0][rank][call][-1], f"{call}: gradient of rank {rank}"
+
+
+def under_a_compiler(rank: int, folder: Path) -> None:
+    join_group(rank, folder)
+    shard, target = make_logits(5, 4, seed=rank), make_target(5, n_classes=8)
+
+    def step(logits: torch.Tensor) -> torch.Tensor:
+        losses, stats = vocab_parallel_cross_entropy(logits.sin(), target, reduction="none", return_stats=True)
+        return 2 * (losses - stats.entropy).sum()
+
+    found = []
+    for call in (step, torch.compile(step, backend="aot_eager")):
+        leaf = shard.clone().requires_grad_()
+        loss = call(leaf)
+        found.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+    torch.testing.assert_close(found[1], found[0])
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(shard)
+    (folder / str(rank)).touch()
+    dist.barrier()
+    os._exit(0)
+
+
+# Of the compiler itself, which looks at what lies on either side of the call.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_under_a_compiler(tmp_path: Path) -> None:
+    launch(under_a_compiler, tmp_path / "compiled")
+    assert all((tmp_path / "compiled" / str(rank)).exists() for rank in range(N_RANKS))

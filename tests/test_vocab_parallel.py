@@ -21,6 +21,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
 
 import fusedloss
+from fusedloss import sharded
 from fusedloss.backends import cpu
 from fusedloss.distributed import vocab_parallel_cross_entropy
 
@@ -105,7 +106,7 @@ def in_two_dtypes(mesh: Any) -> list[tuple[Tensor, Tensor]]:
     return [(of_shards, of_dtensor.full_tensor()) for of_shards, of_dtensor in losses]
 
 
-def errors() -> dict[str, str]:
+def errors(mesh: Any) -> dict[str, str]:
     """What raises on this rank; every rank must get as far, for none may wait for another."""
     shard, target = make_logits(ROWS, 5), make_target(ROWS, n_classes=20)
     outside = target.clone()
@@ -116,10 +117,17 @@ def errors() -> dict[str, str]:
         "unknown": lambda: vocab_parallel_cross_entropy(shard, target, first_class=5 * dist.get_rank()),
         "weight": lambda: vocab_parallel_cross_entropy(shard, target, make_weight(5), n_classes=20),
         "reduction": lambda: vocab_parallel_cross_entropy(shard, target, reduction="average"),
+        "number": lambda: vocab_parallel_cross_entropy(shard, target, n_classes=20.0),
+        "gap": lambda: vocab_parallel_cross_entropy(shard, target, n_classes=21),
+        "overlap": lambda: vocab_parallel_cross_entropy(shard, target, first_class=5 * (dist.get_rank() // 2), n_classes=20),
+        "unequal": lambda: vocab_parallel_cross_entropy(make_logits(ROWS, 5 + dist.get_rank()), target % 20),
+        "grad": lambda: torch.func.grad(lambda logits: vocab_parallel_cross_entropy(logits, target))(shard),
+        "vmap": lambda: torch.func.vmap(lambda logits: vocab_parallel_cross_entropy(logits, target))(shard.unsqueeze(0)),
+        "subclass": lambda: vocab_parallel_cross_entropy(distribute_tensor(shard, mesh, [Replicate()]), target),
     }
     found = {}
     for name, call in calls.items():
-        with pytest.raises((IndexError, ValueError, RuntimeError)) as raised:
+        with pytest.raises((IndexError, TypeError, ValueError, RuntimeError)) as raised:
             call()
         found[name] = f"{type(raised.value).__name__}: {raised.value}"
     leaf = shard.clone().requires_grad_()
@@ -127,6 +135,9 @@ def errors() -> dict[str, str]:
     with pytest.raises(RuntimeError) as raised:
         torch.autograd.grad(loss, leaf, create_graph=True)
     found["second derivative"] = str(raised.value)
+    with pytest.raises(RuntimeError) as raised:
+        torch.autograd.grad(loss, leaf, torch.ones(2), is_grads_batched=True)
+    found["batch of gradients"] = str(raised.value)
     return found
 
 
@@ -157,7 +168,7 @@ def rank_main(rank: int, folder: Path, cases: list[Case]) -> None:
     results["statistics"] = statistics()
     results["dtensor"] = dtensor_calls(init_device_mesh("cpu", (N_RANKS,)))
     results["out_dtype"] = in_two_dtypes(init_device_mesh("cpu", (N_RANKS,)))
-    results["errors"] = errors()
+    results["errors"] = errors(init_device_mesh("cpu", (N_RANKS,)))
     results["mesh"] = data_and_tensor_parallel()
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
@@ -230,7 +241,34 @@ def test_every_rank_raises_the_same(results: list[dict[Any, Any]]) -> None:
         assert messages["weight"].startswith("RuntimeError: weight tensor should be defined either for all 20 classes")
         assert messages["reduction"] == "ValueError: average is not a valid value for reduction"
         assert "has no second derivative" in messages["second derivative"]
+        assert "is_grads_batched" in messages["batch of gradients"]
+        assert messages["number"] == "TypeError: cross_entropy(): argument 'n_classes' must be int, not float"
+        places = "5 from 0 on of 21, 5 from 5 on of 21, 5 from 10 on of 21, 5 from 15 on of 21"
+        assert f"ValueError: the shards do not make up the rows: the ranks hold {places};" in messages["gap"]
+        for name in ("overlap", "unequal"):
+            assert messages[name].startswith("ValueError: the shards do not make up the rows")
+        for name, reason in {"grad": "torch.func", "vmap": "torch.func", "subclass": "DTensor"}.items():
+            assert messages[name].startswith("NotImplementedError: the loss of sharded classes")
+            assert reason in messages[name]
     assert results[1]["errors"]["unknown"].startswith("ValueError: n_classes must be given with first_class=5")
+
+
+@pytest.mark.parametrize(
+    ("places", "whole"),
+    [
+        ([(0, 3), (3, 4), (7, 1)], True),
+        ([(7, 1), (0, 3), (3, 4)], True),  # in any order
+        ([(0, 8), (8, 0), (12, 0)], True),  # nothing but padding
+        ([(0, 3), (3, 4), (3, 1)], False),
+        ([(0, 4), (0, 4), (8, 0)], False),
+        ([(1, 4), (5, 4), (9, 0)], False),
+        ([(0, 3), (3, 3), (6, 1)], False),
+    ],
+)
+def test_which_shards_make_up_rows(places: list[tuple[int, int]], whole: bool) -> None:
+    for many in (1, 2**27):  # classes; as many as float32 does not count
+        found = torch.tensor([(first * many, width * many, 8 * many) for first, width in places])
+        assert sharded._make_up_rows(found).item() == whole
 
 
 def test_data_parallel_times_tensor_parallel_is_one_process(results: list[dict[Any, Any]]) -> None:
