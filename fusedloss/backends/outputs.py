@@ -87,8 +87,7 @@ class Allocators:
     loss: Callable[[], Tensor]
     saved: Callable[[], Tensor] | None
     dlogits: Callable[[], Tensor] | None
-    row_stats: Callable[[], Tensor] | None
-    counts: Callable[[], Tensor] | None
+    stats: Callable[[], RowStats] | None
 
 
 def forward_allocators(
@@ -101,9 +100,13 @@ def forward_allocators(
         allocator((shape[0], *shape[2:]) if loss else (), out_dtype, device),
         None if saved is None else allocator((saved,), accumulation_dtype(dtype), device),
         allocator(shape, dtype, device) if has_gradient else None,
-        None if row_stats is None else allocator(row_stats, accumulation_dtype(dtype), device),
-        None if row_stats is None else allocator((3,), torch.int64, device),
+        None if row_stats is None else _stats_allocator(row_stats, accumulation_dtype(dtype), device),
     )
+
+
+def _stats_allocator(row_stats: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable[[], RowStats]:
+    new_row_stats, new_counts = allocator(row_stats, dtype, device), allocator((3,), torch.int64, device)
+    return lambda: (new_row_stats(), new_counts())
 
 
 def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:

@@ -183,8 +183,9 @@ class Prepared:
         loss = new.loss()
         saved = None if new.saved is None else new.saved()
         dlogits = None if new.dlogits is None else new.dlogits()
-        stats = None if new.row_stats is None or new.counts is None else (new.row_stats(), new.counts())
-        out = Outputs(loss, self.new_state() if saved is None else saved, dlogits, *(stats or (None, None)))
+        stats = None if new.stats is None else new.stats()
+        row_stats, counts = stats or (None, None)
+        out = Outputs(loss, self.new_state() if saved is None else saved, dlogits, row_stats, counts)
         _launch_forward(self.launches, out, Inputs(logits, target, None, None, weight), scale, 1.0, keeps_workspace=True)
         return loss, saved, dlogits, stats
 
