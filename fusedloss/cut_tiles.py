@@ -29,10 +29,10 @@ MAX_PIXEL_ELEMENTS_AMD = 64
 # Longer packed rows are cut into parts of so many; left to itself, ptxas would spill two values to fit into 96 registers.
 PART_ELEMENTS = 32
 PART_REGISTERS = 128
-# Pixels with more classes are shared by threads that lie along the classes; MIN_PIXEL_THREADS lie along the pixels, 256 bytes of
-# them.
+# Pixels with more classes are shared by threads that lie along the classes; MIN_PIXEL_THREADS lie along the pixels, 128 bytes of
+# them: with 256 bytes, an SM would have room for one program of 150 classes.
 MAX_THREADS_PER_PIXEL = 32
-MIN_PIXEL_THREADS = 16
+MIN_PIXEL_THREADS = 8
 # What still does not fit is read twice, so many logits per thread at a time.
 SPATIAL_ELEMENTS_PER_THREAD = 16
 
@@ -94,8 +94,6 @@ def _pixels(t: Operands, max_pixels: int) -> tuple[TileShape, int]:
         cols *= 2
     n_blocks = -(-g.n_cols // cols)
     pixel_threads = max(OWNER_THREADS // cols, MIN_PIXEL_THREADS)
-    if t.probabilities is not None:  # more threads would not have the registers: 128 bytes of pixels
-        pixel_threads = min(pixel_threads, MAX_OWNER_THREADS // cols)
     rows = min(next_power_of_2(g.n_inner), pixel_threads * vector)
     threads = rows // vector * cols
     if vector * n_blocks > max_pixels:  # too many classes for the registers: read twice

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 import fusedloss
 from fusedloss.backends import triton
 from fusedloss.backends.triton.launching import SEVERAL_L2S, kernels
+from fusedloss.cut_rows import SM_REGISTERS
 from fusedloss.plan import Slice
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -315,6 +316,16 @@ def test_all_waves_acquire_what_a_ticket_publishes(monkeypatch: pytest.MonkeyPat
             leaves = re.findall(r"s_cbranch_vcc\w+ (\.LBB\w+)", assembly[: waiting.start()])[-1]
             assert _all_waves_acquire(acquires.findall(assembly[assembly.index(f"\n{leaves}:") :]))
     assert n_drawn == {"recompute, slices": 1, "slices": 6}[case]
+
+
+@pytest.mark.parametrize("case", ["pixels of many classes", "long rows", "rows in registers", "rows in registers, smoothing"])
+def test_an_sm_has_room_for_two_programs(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """One loads or stores while the other reduces."""
+    (main,) = (
+        launch for launch in launches(monkeypatch, "sm_90", lambda: _call(*CASES[case])) if launch.kernel.startswith("fused")
+    )
+    registers = report(compile_for(main, "sm_90"), "sm_90").registers
+    assert 2 * main.arguments["num_warps"] * 32 * registers <= SM_REGISTERS
 
 
 @pytest.mark.parametrize(("case", "n_stores"), [("ticket", 1), ("pixels", 1), ("one row a program", 2), ("slices", 2)])
