@@ -28,7 +28,7 @@ MAX_PIXEL_ELEMENTS_MORE = 64  # besides what holds_more names; not of 16 bits, w
 MAX_PIXEL_ELEMENTS_AMD = 64
 # Longer packed rows are cut into parts of so many; left to itself, ptxas would spill two values to fit into 96 registers.
 PART_ELEMENTS = 32
-PART_REGISTERS = 128
+PART_REGISTERS = 136
 # Pixels with more classes are shared by threads that lie along the classes; MIN_PIXEL_THREADS lie along the pixels, 128 bytes of
 # them: with 256 bytes, an SM would have room for one program of 150 classes.
 MAX_THREADS_PER_PIXEL = 32
@@ -63,7 +63,8 @@ def cut_tiles(kernel: str, t: Operands, more: bool, device: DeviceFacts) -> Cut:
         threads = shape.rows * shape.cols // per_thread
     n_programs = max(1, g.n_outer * -(-g.n_inner // shape.rows))
     num_warps, limit = warps(threads, device), None
-    if row_group > 0 and t.probabilities is not None and kernel == "backward_tile_kernel":
+    recomputes_packed_probabilities = row_group > 0 and t.probabilities is not None and kernel != "fused_tile_kernel"
+    if recomputes_packed_probabilities or (g.rows_contiguous and more):
         limit = registers_of(num_warps, 1)  # ptxas would spill to fit another program on an SM
     elif row_group > 0 and shape.is_wide and t.probabilities is None and not more:
         limit = PART_REGISTERS

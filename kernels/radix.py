@@ -24,11 +24,12 @@ def _row_keys(row_loss_ptr, start, n_rows):
 
 @triton.jit
 def largest(row_loss_ptr, n_rows):
-    _, largest, _ = _row_keys(row_loss_ptr, 0, n_rows)
+    _, keys, _ = _row_keys(row_loss_ptr, 0, n_rows)
+    key = tl.max(keys, 0)
     for start in range(PARTIALS_BLOCK, n_rows, PARTIALS_BLOCK):
-        _, key, _ = _row_keys(row_loss_ptr, start, n_rows)
-        largest = tl.maximum(largest, key)
-    return tl.max(largest, 0)
+        _, keys, _ = _row_keys(row_loss_ptr, start, n_rows)
+        key = tl.maximum(key, tl.max(keys, 0))
+    return key
 
 
 @triton.jit
@@ -71,14 +72,13 @@ def kth_largest(row_loss_ptr, k, n_rows):
 @triton.jit
 def sum_above(row_loss_ptr, threshold, n_rows, first, step):
     """Sum and number of the losses above the threshold, and how many equal it; blocks as in digit_histogram."""
-    total = tl.zeros((PARTIALS_BLOCK,), tl.float64)
-    # A lane's own rows fit int32. With a single warp a thread has 32 lanes, and int64 would spill.
-    n_above = tl.zeros((PARTIALS_BLOCK,), tl.int32)
-    n_tied = tl.zeros((PARTIALS_BLOCK,), tl.int32)
+    total = tl.zeros((), tl.float64)
+    n_above, n_tied = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
     for start in range(first, n_rows, step):
         loss, key, mask = _row_keys(row_loss_ptr, start, n_rows)
         above = mask & (key > threshold)
-        total += tl.where(above, loss.to(tl.float64), 0.0)
-        n_above += above.to(tl.int32)
-        n_tied += (mask & (key == threshold)).to(tl.int32)
-    return tl.sum(total, 0), tl.sum(n_above.to(tl.int64), 0), tl.sum(n_tied.to(tl.int64), 0)
+        # Per block: kept per lane, of which a single warp has 32 a thread, they would be 128 registers of every program.
+        total += tl.sum(tl.where(above, loss.to(tl.float64), 0.0), 0)
+        n_above += tl.sum(above.to(tl.int32), 0)
+        n_tied += tl.sum((mask & (key == threshold)).to(tl.int32), 0)
+    return total, n_above, n_tied

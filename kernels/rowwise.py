@@ -218,7 +218,10 @@ def row_loss(stats, label, rows, problem, asks: tl.constexpr):
 
 @triton.jit
 def row_lse(stats, label, asks: tl.constexpr):
-    return tl.where(label.valid, stats.max + tl.log(stats.rest + target_exp(stats, asks)), float("nan"))
+    e_t = target_exp(stats, asks)
+    if not asks.probabilities:
+        e_t = tl.where(stats.x_t == stats.max, 1.0, e_t)  # though both be infinite
+    return tl.where(label.valid, stats.max + tl.log(stats.rest + e_t), float("nan"))
 
 
 @triton.jit

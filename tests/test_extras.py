@@ -217,6 +217,18 @@ def test_the_worst_row(path: Path, n_cols: int) -> None:
     assert stats.lse.shape == stats.row_loss.shape == (0,)
 
 
+@pytest.mark.parametrize("n_cols", [1, 3, 600])
+def test_stats_of_infinite_logits(path: Path, n_cols: int) -> None:
+    """The loss is NaN, as PyTorch's, but not the log-sum-exp, and the target has the largest logit."""
+    logits = torch.zeros(3, n_cols)
+    logits[1, 0] = torch.inf
+    logits[2] = -torch.inf
+    loss, stats = fusedloss.cross_entropy(logits, torch.zeros(3, dtype=torch.long), return_stats=True)
+    assert loss.isnan()
+    assert stats.n_correct == 3
+    torch.testing.assert_close(stats.lse, logits.logsumexp(1))
+
+
 def test_stats_of_probabilities(path: Path) -> None:
     logits, target = make_logits(6, 10), make_probabilities(6, 10)
     with fusedloss.backend("auto"):  # no kernel has them
