@@ -38,14 +38,15 @@ from .rowwise import finite_max
 def publish_slice(stats, slices_ptr, arrived_ptr, row, n_rows, part, asks: tl.constexpr, N_SLICES: tl.constexpr):
     """Stores a slice's statistics; returns how many slices of the row have now done so.
 
-    slices_ptr: (5, n_rows, N_SLICES), two planes of it where every class has a weight, the last for statistics; arrived_ptr: of
-    this row.
+    slices_ptr: (n_rows, N_SLICES, 2) of maxima and rests, and (3, n_rows, N_SLICES), two planes of it where every class has a
+    weight, the last for statistics; arrived_ptr: of this row.
     """
+    pair_ptr = slices_ptr + 2 * (row * N_SLICES + part)
     slice_ptr = slices_ptr + row * N_SLICES + part
     plane = n_rows * N_SLICES  # int32 does: a slice has a thousand columns or more
     # Scalars: the thread that stores them is the one that counts the slice, so that acq_rel orders the two (reduction.py).
-    tl.store(slice_ptr, stats.max)
-    tl.store(slice_ptr + plane, stats.rest)
+    tl.store(pair_ptr, stats.max)
+    tl.store(pair_ptr + 1, stats.rest)
     if asks.every_class:
         tl.store(slice_ptr + 2 * plane, stats.smooth_sum)
         tl.store(slice_ptr + 3 * plane, stats.weight_total)
@@ -99,8 +100,9 @@ def merge_slices(stats, slices_ptr, row, n_rows, asks: tl.constexpr, N_SLICES: t
     slice_ptr = slices_ptr + row * N_SLICES + index
     plane = n_rows * N_SLICES  # int32 does: a slice has a thousand columns or more
     # .cg: other SMs wrote these, L1 may hold an old line.
-    maxima = tl.load(slice_ptr, mask=mask, other=float("-inf"), cache_modifier=".cg")
-    rests = tl.load(slice_ptr + plane, mask=mask, other=0.0, cache_modifier=".cg")
+    pairs_ptr = slices_ptr + 2 * row * N_SLICES + 2 * index[:, None] + tl.arange(0, 2)[None, :]
+    maxima, rests = tl.split(tl.load(pairs_ptr, mask=mask[:, None], other=0.0, cache_modifier=".cg"))
+    maxima = tl.where(mask, maxima, float("-inf"))
     row_max = tl.max(maxima, 0)
     rest = tl.sum(rests * tl.exp(maxima - finite_max(row_max)), 0)
     smooth_sum, weight_total = stats.smooth_sum, stats.weight_total
