@@ -16,6 +16,7 @@ ROW_BLOCK = 8192
 # instructions whatever it holds: 6 to 11 blocks of bfloat16.
 FUSED_COLS_PER_THREAD = 8
 FUSED_ROW_BLOCKS = {2: 11, 4: 9, 8: 2}
+FUSED_ROW_BLOCKS_EXTRAS = {2: 10, 4: 9, 8: 2}  # one less beside two labels, z_loss and a scale, or sm_100 spills a value
 FUSED_ROW_BLOCKS_MORE = {2: 3, 4: 3, 8: 1}
 FUSED_ROW_BLOCKS_PROBABILITIES = {2: 4, 4: 4, 8: 1}  # they wait in registers, too
 FUSED_ROW_REGISTERS = 128  # with fewer blocks as many as a thread can have, and ptxas takes no more than these either
@@ -68,11 +69,12 @@ def backward_rows(t: Operands, device: DeviceFacts) -> Cut:
     return Cut("backward_row_kernel", n_programs, num_warps, RowShape(block_cols, _row_group(g, t.itemsize)))
 
 
-def fused_rows(t: Operands, more: bool, device: DeviceFacts) -> Cut | None:
+def fused_rows(t: Operands, more: bool, extras: bool, device: DeviceFacts) -> Cut | None:
     """Cuts rows into blocks that fit into the registers; None where the slices of a row would be more than can wait for each
-    other, or may not."""
+    other, or may not. extras: `Options.has_extras`."""
     g, soft = t.logits, t.probabilities is not None
-    fitting = (FUSED_ROW_BLOCKS_MORE if more else FUSED_ROW_BLOCKS_PROBABILITIES if soft else FUSED_ROW_BLOCKS)[t.itemsize]
+    alone = FUSED_ROW_BLOCKS_EXTRAS if extras else FUSED_ROW_BLOCKS
+    fitting = (FUSED_ROW_BLOCKS_MORE if more else FUSED_ROW_BLOCKS_PROBABILITIES if soft else alone)[t.itemsize]
     all_registers = more or soft  # the blocks are so many that they take all that a thread can have
     n_cols = _row_cols(g, t.itemsize)
     filling = min(_slices_that_fill(g, device), max(1, device.n_sms // WAITING_SHARE)) if device.may_wait else 1

@@ -26,6 +26,7 @@ MAX_PIXEL_ELEMENTS_PROBABILITIES = 64  # besides as many class probabilities
 MAX_PIXEL_ELEMENTS_MORE = 64  # besides what holds_more names; not of 16 bits, where a few spills cost less than more threads
 # AMD's compiler holds more values at a time: with 80 logits it filled all 256 registers, and 13 of those for matrices.
 MAX_PIXEL_ELEMENTS_AMD = 64
+MAX_RUN_ELEMENTS_AMD_PROBABILITIES = 48  # of packed rows, besides as many class probabilities; with 64 it took 275 registers
 # Longer packed rows are cut into parts of so many; left to itself, ptxas would spill two values to fit into 96 registers.
 PART_ELEMENTS = 32
 PART_REGISTERS = 136
@@ -48,6 +49,7 @@ def cut_tiles(kernel: str, t: Operands, more: bool, device: DeviceFacts) -> Cut:
         max_pixels = min(max_pixels, MAX_PIXEL_ELEMENTS_MORE)
     if not device.is_nvidia:
         max_pixels = min(max_pixels, MAX_PIXEL_ELEMENTS_AMD)
+        max_run = max_run if t.probabilities is None else MAX_RUN_ELEMENTS_AMD_PROBABILITIES
     if itemsize == 8:  # two registers for a value
         max_run, part, max_pixels, max_elements = max_run // 2, part // 2, max_pixels // 2, max_elements // 2
     row_group = _packed_row_group(g, itemsize, max_run) if all(_is_packed(tensor) for tensor in t.all()) else 0

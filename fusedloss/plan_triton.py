@@ -107,7 +107,7 @@ def _with_all_registers(cut: Cut, device: DeviceFacts) -> Cut:
 def _fused_cut(t: Operands, options: Options, device: DeviceFacts) -> Cut:
     more = holds_more(options, t.itemsize)
     # The kernel of one program per row masks no row: an empty batch, which still needs a loss, is the tile kernel's.
-    rows = fused_rows(t, more, device) if t.logits.n_rows > 0 and takes_rows(t) else None
+    rows = fused_rows(t, more, options.has_extras(), device) if t.logits.n_rows > 0 and takes_rows(t) else None
     return cut_tiles("fused_tile_kernel", t, more, device) if rows is None else rows
 
 
