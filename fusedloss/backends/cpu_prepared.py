@@ -17,6 +17,9 @@ from fusedloss.backends.outputs import N_ROW_STATS, STATE, RowStats, allocate_gr
 from fusedloss.plan import Inputs, Options, accumulation_dtype
 
 _ON_CPU = partial(torch.empty, device=torch.device("cpu"))
+# Memory that was freed begins at 0, and a tensor in it at its offset, which is less than this. Where the memory of a process lies
+# lower, as on some machines, `address` is asked for every tensor.
+_PAST_FREED = 2**44
 _BITS = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}  # by the size of a floating point number
 _DLOSS = Extras._fields.index("dloss")
 _BEFORE_DLOSS, _AFTER_DLOSS = Extras()[:_DLOSS], Extras()[_DLOSS + 1 :]
@@ -69,8 +72,7 @@ class Prepared:
             )
             rest = EXTRAS.pack(*Extras(row_stats=address(stats[0], 0), counts=address(stats[1], 0))) + kind.packed
         logits_at, target_at = logits.data_ptr(), target.data_ptr()
-        # Memory that was freed begins at 0; address() asks for more than that, and takes 2 % of a small step for each tensor.
-        if not (logits_at and target_at) or logits.storage_offset() or target.storage_offset():
+        if logits_at < _PAST_FREED or target_at < _PAST_FREED:  # address() takes 2 % of a small step for each tensor
             logits_at = address(logits, kind.logits.of(n_examples))
             target_at = address(target, kind.target.of(n_examples))
         n_threads, functions = kind.workers(n_examples)
@@ -117,7 +119,7 @@ class Prepared:
     def scale_gradient(self, dlogits: Tensor, dloss: Tensor) -> None:
         """dlogits *= dloss."""
         at = dloss.data_ptr()
-        if not at or dloss.storage_offset() or self.bits_at(at).value != self.one:  # item() takes 3 % of a small step
+        if at < _PAST_FREED or self.bits_at(at).value != self.one:  # item() takes 3 % of a small step
             scale_gradient(dlogits, dloss)
 
 
