@@ -116,9 +116,7 @@ def _serve(
     if options.reduction == "none":
         loss = loss.reshape(batch + loss.shape[1:])  # of a linear_weight (C, d1, ..., F) there are (N, d1, ...)
     if stats is not None:
-        of_rows = (stats.lse, stats.row_loss, stats.entropy)
-        lse, row_loss, entropy = (values.reshape(batch + values.shape[1:]) for values in of_rows)
-        stats = stats._replace(lse=lse, row_loss=row_loss, entropy=entropy)
+        stats = stats.of_rows(batch + stats.lse.shape[1:])
     return loss, stats
 
 

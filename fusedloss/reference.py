@@ -57,10 +57,8 @@ def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> t
     loss = (factor * reduce_rows(rows, counted, row_weights, options)).to(out_dtype)
     if not options.return_stats:
         return loss, None
-    stats = _stats(logits.detach(), rows.detach(), counted, inputs, options)
-    if options.differentiates_entropy():
-        stats = stats._replace(entropy=_entropies(logits, counted))
-    return loss, stats
+    entropies = _entropies(logits if options.differentiates_entropy() else logits.detach(), counted)
+    return loss, _stats(logits.detach(), rows.detach(), entropies, counted, inputs, options)
 
 
 class Labels(NamedTuple):
@@ -224,7 +222,7 @@ def rows_to_select(n_counted: Tensor, options: Options) -> Tensor:
     return torch.minimum(k.clamp(min=1), n_counted)
 
 
-def _stats(logits: Tensor, rows: Tensor, counted: Tensor, inputs: Inputs, options: Options) -> LossStats:
+def _stats(logits: Tensor, rows: Tensor, entropies: Tensor, counted: Tensor, inputs: Inputs, options: Options) -> LossStats:
     if logits.shape[1] == 0:
         correct = torch.zeros_like(counted)
     elif inputs.has_probabilities():
@@ -244,7 +242,7 @@ def _stats(logits: Tensor, rows: Tensor, counted: Tensor, inputs: Inputs, option
         n_counted=counted.sum(),
         n_correct=(counted & correct).sum(),
         worst=worst_row(rows.flatten(), counted.flatten()),
-        entropy=_entropies(logits, counted),
+        entropy=entropies,
     )
 
 

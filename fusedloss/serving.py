@@ -165,8 +165,7 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
     if inputs.logits.dim() == 1:
         loss, stats = compute(inputs.as_one_row(), options, route)
         if stats is not None:
-            lse, row_loss, entropy = (values.reshape(()) for values in (stats.lse, stats.row_loss, stats.entropy))
-            stats = stats._replace(lse=lse, row_loss=row_loss, entropy=entropy)
+            stats = stats.of_rows(())
         return loss.reshape(()), stats
     if inputs.lam is not None or inputs.sample_weight is not None:
         inputs = inputs._replace(

@@ -33,3 +33,9 @@ class LossStats(NamedTuple):
     n_correct: Tensor
     worst: Tensor
     entropy: Tensor
+
+    def of_rows(self, shape: tuple[int, ...]) -> "LossStats":
+        """The same with rows of this shape."""
+        lse, row_loss, n_counted, n_correct, worst, entropy = self
+        # No _replace: torch 2.11's compiler returns no tuple that was made by it.
+        return LossStats(lse.reshape(shape), row_loss.reshape(shape), n_counted, n_correct, worst, entropy.reshape(shape))

@@ -19,13 +19,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 N_RANKS = 2
 PATIENCE = 2.0  # seconds that the late rank's group waits
-LIMIT = 60.0  # seconds of a launch: a rank that hangs fails its test
+LIMIT = 240.0  # seconds of a launch: a rank that hangs fails its test
 
 
-def launch(main: Callable[..., None], folder: Path, *arguments: Any) -> None:
+def launch(main: Callable[..., None], folder: Path, *arguments: Any, method: str = "fork") -> None:
     """Runs main(rank, folder, *arguments) on all ranks."""
     folder.mkdir()
-    context = torch.multiprocessing.start_processes(main, (folder, *arguments), nprocs=N_RANKS, join=False, start_method="fork")
+    context = torch.multiprocessing.start_processes(main, (folder, *arguments), nprocs=N_RANKS, join=False, start_method=method)
     end = time.monotonic() + LIMIT
     while not context.join(timeout=1):
         if time.monotonic() > end:
@@ -108,7 +108,8 @@ def every_bit(rank: int, folder: Path, threads: tuple[int, ...]) -> None:
 def test_ranks_launches_and_threads_find_the_same_bits(tmp_path: Path) -> None:
     launches = []
     for n, threads in enumerate([(1, 1), (2, 1), (3, 2)]):
-        launch(every_bit, tmp_path / str(n), threads)
+        # Not forked: PyTorch's own sums of two threads hang in a fork of a process that has had two.
+        launch(every_bit, tmp_path / str(n), threads, method="spawn")
         launches.append([torch.load(tmp_path / str(n) / f"{rank}.pt", weights_only=False) for rank in range(N_RANKS)])
     for call, first in launches[0][0].items():
         for ranks in launches:
