@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.gpu_sweep
 @pytest.mark.parametrize("dtype", [FP32, FP64, BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gradient(path: Path, name: str, dtype: torch.dtype) -> None:
