@@ -16,7 +16,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import test_compiled
+import compiled_cases
 import torch
 from compiled import FACTS
 from triton.backends.compiler import GPUTarget
@@ -27,7 +27,7 @@ from fusedloss.backends import triton as backend
 from fusedloss.backends.triton import launching
 
 STREAM = 0xABCD00
-CASES = (  # of test_compiled.py: every kernel, groups with and without tensors, numbers, slices
+CASES = (  # of compiled_cases.py: every kernel, groups with and without tensors, numbers, slices
     "ticket",
     "ragged rows",
     "slices of ragged rows, all options",
@@ -153,7 +153,7 @@ def main(folder: str, cases: list[str], swap: bool) -> None:
             facts = FACTS["sm_90"]._replace(flushes_l2=case == FINISHED)
             with mock.patch.object(backend, "device_facts", return_value=facts):
                 for _ in range(3):  # the third call is a known one
-                    test_compiled._call(*test_compiled.CASES[case]).sum().backward()
+                    compiled_cases.call(*compiled_cases.CASES[case]).sum().backward()
     for kernel, n in sorted(check.checked.items()):
         print(f"{n:3} {kernel}")
 

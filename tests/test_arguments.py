@@ -251,3 +251,39 @@ def test_one_row_of_probabilities_has_a_sample_weight() -> None:
         for factor in (torch.tensor(0.5), torch.tensor([0.5])):
             ours = fusedloss.cross_entropy(logits, target, sample_weight=factor, reduction="sum")
             torch.testing.assert_close(ours, 0.5 * F.cross_entropy(logits, target, reduction="sum"))
+
+
+ERRORS_OF_EXTRAS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "softcap of 0": ({"softcap": 0.0}, ValueError, "softcap must be positive, but got 0.0"),
+    "negative softcap": ({"softcap": -1}, ValueError, "softcap must be positive, but got -1"),
+    "infinite z_loss": ({"z_loss": float("inf")}, ValueError, "z_loss must be finite, but got inf"),
+    "logit_scale that is nan": ({"logit_scale": float("nan")}, ValueError, "logit_scale must be finite, but got nan"),
+    "a tensor as logit_scale": ({"logit_scale": torch.tensor(2.0)}, TypeError, "'logit_scale' must be float, not Tensor"),
+    "sample_weight of integers": (
+        {"sample_weight": torch.ones(4, dtype=torch.long)},
+        RuntimeError,
+        "expected floating point type for sample_weight, got Long",
+    ),
+    "too few sample weights": ({"sample_weight": torch.ones(3)}, ValueError, r"shape \[4\], but got shape \[3\]"),
+    "sample_weight as a list": ({"sample_weight": [1.0] * 4}, TypeError, "'sample_weight' must be Tensor, not list"),
+    "lam beyond 1": ({"target": (torch.zeros(4).long(),) * 2 + (1.5,)}, ValueError, r"must be in \[0, 1\], but got 1.5"),
+    "labels of different shapes": (
+        {"target": (torch.zeros(4).long(), torch.zeros(3).long(), 0.5)},
+        RuntimeError,
+        r"two labels must agree in shape and dtype, but got \[4\], Long and \[3\], Long",
+    ),
+    "two labels without a share": ({"target": (torch.zeros(4).long(),) * 2}, TypeError, "'target' must be Tensor, not tuple"),
+    "probabilities as labels": (
+        {"target": (torch.rand(4, 5), torch.rand(4, 5), 0.5)},
+        RuntimeError,
+        "multi-target not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), ERRORS_OF_EXTRAS.values(), ids=ERRORS_OF_EXTRAS)
+def test_errors_of_extras_name_the_value(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = dict(arguments)
+    target = arguments.pop("target", torch.zeros(4).long())
+    with pytest.raises(error, match=message):
+        fusedloss.cross_entropy(torch.zeros(4, 5), target, **arguments)

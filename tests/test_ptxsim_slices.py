@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from emulation import emulated
 from problems import make_logits, make_target
 from sliced import check_slices, sliced_entropies
-from test_ptxsim import emulated
 
 from fusedloss.backends import triton
 
