@@ -118,9 +118,12 @@ def misses(name: str, mark: Record) -> list[str]:
     return found + [what for what in ("syncs", "spills") if mark[what]]
 
 
+READ_NO_LOGITS = ("denominator_kernel", "finish_kernel", "digit_kernel", "selected_kernel", "scale_gradient_kernel")
+
+
 def main_launches(record: Record) -> list[Record]:
     """The launches that touch every logit, in order."""
-    return [launch for launch in record["launches"] if launch["kernel"] not in ("denominator_kernel", "scale_gradient_kernel")]
+    return [launch for launch in record["launches"] if launch["kernel"] not in READ_NO_LOGITS]
 
 
 def widest(accesses: Record) -> int:
