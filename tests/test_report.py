@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ MARK = {
 }
 
 
+needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="the page has plots: matplotlib is missing")
+
+
 @pytest.fixture(scope="module")
 def data() -> dict[str, Any]:
     return json.loads(kernel_report.as_json(kernel_report.collect(CASES, ["sm_90"], [])))
@@ -57,6 +61,7 @@ def test_numbers_are_those_of_the_plan_and_the_machine_code(data: dict[str, Any]
         assert launch["loads"]["16"] > 0
 
 
+@needs_matplotlib
 def test_the_page_follows_from_the_numbers_alone(data: dict[str, Any], tmp_path: Path) -> None:
     first = page(data, tmp_path / "a") if (tmp_path / "a").mkdir() is None else ""
     (tmp_path / "b").mkdir()
@@ -87,6 +92,7 @@ def test_programs_of_an_sm(target: str, warps: int, registers: int, shared_bytes
     assert kernel_report.programs_per_sm(launch, target) == programs
 
 
+@needs_matplotlib
 def test_losses_are_listed(data: dict[str, Any], tmp_path: Path) -> None:
     before = page(data, tmp_path)
     assert "spills (" not in before
@@ -117,6 +123,7 @@ def test_a_missed_mark_is_called_so(changed: dict[str, Any], missed: list[str]) 
     assert kernel_pages.misses("512 x 50257", {**MARK, **changed}) == missed
 
 
+@needs_matplotlib
 def test_marks_stand_beside_the_best_peer(data: dict[str, Any], tmp_path: Path) -> None:
     marked = {**data, "marks": {"512 x 50257": {"ours": MARK}}}
     text = page(marked, tmp_path)
@@ -125,6 +132,7 @@ def test_marks_stand_beside_the_best_peer(data: dict[str, Any], tmp_path: Path) 
     assert "| | Liger | not installed |" in text
 
 
+@needs_matplotlib
 def test_without_the_emulator_the_marks_are_left_out(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
