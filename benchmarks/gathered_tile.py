@@ -31,7 +31,8 @@ def _load_lines(ptr, n_rows, n_cols, other, shape: tl.constexpr):
         run = tl.load(run_ptr, mask=in_run < (n_left // VECTOR) * VECTOR, other=other)
     else:
         run = tl.load(run_ptr, mask=in_run < n_left, other=other)
-    _, (starts, places), inside, _ = _packed_places(ptr, n_rows, n_cols, shape)
+    _, where, inside, _ = _packed_places(ptr, n_rows, n_cols, shape)
+    starts, places = where  # in two steps: Triton 3.6 takes no tuple in a tuple
     offsets = starts + places
     offsets = tl.where(inside & (offsets < n_left), offsets, RUN - 1)
     values = tl.gather(tl.reshape(run, (RUN,)), tl.reshape(offsets, (offsets.shape[0] * offsets.shape[1],)), 0)
