@@ -71,14 +71,25 @@ def _sum_together(work, value, program, n_programs, COUNTS: tl.constexpr):
 
 
 @triton.jit
-def coefficient_of_tile(out, work, turn_rows, targets, problem, asks: tl.constexpr, shape: tl.constexpr):
-    """What a row's loss has as its factor in the batch loss."""
-    scale = problem.terms.scale
+def coefficient_known(out, scale, n_rows, asks: tl.constexpr):
+    """What a row's loss has as its factor in the batch loss, where that takes no counting, or denominator_kernel has counted."""
     dtype: tl.constexpr = scale.dtype
     if asks.reduction == "sum":
         g = scale
     elif asks.probabilities:
-        g = mean_coefficient(scale, tl.zeros((), dtype) + problem.n_rows)
+        g = mean_coefficient(scale, tl.zeros((), dtype) + n_rows)
+    else:
+        g = tl.load(out.saved)
+    return g
+
+
+@triton.jit
+def coefficient_of_tile(out, work, turn_rows, targets, problem, asks: tl.constexpr, shape: tl.constexpr):
+    """The same for a program that has several rows."""
+    scale = problem.terms.scale
+    dtype: tl.constexpr = scale.dtype
+    if asks.reduction == "sum" or asks.probabilities:
+        g = coefficient_known(out, scale, problem.n_rows, asks)
     elif work.partial is None or shape.counts:
         weights = tl.zeros(turn_rows[0].shape, dtype)
         for i in tl.static_range(len(turn_rows)):
@@ -89,20 +100,18 @@ def coefficient_of_tile(out, work, turn_rows, targets, problem, asks: tl.constex
             count = _sum_together(work, count, tl.program_id(0), tl.num_programs(0), is_number)
         g = mean_coefficient(scale, count).to(dtype)
     else:
-        g = tl.load(out.saved)
+        g = coefficient_known(out, scale, problem.n_rows, asks)
     return g
 
 
 @triton.jit
 def coefficient_of_row(out, work, label, problem, asks: tl.constexpr, shape: tl.constexpr):
-    """What a row's loss has as its factor in the batch loss."""
+    """The same for a program that has one row, or a slice of it."""
     ROWS: tl.constexpr = shape.counted_rows
     scale = problem.terms.scale
     dtype: tl.constexpr = scale.dtype
-    if asks.reduction == "sum":
-        g = scale
-    elif asks.probabilities:
-        g = mean_coefficient(scale, tl.zeros((), dtype) + problem.n_rows)
+    if asks.reduction == "sum" or asks.probabilities:
+        g = coefficient_known(out, scale, problem.n_rows, asks)
     elif work.partial is None:  # there is no other row
         g = mean_coefficient(scale, label.counted.to(dtype) if asks.two_labels else label.weight)
     elif ROWS > 0:
@@ -112,5 +121,5 @@ def coefficient_of_row(out, work, label, problem, asks: tl.constexpr, shape: tl.
         weights = weight_in_mean(target, rows, exist, problem, asks, dtype)
         g = mean_coefficient(scale, tl.sum(weights, 0))
     else:
-        g = tl.load(out.saved)
+        g = coefficient_known(out, scale, problem.n_rows, asks)
     return g

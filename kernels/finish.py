@@ -12,6 +12,7 @@ few programs draw them: in denominator_kernel, in a selection, and among the sli
 import triton
 import triton.language as tl
 
+from .denominator import coefficient_known
 from .reduction import (
     MAX_UNGROUPED,
     N_GROUPS,
@@ -19,7 +20,6 @@ from .reduction import (
     add_up_tallies,
     draws_last,
     finish_batch,
-    mean_coefficient,
     sum_left,
 )
 from .rowwise import load_scale
@@ -53,12 +53,7 @@ def finish_kernel(
 @triton.jit
 def _finish_fused(out, work, scale, n_partials, n_rows, asks: tl.constexpr):
     dtype: tl.constexpr = out.saved.dtype.element_ty
-    if asks.reduction == "sum":
-        g = scale
-    elif asks.probabilities:
-        g = mean_coefficient(scale, tl.zeros((), dtype) + n_rows)
-    else:
-        g = tl.load(out.saved)
+    g = coefficient_known(out, scale, n_rows, asks)
     tl.store(out.loss, (g * sum_left(work.partial, n_partials)).to(dtype))
     if work.tallies is not None:
         add_up_tallies(out, work, n_partials)
