@@ -6,9 +6,9 @@ backward  dlogits, scaled by dloss                         fused strategy: every
           op.backward(dloss, logits, saved)                recompute strategy; the gradient of entropies is added to it
           affine.gradient, autograd.grad(reference)        under create_graph: differentiable to any order
 
-A call holds one tensor of the logits' size, as PyTorch's loss holds their log-softmax: the fused gradient, or the logits. All of
-it goes through save_for_backward, so that checkpoints and other hooks have it in their hands. While such hooks are active no
-gradient is made before it is asked for: what they would have to keep, or to throw away, is the logits alone.
+A call holds one tensor of the logits' size, as PyTorch's loss holds their log-softmax: the fused gradient, or the logits. What
+hooks are to keep, or to throw away, goes through save_for_backward: while checkpoints or other hooks are active no gradient is
+made before it is asked for, and that is the logits alone.
 
 The fused gradient belongs to the graph until the graph is freed: then it is scaled in place and handed out, before that a copy.
 """
@@ -79,7 +79,7 @@ class CrossEntropyFunction(torch.autograd.Function):
             dentropy = None if dstats[0] is None else dstats[0][ENTROPY]
             if dloss is None and dentropy is None:
                 return None, None, None, None, None
-        return _gradient(ctx, dloss, dentropy, *ctx.call), None, None, None, None
+        return _gradient(ctx, ctx.names, dloss, dentropy, *ctx.call), None, None, None, None
 
 
 class KnownCrossEntropyFunction(torch.autograd.Function):
@@ -89,26 +89,23 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, rest: tuple[Tensor, Tensor | None, float, KnownCall]) -> Tensor:
         target, weight, scale, known = rest  # one by one they would cost a percent of a small step
         loss, saved, dlogits, stats = known.prepared.forward(logits, target, weight, scale)
-        ctx.known, ctx.scale, ctx.names = known, scale, known.names
-        if dlogits is None:
-            ctx.save_for_backward(logits, target, *(() if weight is None else (weight,)), saved)
-        elif known.forgets:
+        ctx.call, ctx.has_gradient = (known, scale), dlogits is not None
+        if dlogits is None or known.forgets:
             ctx.place = None
-            ctx.save_for_backward(dlogits, logits, target, *(() if weight is None else (weight,)))
-        else:
-            ctx.place = logits, logits._version
+            ctx.save_for_backward(logits, target, *(() if weight is None else (weight,)), saved if dlogits is None else dlogits)
+        else:  # nobody's hooks are active: to have autograd save the gradient would take 4 % of a small step
+            ctx.place, ctx.dlogits = (logits, logits._version), dlogits
             if weight is None:  # another percent
-                ctx.save_for_backward(dlogits, target)
+                ctx.save_for_backward(target)
             else:
-                ctx.save_for_backward(dlogits, target, weight)
-        ctx.has_gradient = dlogits is not None
+                ctx.save_for_backward(target, weight)
         if stats is not None:
             ctx.stats = stats  # as outputs of a Function they would take 10 us
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        known = ctx.known
+        known, scale = ctx.call
         watched = torch.is_grad_enabled() or is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() != 0
         is_alike = not watched and known.takes_dloss(dloss)
         if is_alike and ctx.has_gradient and not keeps_graph():
@@ -118,7 +115,8 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
         if not ctx.has_gradient and (is_alike or (not watched and nobody_watches(dloss) and not is_batched(dloss))):
             logits, target, *weight, saved = ctx.saved_tensors
             return known.prepared.backward(dloss, logits, target, weight[0] if weight else None, saved), None
-        return _gradient(ctx, dloss, None, known.options._replace(scale=ctx.scale), known.out_dtype, known.backend), None
+        options = known.options._replace(scale=scale)
+        return _gradient(ctx, known.names, dloss, None, options, known.out_dtype, known.backend), None
 
 
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # retain_graph, or create_graph
@@ -140,7 +138,7 @@ def alike_lengths(logits: Tensor) -> range:
 def save_gradient(ctx: Any, dlogits: Tensor, inputs: Inputs) -> None:
     """What the backward of a call reads that has its gradient."""
     ctx.names = _present(inputs if ctx.place is None else inputs._replace(logits=None))  # type: ignore[arg-type]
-    ctx.save_for_backward(dlogits, *(getattr(inputs, name) for name in ctx.names))
+    ctx.save_for_backward(*(getattr(inputs, name) for name in ctx.names), dlogits)
 
 
 def _present(inputs: Inputs) -> tuple[str, ...]:
@@ -148,16 +146,29 @@ def _present(inputs: Inputs) -> tuple[str, ...]:
     return tuple(name for name, tensor in zip(Inputs._fields, inputs, strict=True) if tensor is not None)
 
 
+def _made(ctx: Any) -> Tensor:
+    """The gradient that the forward made."""
+    dlogits: Tensor | None = getattr(ctx, "dlogits", None)
+    return ctx.saved_tensors[-1] if dlogits is None else dlogits
+
+
 def _taken(ctx: Any) -> Tensor:
-    """The gradient, for whoever frees the graph, once: atomic, since another thread may free it as well."""
-    dlogits = ctx.saved_tensors[0]
+    """The same for whoever frees the graph, once: atomic, since another thread may free it as well."""
     if ctx.__dict__.pop("place", _taken) is _taken:
+        _ = ctx.saved_tensors  # raises, once the graph is freed
         raise RuntimeError("Trying to backward through the graph a second time, in another thread at the same time")
-    return dlogits
+    dlogits: Tensor | None = ctx.__dict__.pop("dlogits", None)  # whoever accumulates gradients keeps what nobody else holds
+    return ctx.saved_tensors[-1] if dlogits is None else dlogits
 
 
 def _gradient(
-    ctx: Any, dloss: Tensor | None, dentropy: Tensor | None, options: Options, out_dtype: torch.dtype, backend: str
+    ctx: Any,
+    names: tuple[str, ...],  # of the tensors that are saved first
+    dloss: Tensor | None,
+    dentropy: Tensor | None,
+    options: Options,
+    out_dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     """dloss, dentropy: None where no loss was made of the rows' losses, or of their entropies (n_rows,)."""
     if dloss is None:
@@ -165,15 +176,15 @@ def _gradient(
         dloss = torch.zeros_like(dentropy, dtype=out_dtype)
     if ctx.has_gradient and not torch.is_grad_enabled():
         if torch.compiler.is_compiling() or is_batched(dloss):  # a compiler owns the buffers of its graphs
-            return ops.scaled(ctx.saved_tensors[0], dloss)
-        dlogits = ctx.saved_tensors[0].clone() if keeps_graph() else _taken(ctx)
+            return ops.scaled(_made(ctx), dloss)
+        dlogits = _made(ctx).clone() if keeps_graph() else _taken(ctx)
         ops.scale_gradient(dlogits, dloss, backend)
         return dlogits
     tensors = ctx.saved_tensors
-    dlogits, tensors = (tensors[0], tensors[1:]) if ctx.has_gradient else (None, tensors)
-    by_name = dict(zip(ctx.names, tensors, strict=False))
+    by_name = dict(zip(names, tensors, strict=False))
     if torch.is_grad_enabled() or is_batched(dloss) or (dentropy is not None and is_batched(dentropy)):
-        return _differentiable_gradient(ctx, dloss, dentropy, by_name, dlogits, options, out_dtype)
+        made = _made(ctx) if ctx.has_gradient else None
+        return _differentiable_gradient(ctx, dloss, dentropy, by_name, made, options, out_dtype)
     inputs = Inputs(**by_name)
     if fuses_gradient(options.reduction, inputs.logits.dtype):
         dlogits = ops.forward(kernel_inputs(inputs), options, out_dtype, True, backend).dlogits.view(inputs.logits.shape)

@@ -18,8 +18,8 @@ KEPT_BYTES = 2**20  # of logits; larger ones are forgotten
 
 
 def forget_logits(loss: Tensor) -> None:
-    """Leaves of the logits, the second tensor saved for `loss`, only their place in the graph."""
-    loss.grad_fn._raw_saved_tensors[1].register_hooks(_forgotten, _place)  # type: ignore[union-attr]
+    """Leaves of the logits, the first tensor saved for `loss`, only their place in the graph."""
+    loss.grad_fn._raw_saved_tensors[0].register_hooks(_forgotten, _place)  # type: ignore[union-attr]
 
 
 def _forgotten(logits: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

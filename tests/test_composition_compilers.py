@@ -251,6 +251,19 @@ def test_compiled_autograd(reduction: str) -> None:
     close(*results)
 
 
+@pytest.mark.parametrize("n_rows", [16, 40000], ids=["small logits are kept", "large ones are forgotten"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_compiled_backward_of_eager_calls(reduction: str, n_rows: int) -> None:
+    """The first such calls, and those that are known."""
+    logits, target = torch.randn(n_rows, 7, requires_grad=True), torch.randint(7, (n_rows,))
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, target, reduction=reduction).sum(), logits)
+    for _ in range(3):
+        loss, logits.grad = fusedloss.cross_entropy(logits, target, reduction=reduction).sum(), None
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+            loss.backward()
+        close(logits.grad, expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_operator_differentiates_itself(reduction: str) -> None:
     """Whoever calls it directly has a right gradient, or an error; one of second order is an error."""
