@@ -62,6 +62,18 @@ def test_threads_change_no_bit(two_threads: None, shape: tuple[int, ...], option
     assert torch.equal(two[1], one[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(5000, 10), (6, 21, 50, 31)], ids=str)
+def test_threads_change_no_bit_of_probabilities(two_threads: None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logits, target = make_logits(*shape, dtype=dtype), make_logits(*shape, dtype=dtype).softmax(1)
+    assert fusedloss.plan(logits, target).threads == 2
+    two = _value_and_gradient(logits, target)
+    torch.set_num_threads(1)
+    one = _value_and_gradient(logits, target)
+    assert torch.equal(two[0], one[0])
+    assert torch.equal(two[1], one[1])
+
+
 def test_small_problems_wake_no_thread(two_threads: None) -> None:
     assert fusedloss.plan(make_logits(128, 10), make_target(128, n_classes=10)).threads == 1
 

@@ -34,42 +34,59 @@ INLINE Simd<double>::V exp_nonpositive(Simd<double>::V x) {
   D::V shifted = clamped * 1.4426950408889634 + 6755399441056767.0;  // 1.5 * 2^52 + 1023
   D::V n = shifted - 6755399441056767.0;
   D::V r = clamped - n * 6.93147180369123816490e-01 - n * 1.90821492927058770002e-10;
-  // Taylor to degree 13: the remainder, 0.347^14 / 14!, is below 2^-57.
-  D::V p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
+  // Minimax on |r| <= ln(2)/2 with the first two coefficients 1: 2^-57 relative.
+  D::V p = r * 2.5000018833187374e-08 + 2.76303062502936e-07;
+  p = p * r + 2.7557586803895326e-06;
+  p = p * r + 2.480149294963387e-05;
+  p = p * r + 0.00019841269505773776;
+  p = p * r + 0.0013888888943759965;
+  p = p * r + 0.008333333333494976;
+  p = p * r + 0.041666666666529725;
+  p = p * r + 0.1666666666666641;
+  p = p * r + 0.5000000000000011;
   p = p * (r * r) + r + 1.0;
   return p * bit_cast<D::V>(bit_cast<D::U>(shifted) << 52);
 }
 
-// log(x) for x >= 1; NaN stays NaN. After Cephes logf: x = 2^e m, m in [sqrt(1/2), sqrt(2)), log m = f - f^2/2 + f^3 p(f).
-INLINE F::V log_(F::V x) {
-  F::U bits = bit_cast<F::U>(x);
-  F::U offset = bits - 0x3f3504f3u;  // of sqrt(1/2)
-  F::V e = __builtin_convertvector(bit_cast<F::I>(offset) >> 23, F::V);
-  F::V f = bit_cast<F::V>((offset & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
-  F::V f2 = f * f, f4 = f2 * f2;  // in pairs (Estrin 1960): one term after the other would take twice the time
+// What log() takes from the bits of x >= 1: x = 2^e m, f = m - 1, m in [sqrt(1/2), sqrt(2)).
+template <class A>
+struct LogParts;
+template <>
+struct LogParts<float> {
+  F::V e, f, inverse;  // inverse: 2^-e
+  explicit INLINE LogParts(F::V x) {
+    const F::U offset = bit_cast<F::U>(x) - 0x3f3504f3u;  // of sqrt(1/2)
+    e = __builtin_convertvector(bit_cast<F::I>(offset) >> 23, F::V);
+    f = bit_cast<F::V>((offset & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
+    inverse = bit_cast<F::V>(0x3f800000u - (offset & 0xff800000u));
+  }
+};
+template <>
+struct LogParts<double> {
+  Simd<double>::V e, f, inverse;
+  explicit INLINE LogParts(Simd<double>::V x) {
+    using D = Simd<double>;
+    const D::U offset = bit_cast<D::U>(x) - 0x3fe6a09e667f3bcdull;
+    // 2^52 + e from its bits: AVX2 converts no 64-bit integers.
+    e = bit_cast<D::V>((offset >> 52) | 0x4330000000000000ull) - 0x1p52;
+    f = bit_cast<D::V>((offset & 0xfffffffffffffull) + 0x3fe6a09e667f3bcdull) - 1.0;
+    inverse = bit_cast<D::V>(0x3ff0000000000000ull - (offset & 0xfff0000000000000ull));
+  }
+};
+
+// log(x); NaN stays NaN. After Cephes logf: log m = f - f^2/2 + f^3 p(f).
+INLINE F::V log_(F::V x, const LogParts<float>& parts) {
+  const F::V f = parts.f, f2 = f * f, f4 = f2 * f2;  // in pairs (Estrin 1960): one term after the other would take twice the time
   F::V p01 = f * -2.4999993993e-1f + 3.3333331174e-1f, p23 = f * -1.6668057665e-1f + 2.0000714765e-1f;
   F::V p45 = f * -1.2420140846e-1f + 1.4249322787e-1f, p67 = f * -1.1514610310e-1f + 1.1676998740e-1f;
   F::V p = (f4 * 7.0376836292e-2f + (p67 * f2 + p45)) * f4 + (p23 * f2 + p01);
-  F::V low = p * (f2 * f) - e * 2.12194440e-4f - 0.5f * f2;
-  return (low + f + e * 0.693359375f) + (x - x);
+  F::V low = p * (f2 * f) - parts.e * 2.12194440e-4f - 0.5f * f2;
+  return (low + f + parts.e * 0.693359375f) + (x - x);
 }
 // The same with the quotient and the polynomial of fdlibm's log: s = f / (2 + f), log m = f - f^2/2 + s (f^2/2 + R(s^2)).
-INLINE Simd<double>::V log_(Simd<double>::V x) {
+INLINE Simd<double>::V log_(Simd<double>::V x, const LogParts<double>& parts) {
   using D = Simd<double>;
-  D::U offset = bit_cast<D::U>(x) - 0x3fe6a09e667f3bcdull;  // of sqrt(1/2)
-  // 2^52 + e from its bits: AVX2 converts no 64-bit integers.
-  D::V e = bit_cast<D::V>((offset >> 52) | 0x4330000000000000ull) - 0x1p52;
-  D::V f = bit_cast<D::V>((offset & 0xfffffffffffffull) + 0x3fe6a09e667f3bcdull) - 1.0;
+  const D::V e = parts.e, f = parts.f;
   D::V s = f / (f + 2.0), s2 = s * s, s4 = s2 * s2, half = 0.5 * (f * f);
   D::V even = ((s4 * 1.531383769920937332e-1 + 2.222219843214978396e-1) * s4 + 3.999999999940941908e-1) * s4;
   D::V odd = (((s4 * 1.479819860511658591e-1 + 1.818357216161805012e-1) * s4 + 2.857142874366239149e-1) * s4 +
@@ -78,12 +95,17 @@ INLINE Simd<double>::V log_(Simd<double>::V x) {
   return (e * 6.93147180369123816490e-1 - (low - f)) + (x - x);
 }
 
-// log(1 + x) for x >= 0 to the last bits: log(u) x / (u - 1) cancels the rounding of u = 1 + x (HP-15C handbook, Kahan).
+template <class A>
+INLINE Vector<A> log_(Vector<A> x) {
+  return log_(x, LogParts<A>(x));
+}
+// log(1 + x) for x >= 0 to the last bits: log(u) + lost / u, where lost is what rounding took from u = 1 + x (Knuth's TwoSum). Of 1 / u
+// three terms of 1 / (1 + f) = 1 - f + f^2 - ... do: the fourth is a twentieth, and lost half a unit in the last place of u.
 template <class A>
 INLINE Vector<A> log1p_(Vector<A> x) {
-  const Vector<A> one = broadcast(A(1)), u = x + one, excess = u - one;
-  const auto tiny = excess == Vector<A>{};
-  return tiny ? x : log_(u) * (x / (tiny ? one : excess));
+  const Vector<A> u = x + A(1), one = u - x, lost = (A(1) - one) + (x - (u - one));
+  const LogParts<A> parts(u);
+  return log_(u, parts) + lost * parts.inverse * (parts.f * parts.f + (A(1) - parts.f));
 }
 
 // tanh after Cephes: an odd polynomial, or quotient of two, keeps the digits of small values; beyond, (1 - e) / (1 + e), e =

@@ -1,5 +1,5 @@
-// Rows of few classes with one class index each, as CIFAR-10 has, or pixels of even fewer: a vector of rows at a time, in registers
-// and a tile.
+// Rows of few classes with one class index or probabilities each, as CIFAR-10 has, or pixels of even fewer: a vector of rows at a
+// time, in registers and a tile.
 //
 // lanes.h can do the same with twice the instructions; and its state of 20 values for each of up to 256 rows drives a training
 // step out of the caches, which a batch of 128 x 10 feels more than the instructions.
@@ -7,109 +7,27 @@
 // Included once per instruction set, like simd.h.
 
 constexpr int64_t kMaxFewCols = 63;
-// With more, pages apart each, lanes.h is as fast or faster: it takes whole cache lines of every class.
-constexpr int64_t kMaxFewColsOfPixels = 8;
+// With AVX-512, a vector is a cache line of every class, and 24 classes of it stay in L1: a quarter less time than lanes.h takes at 10
+// to 16 classes, none at 32. With half a line it is lanes.h that is as fast or faster.
+constexpr int64_t kMaxFewColsOfPixels = FUSEDLOSS_VECTOR_BYTES == 64 ? 24 : 8;
 
 INLINE bool takes_few(const Problem& problem) {
   const bool are_few = problem.n_cols <= kMaxFewCols && problem.has_contiguous_classes();
   const bool are_pixels = problem.n_cols <= kMaxFewColsOfPixels && problem.has_contiguous_rows();
-  return (are_few || are_pixels) && !problem.has_probabilities() && !problem.slice_stats && !problem.target_b && !problem.row_stats &&
-         !(problem.weight && problem.smoothing > 0) && !problem.selects_rows() && problem.logit_scale == 1 &&
-         problem.softcap == 0 && problem.focal_gamma == 0;
+  const bool weighs_all = problem.weight && problem.smoothing > 0 && !problem.has_probabilities();
+  return (are_few || are_pixels) && !weighs_all && !problem.slice_stats && !problem.target_b && !problem.row_stats &&
+         !problem.selects_rows() && problem.logit_scale == 1 && problem.softcap == 0 && problem.focal_gamma == 0;
 }
-
-#if FUSEDLOSS_VECTOR_BYTES >= 32
-// v[i][j] becomes v[j][i]; of AVX-512 in each half of the vectors.
-INLINE void transpose(F::V (&v)[8]) {
-#if FUSEDLOSS_VECTOR_BYTES == 64
-  using M = __m512;
-#define MM(name) _mm512_##name
-#else
-  using M = __m256;
-#define MM(name) _mm256_##name
-#endif
-  M pairs[8], quads[8];
-  UNROLL for (int i = 0; i < 4; ++i) {
-    pairs[2 * i] = MM(unpacklo_ps)((M)v[2 * i], (M)v[2 * i + 1]);
-    pairs[2 * i + 1] = MM(unpackhi_ps)((M)v[2 * i], (M)v[2 * i + 1]);
-  }
-  UNROLL for (int i = 0; i < 8; i += 4) {
-    UNROLL for (int j = 0; j < 2; ++j) {
-      quads[i + 2 * j] = MM(shuffle_ps)(pairs[i + j], pairs[i + j + 2], 0x44);
-      quads[i + 2 * j + 1] = MM(shuffle_ps)(pairs[i + j], pairs[i + j + 2], 0xee);
-    }
-  }
-#undef MM
-  UNROLL for (int i = 0; i < 4; ++i) {
-#if FUSEDLOSS_VECTOR_BYTES == 64
-    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), high = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
-    v[i] = (F::V)_mm512_permutex2var_pd((__m512d)quads[i], low, (__m512d)quads[i + 4]);
-    v[i + 4] = (F::V)_mm512_permutex2var_pd((__m512d)quads[i], high, (__m512d)quads[i + 4]);
-#else
-    v[i] = (F::V)_mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
-    v[i + 4] = (F::V)_mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
-#endif
-  }
-}
-
-// Eight classes of a row; of AVX-512 those of the eighth row after it in the second half.
-#if FUSEDLOSS_VECTOR_BYTES == 64
-template <class T>
-INLINE F::V load_eight(const T* at, int64_t row) {
-  return load_halves(at, at + 8 * row);
-}
-template <class T>
-INLINE void store_eight(T* at, int64_t row, F::V v) {
-  store_halves(at, at + 8 * row, v);
-}
-#else
-template <class T>
-INLINE F::V load_eight(const T* at, int64_t) {
-  return load(at);
-}
-template <class T>
-INLINE void store_eight(T* at, int64_t, F::V v) {
-  store(at, v);
-}
-#endif
-
-// A whole vector of rows whose classes are contiguous, eight or more; the last eight again where 8 does not divide their number.
-template <class T>
-INLINE void load_transposed(float* tile, const T* from, int64_t row, int64_t n_cols) {
-  for (int64_t c = 0; c < n_cols; c += 8) {
-    if (c > n_cols - 8) c = n_cols - 8;
-    F::V v[8];
-    UNROLL for (int i = 0; i < 8; ++i) v[i] = load_eight(from + c + i * row, row);
-    transpose(v);
-    UNROLL for (int i = 0; i < 8; ++i) store(tile + (c + i) * F::W, v[i]);
-  }
-}
-template <class T>
-INLINE void store_transposed(T* to, const float* tile, int64_t row, int64_t n_cols) {
-  for (int64_t c = 0; c < n_cols; c += 8) {
-    if (c > n_cols - 8) c = n_cols - 8;
-    F::V v[8];
-    UNROLL for (int i = 0; i < 8; ++i) v[i] = load(tile + (c + i) * F::W);
-    transpose(v);
-    UNROLL for (int i = 0; i < 8; ++i) store_eight(to + c + i * row, row, v[i]);
-  }
-}
-#endif
 
 // The logits of up to a vector of rows, into a tile of W lanes; and a tile of gradients, out of it.
 template <class T, class A>
 INLINE void load_few(A* tile, const T* from, const Strides& strides, int n_rows, int64_t n_cols) {
   constexpr int W = Simd<A>::W;
-  const int64_t col = strides.col;
   if (strides.row == 1 && n_rows == W) {
-    for (int64_t c = 0; c < n_cols; ++c, from += col) store(tile + c * W, Vector<A>(load(from)));
-    return;
+    for (int64_t c = 0; c < n_cols; ++c, from += strides.col) store(tile + c * W, Vector<A>(load(from)));
+  } else {
+    load_tile<T, A>(tile, W, from, strides.row, strides.col, n_rows, n_cols);
   }
-#if FUSEDLOSS_VECTOR_BYTES >= 32
-  if constexpr (sizeof(A) == sizeof(float))
-    if (col == 1 && n_rows == W && n_cols >= 8) return load_transposed(tile, from, strides.row, n_cols);
-#endif
-  load_tile<T, A>(tile, W, from, strides.row, col, n_rows, n_cols);
 }
 template <class T, class A>
 INLINE void store_few(T* to, const A* tile, const Strides& strides, int n_rows, int64_t n_cols) {
@@ -117,17 +35,13 @@ INLINE void store_few(T* to, const A* tile, const Strides& strides, int n_rows, 
   const int64_t col = strides.col;
   if (strides.row == 1 && n_rows == W) {
     for (int64_t c = 0; c < n_cols; ++c, to += col) store(to, Vector<A>(load(tile + c * W)));
-    return;
+  } else {
+    store_tile<T, A>(to, tile, W, strides.row, col, n_rows, n_cols);
   }
-#if FUSEDLOSS_VECTOR_BYTES >= 32
-  if constexpr (sizeof(A) == sizeof(float))
-    if (col == 1 && n_rows == W && n_cols >= 8) return store_transposed(to, tile, strides.row, n_cols);
-#endif
-  store_tile<T, A>(to, tile, W, strides.row, col, n_rows, n_cols);
 }
 
 // Rows [row, row + n), one per lane. Lanes without a row compute something harmless.
-template <class T, class A>
+template <class T, class A, bool SOFT>
 struct FewRows {
   static constexpr int W = Simd<A>::W;
   using V = Vector<A>;
@@ -137,14 +51,20 @@ struct FewRows {
   const Problem& problem;
   const int64_t row;
   const int n;
-  alignas(64) A tile[kMaxFewCols * W];  // class by class: logits, then exponentials, then gradients
+  alignas(64) A tile[kMaxFewCols * W];                // class by class: logits, then exponentials, then gradients
+  alignas(64) A probabilities[SOFT ? kMaxFewCols * W : 1];
 
-  INLINE FewRows(const Problem& problem, int64_t row, int n, const T* x) : problem(problem), row(row), n(n) {
-    load_few<T, A>(tile, x, problem.logits_strides, n, problem.n_cols);
+  INLINE FewRows(const Problem& problem, int64_t row, int n, const GroupPointers<T, A>& at) : problem(problem), row(row), n(n) {
+    load_few<T, A>(tile, at.x, problem.logits_strides, n, problem.n_cols);
+    if constexpr (SOFT)
+      at.p ? load_few<A, A>(probabilities, at.p, problem.target_strides, n, problem.n_cols)
+           : load_few<T, A>(probabilities, at.p_as_logits, problem.target_strides, n, problem.n_cols);
   }
 
-  // The class indices: -1 where a row is ignored; n_cols, the index of no class, for what somebody put there since the forward.
+  // The class indices: -1 where a row is ignored; n_cols, the index of no class, for probabilities, and for what somebody put there
+  // since the forward.
   INLINE I targets() const {
+    if constexpr (SOFT) return iota<A>() < Int(n) ? I{} + Int(problem.n_cols) : I{} - 1;
     using Part = Simd<double>::I;
     typename Simd<A>::Longs all;
     Part parts[sizeof all / sizeof(Part)];  // of vectors wider than the machine's, GCC makes scalars
@@ -162,10 +82,19 @@ struct FewRows {
     __builtin_memcpy(&all, parts, sizeof all);
     return __builtin_convertvector(all, I);
   }
+  // Those whose gradient is sought, of rows that count.
+  INLINE I live(I target, V g) const {
+    const I is_class = I(target < Int(problem.n_cols));
+    return I(target >= 0) & I(g != V{}) & (SOFT ? I{} - 1 : is_class);
+  }
+  // q of a class, of all rows.
+  INLINE V q(const Terms<A>& terms, int64_t c) const {
+    return terms.q(V(load(probabilities + c * W)), broadcast(terms.weight ? terms.weight[c] : A(1)));
+  }
   // The targets' class weights; 1 without weights, and where there is no class.
   INLINE V weights(const Terms<A>& terms, I target) const {
     V w = broadcast(A(1));
-    if (!terms.weight) return w;
+    if (SOFT || !terms.weight) return w;
     for (int64_t c = 0; c < problem.n_cols; ++c) w = target == Int(c) ? broadcast(terms.weight[c]) : w;
     return w;
   }
@@ -173,10 +102,11 @@ struct FewRows {
   INLINE void keep(A* values, V v) const { n == W ? store(values, v) : store_partial<A, A>(values, n, v); }
 
   // Overwrites the exponentials with the gradients, `dead` in rows that are not live, and copies them out.
-  INLINE void store_gradients(T* dx, RowFactors<A> f, I target, I live, V dead) {
+  INLINE void store_gradients(T* dx, const Terms<A>& terms, RowFactors<A> f, I target, I live, V dead) {
     const int64_t n_cols = problem.n_cols;  // here and below: a store might change what is read through a reference
     for (int64_t c = 0; c < n_cols; ++c) {
-      const V d = target == Int(c) ? f.at_t : V(load(tile + c * W)) * f.p - f.constant;
+      const V p = V(load(tile + c * W)) * f.p;
+      const V d = SOFT ? p - q(terms, c) * f.q : target == Int(c) ? f.at_t : p - f.constant;
       store(tile + c * W, live ? d : dead);  // not times 0: a statistic may be infinite
     }
     store_few<T, A>(dx, tile, problem.dlogits_strides, n, n_cols);
@@ -185,58 +115,63 @@ struct FewRows {
 
 template <class A>
 INLINE RowStats<A> few_stats(Vector<A> max, Vector<A> rest, Vector<A> x_t, Vector<A> e_t, Vector<A> w_t, Vector<A> shift,
-                             Vector<A> q_sum) {
+                             Vector<A> q_sum, Vector<A> q_total) {
   const Vector<A> zero{};
-  return {max, rest, x_t, zero, e_t, w_t, zero, w_t, zero, shift, q_sum, zero};
+  return {max, rest, x_t, zero, e_t, w_t, zero, w_t, zero, shift, q_sum, q_total};
 }
 
 // Calls body for rows [begin, end), a vector at a time, with where its gradients go.
-template <class T, class Body>
+template <class T, bool SOFT, class Body>
 INLINE void for_few(const Problem& problem, int64_t begin, int64_t end, const Body& body) {
   using A = typename Accumulate<T>::type;
-  using Rows = FewRows<T, A>;
+  using Rows = FewRows<T, A, SOFT>;
   for_groups(problem, begin, end, problem.n_inner, [&](int64_t first, int n_rows) {
     GroupPointers<T, A> at(problem, first);
     for (int i = 0; i < n_rows; i += Rows::W) {
-      Rows rows(problem, first + i, n_rows - i < Rows::W ? n_rows - i : Rows::W, at.x);
+      Rows rows(problem, first + i, n_rows - i < Rows::W ? n_rows - i : Rows::W, at);
       body(rows, at.dx);
       at = at.row(Rows::W);
     }
   });
 }
 
-template <class T>
+template <class T, bool SOFT>
 RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
   using A = typename Accumulate<T>::type;
   using V = Vector<A>;
-  using Rows = FewRows<T, A>;
+  using Rows = FewRows<T, A, SOFT>;
   using I = typename Rows::I;
   const Terms<A> terms(problem, weight_total);
   A* saved = problem.saved ? static_cast<A*>(problem.saved) + kState : nullptr;
-  RowSums sums = {};
-  for_few<T>(problem, begin, end, [&](Rows& rows, T* dx) {
+  LossSum<A> sum;
+  for_few<T, SOFT>(problem, begin, end, [&](Rows& rows, T* dx) {
     const I target = rows.targets(), counted = I(target >= 0);
     const int64_t n_cols = problem.n_cols;
     const bool uniform = terms.uniform;
-    V max = broadcast(-kInfinity<A>), x_t{}, e_t{}, rest{}, q_sum{};
+    V max = broadcast(-kInfinity<A>), x_t{}, e_t{}, rest{}, q_sum{}, q_total{};
     for (int64_t c = 0; c < n_cols; ++c) max = max_(V(load(rows.tile + c * Rows::W)), max);
     const V shift = finite_max_vector<A>(max);
     for (int64_t flush = 0; flush < n_cols; flush += kFlush) {
-      V part{}, q_part{};
+      V part{}, q_part{}, total_part{};
       for (int64_t c = flush; c < n_cols && c < flush + kFlush; ++c) {
         const V z = load(rows.tile + c * Rows::W);
         const I is_target = I(target == typename Rows::Int(c));
         const V exp_z = exp_nonpositive(z - shift), e = is_target ? V{} : exp_z;
         x_t = is_target ? z : x_t, e_t = is_target ? exp_z : e_t;
         part += e;
-        if (uniform) q_part += shift - z;
+        if constexpr (SOFT) {
+          const V q = rows.q(terms, c);
+          q_part += q * (shift - z), total_part += q;
+        } else if (uniform) {
+          q_part += shift - z;
+        }
         store(rows.tile + c * Rows::W, e);
       }
-      rest += part, q_sum += q_part;
+      rest += part, q_sum += q_part, q_total += total_part;
     }
 
     const int64_t row = rows.row;
-    const RowStats<A> s = few_stats<A>(max, rest, x_t, e_t, rows.weights(terms, target), shift, q_sum);
+    const RowStats<A> s = few_stats<A>(max, rest, x_t, e_t, rows.weights(terms, target), shift, q_sum, q_total);
     V g = broadcast(A(coefficient)), losses = row_loss<A>(s, terms, log_sum(s, terms));
     if (terms.sample_weight) {
       const V factor = rows.of_rows(terms.sample_weight + row);
@@ -244,35 +179,38 @@ RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double c
     }
     alignas(64) A loss[Rows::W];
     store(loss, V(counted ? losses : V{}));
-    problem.reduction == kNone ? store_losses(problem, row, loss, rows.n) : add_losses(sums.loss, loss, rows.n);
+    problem.reduction == kNone ? store_losses(problem, row, loss, rows.n) : sum.add(load(loss));
     if (saved) {
       const int64_t n_rows = problem.n_rows();
       rows.keep(saved + row, max), rows.keep(saved + n_rows + row, rest);
       rows.keep(saved + 2 * n_rows + row, V(counted ? losses : broadcast(-kInfinity<A>)));
+      if (SOFT) rows.keep(saved + 3 * n_rows + row, q_total);
     }
-    if (dx) rows.store_gradients(dx, row_factors<A>(s, terms, g), target, counted, V{});
+    if (dx) rows.store_gradients(dx, terms, row_factors<A>(s, terms, g), target, counted, V{});
   });
-  return sums;
+  return {sum.total(), 0};
 }
 
-template <class T>
+template <class T, bool SOFT>
 void backward_few(const Problem& problem, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   using V = Vector<A>;
-  using Rows = FewRows<T, A>;
+  using Rows = FewRows<T, A, SOFT>;
   using I = typename Rows::I;
   const A *head = static_cast<const A*>(problem.saved), *saved = head + kState;
   const A* dloss = static_cast<const A*>(problem.dloss);
   const Terms<A> terms(problem, head[3]);
-  for_few<T>(problem, begin, end, [&](Rows& rows, T* dx) {
+  for_few<T, SOFT>(problem, begin, end, [&](Rows& rows, T* dx) {
     const int64_t row = rows.row;
     const I target = rows.targets(), counted = I(target >= 0);
     V g = head[0] * (problem.reduction == kNone ? rows.of_rows(dloss + row) : broadcast(dloss[0]));
     if (terms.sample_weight) g *= rows.of_rows(terms.sample_weight + row);
     g = counted ? g : V{};  // not times 0: the upstream gradient may be infinite
-    const I live = counted & I(target < typename Rows::Int(problem.n_cols)) & I(g != V{});
+    const I live = rows.live(target, g);
     const V max = live ? rows.of_rows(saved + row) : V{}, shift = finite_max_vector<A>(max);
     const V rest = live ? rows.of_rows(saved + problem.n_rows() + row) : broadcast(A(1));
+    V q_total{};
+    if constexpr (SOFT) q_total = live ? rows.of_rows(saved + 3 * problem.n_rows() + row) : V{};
     const int64_t n_cols = problem.n_cols;
     V x_t{}, e_t{};
     for (int64_t c = 0; c < n_cols; ++c) {
@@ -281,8 +219,8 @@ void backward_few(const Problem& problem, int64_t begin, int64_t end) {
       x_t = is_target ? z : x_t, e_t = is_target ? e : e_t;
       store(rows.tile + c * Rows::W, e);
     }
-    const RowStats<A> s = few_stats<A>(max, rest, x_t, e_t, rows.weights(terms, target), shift, V{});
+    const RowStats<A> s = few_stats<A>(max, rest, x_t, e_t, rows.weights(terms, target), shift, V{}, q_total);
     const RowFactors<A> f = row_factors<A>(s, terms, g);
-    rows.store_gradients(dx, f, target, live, g != V{} ? broadcast(kNaN<A>) : V{});
+    rows.store_gradients(dx, terms, f, target, live, g != V{} ? broadcast(kNaN<A>) : V{});
   });
 }

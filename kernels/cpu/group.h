@@ -6,6 +6,13 @@
 constexpr int kMaxLanes = 256;
 
 template <class A>
+struct GroupSums {
+  LossSum<A> loss;  // 0 for kNone
+  int64_t n_correct = 0;
+  RowSums total() const { return {loss.total(), n_correct}; }
+};
+
+template <class A>
 struct GroupState {
   static constexpr int N = kMaxLanes, W = Simd<A>::W;
   static constexpr int64_t kNoCol = INT64_MIN;
@@ -79,7 +86,7 @@ struct GroupState {
             of_b(w_b), load(k_t + lane),  of_b(k_b), load(shift + lane), load(q_sum + lane), load(q_total + lane)};
   }
   // Losses of all rows from their statistics, and what else the caller wants to know of them.
-  void finish_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n, RowSums& sums) {
+  void finish_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n, GroupSums<A>& sums) {
     if (problem.slice_stats) return store_slice(problem, terms, row, n);
     for (int lane = 0; lane < n; lane += W) {
       RowStats<A> s = stats(terms, lane);
@@ -91,7 +98,7 @@ struct GroupState {
       if (terms.entropy) store(gap_sum + lane, counted != V{} ? entropy(s, load(gap_sum + lane), log_d) : V{});
     }
     store_rows(problem, row, n);
-    if (problem.reduction != kNone) add_losses(sums.loss, loss, n);
+    for (int lane = 0; lane < n && problem.reduction != kNone; lane += W) sums.loss.add(load(loss + lane));
     if (!problem.row_stats) return;
     A* row_stats = static_cast<A*>(problem.row_stats) + row;
     copy(row_stats, lse, n), copy(row_stats + problem.n_rows(), loss, n), copy(row_stats + 2 * problem.n_rows(), gap_sum, n);

@@ -14,6 +14,7 @@ namespace {
 #include "group.h"
 #include "blocks.h"
 #include "rows.h"
+#include "transpose.h"
 #include "lanes.h"
 #include "few.h"
 
@@ -27,14 +28,17 @@ INLINE bool takes_rows(const Problem& problem) {
 template <class T>
 RowSums forward_typed(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
   if (takes_rows(problem)) return forward_rows<T>(problem, begin, end, coefficient, weight_total);
-  if (takes_few(problem)) return forward_few<T>(problem, begin, end, coefficient, weight_total);
+  if (takes_few(problem))
+    return problem.has_probabilities() ? forward_few<T, true>(problem, begin, end, coefficient, weight_total)
+                                       : forward_few<T, false>(problem, begin, end, coefficient, weight_total);
   return forward_lanes<T>(problem, begin, end, coefficient, weight_total);
 }
 
 template <class T>
 void backward_typed(const Problem& problem, int64_t begin, int64_t end) {
   if (takes_rows(problem)) return backward_rows<T>(problem, begin, end);
-  if (takes_few(problem)) return backward_few<T>(problem, begin, end);
+  if (takes_few(problem))
+    return problem.has_probabilities() ? backward_few<T, true>(problem, begin, end) : backward_few<T, false>(problem, begin, end);
   backward_lanes<T>(problem, begin, end);
 }
 

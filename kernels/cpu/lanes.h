@@ -51,6 +51,10 @@ void load_tile(A* to, int lanes, const T* from, int64_t row, int64_t col, int n_
     return;
   }
   for (int lane = 0; lane < lanes; lane += W) {  // a vector of rows at a time: nearly the order of memory
+    if (is_transposed<A>(col, n_lanes - lane, n_cols)) {
+      load_transposed(to + lane, lanes, from + lane * row, row, n_cols);
+      continue;
+    }
     for (int64_t c = 0; c < n_cols; ++c) {
       const T* at = from + lane * row + c * col;
       Vector<A> v{};
@@ -79,6 +83,10 @@ void store_tile(T* to, const A* from, int lanes, int64_t row, int64_t col, int n
     return;
   }
   for (int lane = 0; lane < n_lanes; lane += W) {
+    if (is_transposed<A>(col, n_lanes - lane, n_cols)) {
+      store_transposed(to + lane * row, from + lane, lanes, row, n_cols);
+      continue;
+    }
     for (int64_t c = 0; c < n_cols; ++c) {
       const Vector<A> v = load(from + c * lanes + lane);
       T* at = to + lane * row + c * col;
@@ -246,7 +254,7 @@ RowSums forward_lanes(const Problem& problem, int64_t begin, int64_t end, double
   const Terms<A> terms(problem, weight_total);
   Tile<A>& tile = thread_scratch_as<Tile<A>>();
   GroupState<A>& s = tile.state;
-  RowSums sums = {};
+  GroupSums<A> sums;
   for_groups(problem, begin, end, lanes_per_group<A>(problem), [&](int64_t row, int n_lanes) {
     const GroupPointers<T, A> at(problem, row);
     shape_tile(tile, n_lanes);
@@ -262,7 +270,7 @@ RowSums forward_lanes(const Problem& problem, int64_t begin, int64_t end, double
     s.factors(problem, terms, tile.lanes);
     lane_gradients<T, A>(problem, terms, tile, at, n_lanes, problem.n_cols <= tile.cols, s);
   });
-  return sums;
+  return sums.total();
 }
 
 template <class T>

@@ -103,7 +103,7 @@ struct RowFactors {
 // log of the sum over all classes of exp(x_c - m).
 template <class A>
 INLINE Vector<A> log_sum(const RowStats<A>& s, const Terms<A>& terms) {
-  if (terms.soft) return log_(s.rest);
+  if (terms.soft) return log_<A>(s.rest);
   // Where the target is not the largest, that one has put 1 into rest: one logarithm serves both.
   return log1p_<A>(s.x_t == s.max ? s.rest : (s.rest - A(1)) + s.e_t);
 }
@@ -184,7 +184,7 @@ INLINE void store_losses_as(const Problem& problem, int64_t row, const A* losses
   for (; lane < n; ++lane) store1(to + lane, Wide(scale * losses[lane]));
 }
 template <class A>
-void store_losses(const Problem& problem, int64_t row, const A* losses, int n) {
+INLINE void store_losses(const Problem& problem, int64_t row, const A* losses, int n) {
   switch (problem.loss_dtype) {
     case kFloat32: return store_losses_as<float>(problem, row, losses, n);
     case kFloat64: return store_losses_as<double>(problem, row, losses, n);
@@ -193,23 +193,27 @@ void store_losses(const Problem& problem, int64_t row, const A* losses, int n) {
   }
 }
 
-// Of float32 losses a double has 29 bits to spare. Those of lanes without a row are 0.
+// The sum of a chunk's losses, lane by lane: one after the other, a float64 loss would take as long as its exponentials. Losses of
+// lanes without a row are 0.
 template <class A>
-INLINE void add_losses(CompensatedSum& sum, const A* losses, int n) {
-  if constexpr (sizeof(A) == sizeof(double)) {
-    CompensatedSum own = sum;  // in registers: for all that the compiler knows, the sum is one of the losses
-    for (int lane = 0; lane < n; ++lane) own.add(losses[lane]);
-    sum = own;
-  } else {
-    using D = Simd<double>;
-    D::V parts{};
-    for (int lane = 0; lane < n; lane += D::W) {
-      D::Floats floats;
-      __builtin_memcpy(&floats, losses + lane, sizeof floats);
-      parts += __builtin_convertvector(floats, D::V);
+struct LossSum {
+  using D = Simd<double>;
+  D::V sum{}, lost{};  // lost: what rounding took from the sum
+
+  INLINE void add(Vector<A> losses) {
+    if constexpr (sizeof(A) == sizeof(double)) {
+      const D::V next = sum + losses, added = next - sum;
+      lost += (sum - (next - added)) + (losses - added);  // Knuth's TwoSum
+      sum = next;
+    } else {  // of which a double has 29 bits to spare
+      D::Floats halves[2];
+      __builtin_memcpy(halves, &losses, sizeof halves);
+      sum += __builtin_convertvector(halves[0], D::V) + __builtin_convertvector(halves[1], D::V);
     }
-    double total = 0;
-    UNROLL for (int i = 0; i < D::W; ++i) total += parts[i];
-    sum.sum += total;
   }
-}
+  CompensatedSum total() const {
+    CompensatedSum all = {};
+    UNROLL for (int i = 0; i < D::W; ++i) all.add(sum[i]), all.lost += lost[i];
+    return all;
+  }
+};

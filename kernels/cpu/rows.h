@@ -154,7 +154,7 @@ RowSums forward_rows(const Problem& problem, int64_t begin, int64_t end, double 
   Scratch<A>& scratch = thread_scratch_as<Scratch<A>>();
   scratch.kept = problem.dlogits && problem.n_cols <= kKeptCols<A> ? scratch.kept_rows : nullptr;
   GroupState<A>& s = scratch.state;
-  RowSums sums = {};
+  GroupSums<A> sums;
   for_groups(problem, begin, end, rows_per_group<A>(problem), [&](int64_t row, int n) {
     const GroupPointers<T, A> at(problem, row);
     s.begin_forward(problem, terms, row, n, Simd<A>::W, A(coefficient));
@@ -165,7 +165,7 @@ RowSums forward_rows(const Problem& problem, int64_t begin, int64_t end, double 
     s.factors(problem, terms, n);
     group_gradients<T, A>(problem, terms, s, n, scratch, at);
   });
-  return sums;
+  return sums.total();
 }
 
 template <class T>
