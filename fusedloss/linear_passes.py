@@ -22,7 +22,7 @@ from fusedloss import ops
 from fusedloss.backends.outputs import N_ROW_STATS
 from fusedloss.entropy import add_gradient
 from fusedloss.plan import Inputs, Options, accumulation_dtype
-from fusedloss.plan_linear import Chunks, chunks_of, leaves_rows_out, sums_in_float32
+from fusedloss.plan_linear import Chunks, chunks_of, class_ranges, leaves_rows_out, sums_in_float32
 
 Rows = slice | Tensor  # of a chunk: a range, or indices
 
@@ -201,6 +201,7 @@ class _GradientSums:
         x, self.linear_weight, bias = inputs.input, inputs.linear_weight, inputs.linear_bias
         needs_grad = settings.needs_grad
         sizes: Chunks = passed.sizes
+        self.ranges = class_ranges(len(self.linear_weight), x.dtype, settings.backend)
         self.is_first = True
         self.dinput = self.dweight = self.dbias = self.float32_sum = None
         if needs_grad.input:
@@ -221,12 +222,14 @@ class _GradientSums:
             else:
                 self.dinput.index_copy_(0, rows, dlogits @ self.linear_weight)
         if self.dweight is not None:
+            for classes in self.ranges:
+                part, dweight = dlogits[:, classes].t(), self.dweight[classes]
+                if self.is_first or self.float32_sum is not None:
+                    torch.mm(part, x, out=dweight)
+                else:
+                    torch.addmm(dweight, part, x, out=dweight)
             if self.float32_sum is not None:
-                self.float32_sum += torch.mm(dlogits.t(), x, out=self.dweight)
-            elif self.is_first:
-                torch.mm(dlogits.t(), x, out=self.dweight)
-            else:
-                torch.addmm(self.dweight, dlogits.t(), x, out=self.dweight)
+                self.float32_sum += self.dweight
         if self.dbias is not None:
             self.dbias += dlogits.sum(0, dtype=self.dbias.dtype)
         self.is_first = False

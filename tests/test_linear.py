@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedloss
+from fusedloss.plan_linear import BLOCK_CLASSES, MANY_CLASSES, class_ranges
 
 N_ROWS, N_FEATURES, N_CLASSES = 23, 8, 11
 REDUCTIONS: list[dict[str, Any]] = [
@@ -229,6 +230,16 @@ def test_the_sum_of_a_bfloat16_weights_gradient(n_chunks: int) -> None:
     loss = fusedloss.linear_cross_entropy(layer.input, weight, target, chunk_rows=512 // n_chunks)
     (found,) = torch.autograd.grad(loss, weight)
     assert (found.double() - expected).norm() <= 1.7 * rounding
+
+
+@pytest.mark.parametrize("chunk_rows", [8, 4, 2])
+def test_a_bfloat16_weights_gradient_in_two_ranges_of_classes(chunk_rows: int) -> None:
+    """Which the CPU makes apart; one chunk, a rounded sum of two, and a sum in float32."""
+    n_classes = MANY_CLASSES + BLOCK_CLASSES + 3
+    assert class_ranges(n_classes, torch.bfloat16, "cpu") == [slice(0, n_classes - 3), slice(n_classes - 3, n_classes)]
+    layer = make_layer(8, n_features=4, n_classes=n_classes, dtype=torch.bfloat16)
+    target = torch.tensor([0, n_classes - 1, n_classes - 3, n_classes - 4, 5, 1000, n_classes - 2, n_classes - 2])
+    check_layer(layer, target, chunk_rows=chunk_rows)
 
 
 def test_no_logits_are_kept() -> None:
