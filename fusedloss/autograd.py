@@ -38,7 +38,7 @@ def kernel_forward(
     inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, backend: str
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """The loss; with statistics also (3, n_rows) and (3,), as `ops.forward` has them. No gradient but the operator's own."""
-    outputs = ops.forward(kernel_inputs(inputs), options, out_dtype, needs_grad, backend)
+    outputs = ops.forward(kernel_inputs(inputs, backend), options, out_dtype, needs_grad, backend)
     loss = outputs.loss
     if options.reduction == "none" and inputs.logits.dim() > 2:
         loss = loss.view(_rows_shape(inputs.logits))
@@ -51,7 +51,7 @@ class CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, inputs: Inputs, options: Options, out_dtype: torch.dtype, backend: str) -> Any:
         fused = fuses_gradient(options.reduction, logits.dtype)
-        outputs = ops.forward(kernel_inputs(inputs), options, out_dtype, not (fused and hooks_are_active()), backend)
+        outputs = ops.forward(kernel_inputs(inputs, backend), options, out_dtype, not (fused and hooks_are_active()), backend)
         loss, dlogits = outputs.loss, outputs.dlogits
         if logits.dim() > 2 and options.reduction == "none":
             loss = loss.view(_rows_shape(logits))
@@ -187,10 +187,10 @@ def _gradient(
         return _differentiable_gradient(ctx, dloss, dentropy, by_name, made, options, out_dtype)
     inputs = Inputs(**by_name)
     if fuses_gradient(options.reduction, inputs.logits.dtype):
-        dlogits = ops.forward(kernel_inputs(inputs), options, out_dtype, True, backend).dlogits.view(inputs.logits.shape)
+        dlogits = ops.forward(kernel_inputs(inputs, backend), options, out_dtype, True, backend).dlogits.view(inputs.logits.shape)
         ops.scale_gradient(dlogits, dloss, backend)
         return dlogits
-    return ops.backward(dloss, kernel_inputs(inputs), tensors[-1], options, backend, dentropy).view(inputs.logits.shape)
+    return ops.backward(dloss, kernel_inputs(inputs, backend), tensors[-1], options, backend, dentropy).view(inputs.logits.shape)
 
 
 def _differentiable_gradient(

@@ -4,6 +4,8 @@ No kernel has it. PyTorch's operators add it to the gradient of the loss, for a 
 the way is small beside the logits.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,10 +48,11 @@ def add_gradient(
 
 
 def _chunks(values: Tensor, logits: Tensor) -> list[Tensor]:
-    """Values (N, C or 1) or (N, C or 1, S), cut where logits of so many rows would be cut."""
+    """Values (N, C or 1), (N, C or 1, S) or (N, C or 1, H, W), cut where logits of so many rows would be cut."""
     chunk = CPU_CHUNK if logits.device.type == "cpu" else CHUNK
     n_rows = max(1, chunk // max(1, logits.shape[1]))
     if logits.dim() == 2:
         return list(values.split(n_rows))
-    n_inner = max(1, logits.shape[2])
-    return [part for examples in values.split(max(1, n_rows // n_inner)) for part in examples.split(n_rows, 2)]
+    n_inner, n_line = max(1, math.prod(logits.shape[2:])), max(1, math.prod(logits.shape[3:]))
+    lines = max(1, n_rows // n_line)
+    return [part for examples in values.split(max(1, n_rows // n_inner)) for part in examples.split(lines, 2)]

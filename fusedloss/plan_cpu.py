@@ -1,5 +1,6 @@
 """How a problem is laid out and shared among threads by the CPU kernel: pure functions of shapes, dtypes and options."""
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,27 +11,48 @@ from fusedloss.plan import Options, Plan, fuses_gradient, spatial_dims_collapse
 
 # Logits for which another thread is worth waking. Sharing 128 x 10 among two threads costs more than the work (5 us).
 ELEMENTS_PER_THREAD = 16384
+# Planes of pixels are read where they lie from lines of a vector of the widest on; and where neither pixels nor classes are
+# neighbours, if they fit L1: 2 x 21 x 128 x 128, each number in a cache line of its own, took up to twice as long as with a copy.
+MIN_LINE, MAX_SCATTERED = 16, 8192
+MIN_ROW = 64  # classes from which on a row is read alone (kMinRowCols)
 
 
 class Rows(NamedTuple):
     """Shapes and strides in elements as kernels/cpu/problem.h has them."""
 
     per_example: int
+    n_middle: int
     one_block: bool  # the examples' rows are one sequence, with one stride
     n_cols: int
-    strides: tuple[tuple[int, int, int], ...]  # of outer block, row and class; for each tensor
+    strides: tuple[tuple[int, int, int, int], ...]  # outer, middle, row and class; for each tensor
 
 
 def rows(example: tuple[int, ...], *strides: tuple[int, ...] | None) -> Rows:
-    """The rows of logits (N, C) or (N, C, S), for any N, and where they lie in tensors of that shape with these strides; None: no
-    tensor. example: (C,) or (C, S)."""
-    if len(example) == 1:
-        places = [(0, of_tensor[0], of_tensor[1]) if of_tensor is not None else (0, 0, 0) for of_tensor in strides]
-        return Rows(1, True, example[0], tuple(places))
-    n_cols, per_example = example
-    places = [(of_tensor[0], of_tensor[2], of_tensor[1]) if of_tensor is not None else (0, 0, 0) for of_tensor in strides]
-    one_block = all(outer == per_example * row for outer, row, _ in places)  # as in channels_last
-    return Rows(per_example, one_block, n_cols, tuple(places))
+    """The rows of logits (N, C), (N, C, S) or (N, C, H, W), for any N, and where they lie in tensors of that shape with these
+    strides; None: no tensor. example: (C,), (C, S) or (C, H, W)."""
+    n_cols, *sizes = example
+    places = tuple(_places(of_tensor) if of_tensor is not None else (0, 0, 0, 0) for of_tensor in strides)
+    per_example, n_middle = math.prod(sizes), sizes[0] if len(sizes) == 2 else 1
+    one_block = n_middle == 1 and all(outer == per_example * row for outer, _, row, _ in places)  # as in channels_last
+    return Rows(per_example, n_middle, one_block or not sizes, n_cols, places)
+
+
+def _places(strides: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Outer, middle, row and class, as kernels/cpu/problem.h has them."""
+    if len(strides) == 2:
+        return 0, 0, strides[0], strides[1]
+    return strides[0], strides[2] if len(strides) == 4 else 0, strides[-1], strides[1]
+
+
+def reads_planes(logits: Tensor, *probabilities: Tensor) -> bool:
+    """Whether the kernel takes (N, C, H, W) as it lies, though no one stride leads through the pixels of a plane."""
+    tensors = (logits, *probabilities)
+    if logits.dim() != 4 or all(spatial_dims_collapse(tensor) for tensor in tensors):
+        return False
+    if all(tensor.stride(1) == 1 for tensor in tensors):
+        return logits.shape[1] >= MIN_ROW or logits.shape[3] >= MIN_LINE
+    are_lines = all(tensor.stride(3) == 1 for tensor in tensors)
+    return logits.shape[3] >= MIN_LINE and (are_lines or logits.numel() <= MAX_SCATTERED)
 
 
 def max_threads(n_elements: int) -> int:
@@ -45,7 +67,7 @@ def cpu_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool) ->
         "cpu",
         reason,
         "forward only",
-        copies_logits=logits.dim() > 3 and not spatial_dims_collapse(logits),
+        copies_logits=logits.dim() > 3 and not (spatial_dims_collapse(logits) or reads_planes(logits)),
         read_bytes=one_pass,
         write_bytes=0,
         kernels=("fusedloss_forward",),

@@ -3,17 +3,22 @@
 from torch import Tensor
 
 from fusedloss.plan import Inputs, spatial_dims_collapse
+from fusedloss.plan_cpu import reads_planes
 
 
-def kernel_inputs(inputs: Inputs) -> Inputs:
-    """The same as the kernels take them: logits (N, C) or (N, C, S), a view wherever strides allow; one value per row."""
+def kernel_inputs(inputs: Inputs, backend: str = "") -> Inputs:
+    """The same as the kernels take them: logits (N, C) or (N, C, S), a view wherever strides allow; one value per row. The CPU's
+    takes (N, C, H, W), too."""
     logits = inputs.logits
     if logits.dim() == 1:
         return inputs.as_one_row()
     if logits.dim() == 2:
         return inputs
     flat = inputs.per_row(lambda values: values.reshape(-1))
-    return flat._replace(logits=_rows(logits), target=_rows(inputs.target) if inputs.has_probabilities() else flat.target)
+    soft = (inputs.target,) if inputs.has_probabilities() else ()
+    if backend == "cpu" and reads_planes(logits, *soft):
+        return flat._replace(logits=logits, target=inputs.target if soft else flat.target)
+    return flat._replace(logits=_rows(logits), target=_rows(inputs.target) if soft else flat.target)
 
 
 def expanded_to_rows(values: Tensor | None, logits: Tensor) -> Tensor | None:

@@ -139,7 +139,7 @@ def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Rou
     needs_grad = route.backend != "torch" and logits.requires_grad and torch.is_grad_enabled()
     prepared: Any = reference.Torchs(options)
     if route.backend != "torch":
-        prepared = ops.prepare(kernel_inputs(inputs), options, route.out_dtype, needs_grad, route.backend, inputs)
+        prepared = ops.prepare(kernel_inputs(inputs, route.backend), options, route.out_dtype, needs_grad, route.backend, inputs)
     if prepared is None:
         return
     fused = needs_grad and fuses_gradient(options.reduction, logits.dtype)

@@ -5,6 +5,7 @@
 // a class index out of range must be reported and nothing written; rows that do not count must get a gradient of exactly zero
 // although their logits are NaN.
 // What is computed is tested in Python (tests/test_values.py and others).
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -65,9 +66,23 @@ double random_logit(bool wild) {
   return wild && coin(0.1) ? pick(special) : std::normal_distribution<double>(0, 4)(generator);
 }
 
-// Strides of (outer, row, class), some of them with gaps, and the number of elements they span.
+// Strides, some of them with gaps, and the number of elements they span.
 size_t random_strides(const Problem& p, Strides& s) {
   const int64_t gap = coin(0.3) ? uniform(1, 5) : 0;
+  if (p.n_middle > 1) {  // classes, lines and pixels in any order, examples outside
+    const int64_t sizes[] = {p.n_cols, p.n_middle, p.n_inner};
+    int64_t* strides[] = {&s.col, &s.middle, &s.row};
+    int order[] = {0, 1, 2};
+    std::shuffle(order, order + 3, generator);
+    int64_t step = coin(0.2) ? 2 : 1, end = 0;
+    for (int i : order) {
+      *strides[i] = step, end += (sizes[i] - 1) * step;
+      step = sizes[i] * step + gap;
+    }
+    s.outer = step;
+    const int64_t n_examples = p.n_outer / p.n_middle;
+    return p.n_rows() == 0 ? 0 : size_t((n_examples - 1) * s.outer + end + 1);
+  }
   if (coin()) {
     s.col = coin(0.2) ? 2 : 1, s.row = p.n_cols * s.col + gap, s.outer = p.n_inner * s.row + gap;
   } else {
@@ -89,8 +104,10 @@ void one_problem(int number) {
   p.n_cols = pick(columns);
   p.n_outer = coin() ? 1 : uniform(0, 4);
   p.n_inner = p.n_cols > 1000 ? uniform(0, 5) : uniform(0, 400);
-  p.one_block = p.n_outer == 1 && coin();
-  p.n_examples = p.one_block ? p.n_inner : p.n_outer, p.rows_per_example = p.one_block ? 1 : p.n_inner;
+  p.n_middle = p.n_inner > 0 && p.n_inner < 40 && coin(0.4) ? uniform(2, 4) : 1;
+  p.one_block = p.n_middle == 1 && p.n_outer == 1 && coin();
+  p.n_examples = p.one_block ? p.n_inner : p.n_outer, p.rows_per_example = p.one_block ? 1 : p.n_inner * p.n_middle;
+  p.n_outer *= p.n_middle;
   p.logits_dtype = uniform(0, 3);
   p.loss_dtype = coin() ? p.logits_dtype : p.logits_dtype == kFloat64 ? kFloat64 : kFloat32;
   p.target_kind = pick<int64_t>(
@@ -144,9 +161,10 @@ void one_problem(int number) {
   for (size_t row = 0; row < n_rows; ++row) {
     put(lam, accumulate, row, double(uniform(0, 4)) / 4), put(sample_weight, accumulate, row, double(uniform(0, 8)) / 4);
   }
-  Buffer weight(size_t(p.n_cols) * wide), dloss((p.reduction == kNone ? n_rows : 1) * wide);
+  const int64_t dloss_dtype = coin() ? p.logits_dtype : accumulate;
+  Buffer weight(size_t(p.n_cols) * wide), dloss((p.reduction == kNone ? n_rows : 1) * item_size(dloss_dtype));
   for (size_t c = 0; c < size_t(p.n_cols); ++c) put(weight, accumulate, c, double(uniform(0, 8)) / 4);
-  for (size_t i = 0; i < dloss.size / wide; ++i) put(dloss, accumulate, i, coin(0.3) ? 0 : double(uniform(-3, 3)));
+  for (size_t i = 0; i < dloss.size / item_size(dloss_dtype); ++i) put(dloss, dloss_dtype, i, coin(0.3) ? 0 : double(uniform(-3, 3)));
   const size_t gradient_elements = random_strides(p, p.dlogits_strides);
 
   p.logits = logits.bytes.get(), p.target = target.bytes.get(), p.weight = weighted ? weight.bytes.get() : nullptr;
@@ -176,7 +194,9 @@ void one_problem(int number) {
         return;
       }
       p.dlogits = again.bytes.get(), p.dloss = dloss.bytes.get();
-      fusedloss_backward(&p, &p);
+      Problem backward = p;
+      backward.loss_dtype = dloss_dtype;
+      fusedloss_backward(&backward, &backward);
       int64_t n_counted = 0;
       for (size_t row = 0; row < n_rows; ++row) {
         n_counted += !ignored[row];

@@ -228,7 +228,7 @@ def _fields(source: str, struct: str) -> list[tuple[str, str]]:
         kind, names = re.fullmatch(r"((?:const )?\w+\*?)\s+(.*)", declaration, re.DOTALL).groups()  # type: ignore[union-attr]
         for name in map(str.strip, names.split(",")):
             if kind == "Strides":
-                fields += [(f"{name.removesuffix('_strides')}_{dim}", "int") for dim in ("outer", "row", "col")]
+                fields += [(f"{name.removesuffix('_strides')}_{dim}", "int") for dim in ("outer", "middle", "row", "col")]
             else:
                 fields.append((name, {"double": "float", "int64_t": "int"}.get(kind, "Address")))
     return fields

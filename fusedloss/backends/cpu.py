@@ -69,10 +69,10 @@ def backward(
     """The gradient of the logits."""
     dlogits = allocate_gradient(inputs.logits)
     if dlogits.numel() > 0:
-        if dloss.dtype != saved.dtype:  # a call of to() costs what the kernel takes for 1000 logits
+        if dloss.dtype not in (saved.dtype, dlogits.dtype):  # a call of to() costs what the kernel takes for 1000 logits
             dloss = dloss.to(saved.dtype)
         inputs = all_as_read(inputs)
-        kind = prepack(inputs, dlogits.stride(), None, options, library())
+        kind = prepack(inputs, dlogits.stride(), dloss.dtype, options, library())
         outputs = NO_OUTPUTS._replace(saved=saved, dlogits=dlogits)
         run(True, kind, outputs, dloss.contiguous(), inputs, options)
     return dlogits

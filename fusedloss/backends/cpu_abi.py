@@ -17,7 +17,7 @@ from fusedloss import environment
 
 LIBRARY_NAME = "fusedloss_cpu.so"
 
-ABI = 7
+ABI = 8
 ISA_NAMES = ("auto", "baseline", "avx2", "avx512", "avx512bf16")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean", "max", "topk")
@@ -75,15 +75,19 @@ class Kind(NamedTuple):
     fresh: int
     statistics: int
     rows_per_example: int
+    n_middle: int
     one_block: int
     n_cols: int
     logits_outer: int
+    logits_middle: int
     logits_row: int
     logits_col: int
     dlogits_outer: int
+    dlogits_middle: int
     dlogits_row: int
     dlogits_col: int
     target_outer: int
+    target_middle: int
     target_row: int
     target_col: int
     gomp_parallel: Address

@@ -177,9 +177,7 @@ def _kind(
         target_kind = "uint8" if target_dtype == torch.uint8 else "int64"
     else:
         target_kind = "probabilities" if target_dtype == accumulation_dtype(logits_dtype) else "probabilities_as_logits"
-    (logits_outer, logits_row, logits_col), (dlogits_outer, dlogits_row, dlogits_col), (target_outer, target_row, target_col) = (
-        rows.strides
-    )
+    of_logits, of_dlogits, of_target = rows.strides
     kind = Kind(
         smoothing=options.label_smoothing,
         z_loss=options.z_loss,
@@ -197,17 +195,21 @@ def _kind(
         fresh=fresh,
         statistics=options.return_stats,
         rows_per_example=rows.per_example,
+        n_middle=rows.n_middle,
         one_block=rows.one_block,
         n_cols=rows.n_cols,
-        logits_outer=logits_outer,
-        logits_row=logits_row,
-        logits_col=logits_col,
-        dlogits_outer=dlogits_outer,
-        dlogits_row=dlogits_row,
-        dlogits_col=dlogits_col,
-        target_outer=target_outer,
-        target_row=target_row,
-        target_col=target_col,
+        logits_outer=of_logits[0],
+        logits_middle=of_logits[1],
+        logits_row=of_logits[2],
+        logits_col=of_logits[3],
+        dlogits_outer=of_dlogits[0],
+        dlogits_middle=of_dlogits[1],
+        dlogits_row=of_dlogits[2],
+        dlogits_col=of_dlogits[3],
+        target_outer=of_target[0],
+        target_middle=of_target[1],
+        target_row=of_target[2],
+        target_col=of_target[3],
         gomp_parallel=Address(library.gomp_parallel),
     )
     itemsize, per_example = logits_dtype.itemsize, rows.per_example * target_dtype.itemsize

@@ -48,6 +48,7 @@ class Prepared:
     makes_gradient: bool
     out_dtype: torch.dtype
     saved_dtype: torch.dtype
+    dloss_dtype: torch.dtype  # that the kernel reads
     rest: bytes | None  # of the kernel's arguments; None: addresses of statistics are among them
     bits_at: Callable[[int], Any]  # of a loss, as an integer at an address
     one: int  # the bits of 1
@@ -98,8 +99,8 @@ class Prepared:
             logits, target, weight = _converted(self.conversions, logits, target, weight)
         kind, n_examples = self.backward_kind, logits.shape[0] if self.any_batch else self.n_examples
         dlogits = torch.empty_like(logits) if self.any_batch else self.new_gradient()
-        if dloss.dtype != self.saved_dtype or not dloss.is_contiguous():
-            dloss = dloss.to(self.saved_dtype).contiguous()
+        if dloss.dtype != self.dloss_dtype or not dloss.is_contiguous():
+            dloss = dloss.to(self.dloss_dtype).contiguous()
         n_threads, functions = kind.workers(n_examples)
         call = CALL.pack(
             0,
@@ -139,10 +140,12 @@ def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
     gradient = allocate_gradient(inputs.logits)
     strides, as_given_strides = gradient.stride(), gradient.view(shape).stride()
     kind = prepack(read, strides if makes_gradient else None, out_dtype, options, library())
+    saved_dtype = accumulation_dtype(logits.dtype)
+    dloss_dtype = out_dtype if out_dtype in (logits.dtype, saved_dtype) else saved_dtype
     bits_at, one = _BITS[out_dtype.itemsize].from_address, torch.ones((), dtype=out_dtype, device="cpu")
     return Prepared(
         kind,
-        prepack(read, strides, None, options, library()),
+        prepack(read, strides, dloss_dtype, options, library()),
         conversions if converts else None,
         any_batch=logits.dim() > 1
         and not converts
@@ -156,7 +159,8 @@ def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
         saved_per_example=(3 + soft) * kind.per_example if saves else 0,
         makes_gradient=makes_gradient,
         out_dtype=out_dtype,
-        saved_dtype=accumulation_dtype(logits.dtype),
+        saved_dtype=saved_dtype,
+        dloss_dtype=dloss_dtype,
         rest=None if options.return_stats else NO_EXTRAS + kind.packed,
         bits_at=bits_at,
         one=bits_at(one.data_ptr()).value,

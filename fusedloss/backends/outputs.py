@@ -46,7 +46,7 @@ def kept(options: Options, needs_grad: bool, dtype: torch.dtype) -> tuple[bool, 
 def output_sizes(inputs: Inputs, options: Options, needs_grad: bool) -> Sizes:
     """For inputs as the kernels take them."""
     logits = inputs.logits
-    n_rows = logits.shape[0] if logits.dim() == 2 else logits.shape[0] * logits.shape[2]
+    n_rows = logits.shape[0] * math.prod(logits.shape[2:])
     keeps_rows, fused = kept(options, needs_grad, logits.dtype)
     return Sizes(
         (n_rows,) if options.reduction == "none" else (),

@@ -12,10 +12,9 @@ constexpr int64_t kMaxFewCols = 63;
 constexpr int64_t kMaxFewColsOfPixels = FUSEDLOSS_VECTOR_BYTES == 64 ? 24 : 8;
 
 INLINE bool takes_few(const Problem& problem) {
-  const bool are_few = problem.n_cols <= kMaxFewCols && problem.has_contiguous_classes();
-  const bool are_pixels = problem.n_cols <= kMaxFewColsOfPixels && problem.has_contiguous_rows();
+  const bool are_few = problem.n_cols <= (problem.has_contiguous_classes() ? kMaxFewCols : kMaxFewColsOfPixels);
   const bool weighs_all = problem.weight && problem.smoothing > 0 && !problem.has_probabilities();
-  return (are_few || are_pixels) && !weighs_all && !problem.slice_stats && !problem.target_b && !problem.row_stats &&
+  return are_few && !weighs_all && !problem.slice_stats && !problem.target_b && !problem.row_stats &&
          !problem.selects_rows() && problem.logit_scale == 1 && problem.softcap == 0 && problem.focal_gamma == 0;
 }
 
@@ -198,12 +197,11 @@ void backward_few(const Problem& problem, int64_t begin, int64_t end) {
   using Rows = FewRows<T, A, SOFT>;
   using I = typename Rows::I;
   const A *head = static_cast<const A*>(problem.saved), *saved = head + kState;
-  const A* dloss = static_cast<const A*>(problem.dloss);
   const Terms<A> terms(problem, head[3]);
   for_few<T, SOFT>(problem, begin, end, [&](Rows& rows, T* dx) {
     const int64_t row = rows.row;
     const I target = rows.targets(), counted = I(target >= 0);
-    V g = head[0] * (problem.reduction == kNone ? rows.of_rows(dloss + row) : broadcast(dloss[0]));
+    V g = head[0] * load_dloss<T, A>(problem, row, 0, rows.n);
     if (terms.sample_weight) g *= rows.of_rows(terms.sample_weight + row);
     g = counted ? g : V{};  // not times 0: the upstream gradient may be infinite
     const I live = rows.live(target, g);

@@ -44,12 +44,11 @@ struct GroupState {
     const int64_t n_rows = problem.n_rows();
     const A *head = static_cast<const A*>(problem.saved), *whole_rows = static_cast<const A*>(problem.slice_stats);
     const A* saved = (whole_rows ? whole_rows : head + kState) + row;
-    const A* dloss = static_cast<const A*>(problem.dloss);
     read_targets(problem, terms, row, n, lanes);
     for (int lane = 0; lane < lanes; lane += W) {
       V factor = broadcast(head[0]);
       if (problem.selects_rows()) factor = selected(saved + 2 * n_rows, lane, n, head);
-      factor *= problem.reduction == kNone ? load_rows<A>(dloss + row, lane, n) : broadcast(dloss[0]);
+      factor *= load_dloss<T, A>(problem, row, lane, n);
       if (terms.sample_weight) factor *= load_rows<A>(terms.sample_weight + row, lane, n);
       const V counted = load(live + lane);
       factor = counted != V{} ? factor : V{};  // not times 0: the upstream gradient may be infinite

@@ -12,16 +12,17 @@
 
 namespace fusedloss {
 
-constexpr int64_t kAbi = 7;  // raised with every change of what follows; cpu.py refuses a library of another number
+constexpr int64_t kAbi = 8;  // raised with every change of what follows; cpu.py refuses a library of another number
 
 enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16 };
 enum Reduction : int64_t { kNone, kSum, kMean, kMax, kTopK };
 enum TargetKind : int64_t { kInt64, kUint8, kProbabilities, kProbabilitiesAsLogits };
 enum Isa : int64_t { kBest, kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
-// Element (outer, inner, c) lies at outer * outer + inner * row + c * col elements; row r is (r / n_inner, r % n_inner).
+// Where the elements of row r lie: in block r / n_inner as its row r % n_inner. A block is `middle` from the one before, and `outer` from
+// the one n_middle before.
 struct Strides {
-  int64_t outer, row, col;
+  int64_t outer, middle, row, col;
 };
 
 struct Call {
@@ -48,7 +49,7 @@ struct Extras {
   const void* target_b;       // the second of two labels, like target; or null
   const void* lam;            // A (n_rows,), the first label's share of each row; or null: lam_factor is the share
   const void* sample_weight;  // A (n_rows,), or null
-  const void* dloss;          // backward: A, (n_rows,) for kNone, else ()
+  const void* dloss;          // backward: A, or of loss_dtype the logits' type; (n_rows,) for kNone, else ()
   double lam_factor;
   // Where the logits are a slice of the row's classes, and target and weight are of all of them; else null, and 0.
   void* slice_stats;  // A (n_statistics, n_rows), fusedloss/slices.py: the forward writes those of the slice and nothing else, the
@@ -69,6 +70,7 @@ struct Kind {
   int64_t statistics;      // whether there are row_stats, or of a slice what the entropy follows from
   // shapes and strides
   int64_t rows_per_example;
+  int64_t n_middle;        // blocks of rows in an example, 1 but for pixels (H, W) of which one stride leads through W only
   int64_t one_block;       // whether one stride leads from each row to the next, in all examples
   int64_t n_cols;
   Strides logits_strides, dlogits_strides, target_strides;
@@ -85,19 +87,20 @@ struct Problem : Call, Rest {
   Problem(const Call& call, const Rest& rest)
       : Call(call),
         Rest(rest),
-        n_outer(one_block ? 1 : n_examples),
-        n_inner(one_block ? n_examples * rows_per_example : rows_per_example) {}
+        n_outer(one_block ? 1 : n_examples * n_middle),
+        n_inner(one_block ? n_examples * rows_per_example : n_middle > 1 ? rows_per_example / n_middle : rows_per_example) {}
 
   int64_t n_rows() const { return n_outer * n_inner; }
   bool has_probabilities() const { return target_kind == kProbabilities || target_kind == kProbabilitiesAsLogits; }
   bool has_contiguous_classes() const {
     return logits_strides.col == 1 && (!dlogits || dlogits_strides.col == 1) && (!has_probabilities() || target_strides.col == 1);
   }
-  bool has_contiguous_rows() const { return logits_strides.row == 1 && (!dlogits || dlogits_strides.row == 1); }
   int64_t n_row_cols() const { return slice_stats ? n_classes : n_cols; }  // classes of a whole row
   bool selects_rows() const { return reduction == kMax || reduction == kTopK; }
   int64_t offset(const Strides& s, int64_t row) const {
-    return n_outer == 1 ? row * s.row : row / n_inner * s.outer + row % n_inner * s.row;
+    if (n_outer == 1) return row * s.row;
+    const int64_t block = row / n_inner, of_row = row % n_inner * s.row;
+    return n_middle == 1 ? block * s.outer + of_row : block / n_middle * s.outer + block % n_middle * s.middle + of_row;
   }
 
   int64_t label(const void* labels, int64_t row) const {

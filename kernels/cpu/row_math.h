@@ -167,9 +167,19 @@ INLINE RowFactors<A> row_factors(const RowStats<A>& s, const Terms<A>& terms, Ve
 }
 
 // Values of rows from lane on, 0 from row n on; values: that of row 0.
-template <class A>
-INLINE Vector<A> load_rows(const A* values, int lane, int n) {
-  return lane + Simd<A>::W <= n ? Vector<A>(load(values + lane)) : load_partial<A, A>(values + lane, n - lane);
+template <class A, class T = A>
+INLINE Vector<A> load_rows(const T* values, int lane, int n) {
+  return lane + Simd<A>::W <= n ? Vector<A>(load(values + lane)) : load_partial<A, T>(values + lane, n - lane);
+}
+
+// The upstream gradients of these lanes.
+template <class T, class A>
+INLINE Vector<A> load_dloss(const Problem& problem, int64_t row, int lane, int n) {
+  if (problem.reduction != kNone) row = lane = 0, n = 1;
+  const Vector<A> of_rows = problem.loss_dtype == problem.logits_dtype
+                                ? load_rows<A>(static_cast<const T*>(problem.dloss) + row, lane, n)
+                                : load_rows<A>(static_cast<const A*>(problem.dloss) + row, lane, n);
+  return problem.reduction == kNone ? of_rows : broadcast(of_rows[0]);
 }
 
 // Losses of n rows, for reduction "none".

@@ -1,0 +1,91 @@
+"""Pixels (N, C, H, W) of which no one stride leads through a plane: crops, planes on their side, lines outside examples."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import make_logits, make_target
+from torch import Tensor
+
+import fusedloss
+from fusedloss.backends import cpu
+
+pytestmark = pytest.mark.skipif(cpu.LIBRARY is None, reason="the compiled CPU kernel is missing")
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "crop": lambda x: F.pad(x, (1, 2, 3, 1))[:, :, 3:-1, 1:-2],
+    "on its side": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "lines outside": lambda x: x.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2),
+}
+SHAPES = [(2, 5, 3, 16), (3, 12, 4, 19), (2, 70, 3, 5), (1, 70, 2, 33)]
+
+
+def loss_and_gradient(loss: Callable[..., Tensor], logits: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    leaf = logits.detach().requires_grad_()
+    value = loss(leaf, target, reduction=reduction)
+    upstream = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).view(value.shape)
+    (gradient,) = torch.autograd.grad(value, leaf, upstream)
+    return value.detach(), gradient
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_they_are_read_where_they_lie(
+    layout: str, shape: tuple[int, ...], dtype: torch.dtype, reduction: str, soft: bool
+) -> None:
+    logits = LAYOUTS[layout](make_logits(*shape, dtype=dtype))
+    if soft:
+        target = make_logits(*shape, dtype=dtype, seed=1).softmax(1)
+    else:
+        target = make_target(shape[0], *shape[2:], n_classes=shape[1], ignored=-100)
+    if not soft:  # whose layout decides, too
+        assert fusedloss.plan(logits, target).copies_logits == (shape[3] < 16 and layout != "lines outside")
+    exact = loss_and_gradient(F.cross_entropy, logits.double().contiguous(), target.double() if soft else target, reduction)
+    error = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float64: 1e-13}[dtype]
+    first = loss_and_gradient(fusedloss.cross_entropy, logits, target, reduction)
+    for found in (first, *(loss_and_gradient(fusedloss.cross_entropy, logits, target, reduction) for _ in range(3))):
+        for ours, theirs, again in zip(found, exact, first, strict=True):
+            assert ours.dtype == dtype
+            assert ours.shape == theirs.shape
+            assert torch.allclose(ours.double(), theirs, rtol=error, atol=error)
+            assert torch.equal(ours, again)  # a known call is no other
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_entropy_has_its_gradient(layout: str) -> None:
+    gradients = []
+    for place in (LAYOUTS[layout], torch.clone):
+        leaf = place(make_logits(2, 70, 5, 16, dtype=torch.float64)).detach().requires_grad_()
+        target = make_target(2, 5, 16, n_classes=70, ignored=-100)
+        value, stats = fusedloss.cross_entropy(leaf, target, reduction="none", return_stats=True)
+        weights = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).view(value.shape)
+        (gradient,) = torch.autograd.grad((value * weights).sum() + (stats.entropy * weights).sum(), leaf)
+        gradients.append(gradient)
+    assert torch.allclose(*gradients, rtol=1e-12, atol=1e-14)
+
+
+def test_small_chunks_of_the_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusedloss.entropy.CPU_CHUNK", 70 * 40)
+    test_the_entropy_has_its_gradient("crop")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled(reduction: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(fusedloss.cross_entropy, backend="aot_eager", fullgraph=True)
+    for shape in ((2, 5, 3, 16), (4, 5, 7, 18)):  # the second with sizes that are symbols
+        logits, target = LAYOUTS["crop"](make_logits(*shape)), make_target(shape[0], *shape[2:], n_classes=5)
+        found = loss_and_gradient(compiled, logits, target, reduction)
+        for ours, theirs in zip(found, loss_and_gradient(F.cross_entropy, logits, target, reduction), strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_lines_too_short_for_a_vector_are_copied() -> None:
+    logits = LAYOUTS["crop"](make_logits(2, 5, 30, 3))
+    target = make_target(2, 30, 3, n_classes=5)
+    assert fusedloss.plan(logits, target).copies_logits
+    assert torch.allclose(fusedloss.cross_entropy(logits, target), F.cross_entropy(logits, target))
