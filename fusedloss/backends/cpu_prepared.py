@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +22,8 @@ _ON_CPU = partial(torch.empty, device=torch.device("cpu"))
 # lower, as on some machines, `address` is asked for every tensor.
 _PAST_FREED = 2**44
 _BITS = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}  # by the size of a floating point number
-_DLOSS = Extras._fields.index("dloss")
-_BEFORE_DLOSS, _AFTER_DLOSS = Extras()[:_DLOSS], Extras()[_DLOSS + 1 :]
+_DLOSS = 8 * Extras._fields.index("dloss")
+_BEFORE_DLOSS, _AFTER_DLOSS = NO_EXTRAS[:_DLOSS], NO_EXTRAS[_DLOSS + 8 :]
 
 
 class Conversion(NamedTuple):
@@ -50,6 +51,7 @@ class Prepared:
     saved_dtype: torch.dtype
     dloss_dtype: torch.dtype  # that the kernel reads
     rest: bytes | None  # of the kernel's arguments; None: addresses of statistics are among them
+    after_dloss: bytes  # of the backward's
     bits_at: Callable[[int], Any]  # of a loss, as an integer at an address
     one: int  # the bits of 1
 
@@ -101,20 +103,23 @@ class Prepared:
         dlogits = torch.empty_like(logits) if self.any_batch else self.new_gradient()
         if dloss.dtype != self.dloss_dtype or not dloss.is_contiguous():
             dloss = dloss.to(self.dloss_dtype).contiguous()
+        saved_at, dloss_at, logits_at, target_at = saved.data_ptr(), dloss.data_ptr(), logits.data_ptr(), target.data_ptr()
+        if min(saved_at, dloss_at, logits_at, target_at) < _PAST_FREED:
+            saved_at, dloss_at = address(saved, saved.nbytes), address(dloss, dloss.nbytes)
+            logits_at, target_at = address(logits, kind.logits.of(n_examples)), address(target, kind.target.of(n_examples))
         n_threads, functions = kind.workers(n_examples)
         call = CALL.pack(
             0,
-            address(saved, saved.nbytes),
+            saved_at,
             dlogits.data_ptr(),
-            address(logits, kind.logits.of(n_examples)),
-            address(target, kind.target.of(n_examples)),
+            logits_at,
+            target_at,
             0 if weight is None else address(weight, weight.nbytes),
             1.0,
             n_threads,
             n_examples,
         )
-        extras = EXTRAS.pack(*_BEFORE_DLOSS, address(dloss, dloss.nbytes), *_AFTER_DLOSS)  # by name: a percent of a small step
-        functions.backward(call, extras + kind.packed)
+        functions.backward(call, _BEFORE_DLOSS + dloss_at.to_bytes(8, sys.byteorder) + self.after_dloss)
         return dlogits
 
     def scale_gradient(self, dlogits: Tensor, dloss: Tensor) -> None:
@@ -142,10 +147,11 @@ def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
     kind = prepack(read, strides if makes_gradient else None, out_dtype, options, library())
     saved_dtype = accumulation_dtype(logits.dtype)
     dloss_dtype = out_dtype if out_dtype in (logits.dtype, saved_dtype) else saved_dtype
+    backward_kind = prepack(read, strides, dloss_dtype, options, library())
     bits_at, one = _BITS[out_dtype.itemsize].from_address, torch.ones((), dtype=out_dtype, device="cpu")
     return Prepared(
         kind,
-        prepack(read, strides, dloss_dtype, options, library()),
+        backward_kind,
         conversions if converts else None,
         any_batch=logits.dim() > 1
         and not converts
@@ -162,6 +168,7 @@ def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
         saved_dtype=saved_dtype,
         dloss_dtype=dloss_dtype,
         rest=None if options.return_stats else NO_EXTRAS + kind.packed,
+        after_dloss=_AFTER_DLOSS + backward_kind.packed,
         bits_at=bits_at,
         one=bits_at(one.data_ptr()).value,
     )
