@@ -63,9 +63,13 @@ def facts_of(
 
 def route_with(facts: InputFacts, options: Options, out_dtype: torch.dtype | None, has_scale: bool, world: World) -> Route:
     """Checks the facts and chooses the path."""
-    # Once per kind of call, unless somebody traces it, with sizes that are symbols.
-    choose = _choose if world is PLAIN else _choose.__wrapped__
-    return choose(facts, options.kind(), out_dtype, has_scale, backends.requested, world, autocast_is_on(facts.logits))
+    question = facts, options.kind(), out_dtype, has_scale, backends.requested, world, autocast_is_on(facts.logits)
+    if world is PLAIN or not torch.compiler.is_compiling():  # once per kind of call
+        try:
+            return _choose(*question)
+        except TypeError:  # of sizes that are symbols there is no hash
+            pass
+    return _choose.__wrapped__(*question)
 
 
 def without_strides(tensor: Tensor) -> str:
