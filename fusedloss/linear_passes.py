@@ -4,7 +4,7 @@ gradient_pass   logits = x W^T + b          the loss of the chunk's rows, sum_n 
                 dx      = dlogits W
                 dW     += dlogits^T x
                 db     += sum of dlogits    3 matmuls per row; those of frozen parts are left out
-row_pass        logits = x W^T + b          a loss per row; 1 matmul
+row_pass        logits = x W^T + b          a loss per row; 1 matmul. On a CPU of a block of classes at a time
 
 "sum" and "mean" are one gradient pass in the forward: a_n is known beforehand, the mean's denominator by a look at the targets.
 "none", "max" and "topk" are a row pass, then a gradient pass in the backward over the rows whose loss, or entropy, has an
@@ -21,6 +21,7 @@ from torch import Tensor
 from fusedloss import ops
 from fusedloss.backends.outputs import N_ROW_STATS
 from fusedloss.entropy import add_gradient
+from fusedloss.linear_blocks import losses_of_blocks, multiply
 from fusedloss.plan import Inputs, Options, accumulation_dtype
 from fusedloss.plan_linear import Chunks, chunks_of, class_ranges, leaves_rows_out, sums_in_float32
 
@@ -120,7 +121,8 @@ def gradient_pass(
     if inputs.scale is not None:  # of no row at all, 0 times nan: the mean
         losses[0] = losses[0] * inputs.scale.to(passed.dtype)
     for rows in passed.chunks():
-        x, loss_inputs = passed.with_logits(rows)
+        x = passed.rows_of_input(rows)
+        loss_inputs = passed.with_logits(x, rows)
         of_entropies = None
         if dentropy is not None:  # before the logits are overwritten
             of_entropies = torch.zeros_like(loss_inputs.logits)
@@ -137,11 +139,15 @@ def gradient_pass(
 @torch.no_grad()
 def row_pass(inputs: LinearInputs, options: Options, settings: Settings) -> RowPass:
     """A loss per row, 0 of ignored rows."""
-    passed = _Chunked(inputs, options, settings)
+    passed = _Chunked(inputs, options, settings, losses_only=True)
     row_losses = inputs.input.new_zeros(len(inputs.input), dtype=passed.dtype)
     for rows in passed.chunks():
-        _, loss_inputs = passed.with_logits(rows)
-        outputs = ops.forward(loss_inputs, passed.options, passed.dtype, False, settings.backend)
+        x = passed.rows_of_input(rows)
+        if passed.sizes.block_classes < len(inputs.linear_weight):
+            loss_inputs = inputs.loss_inputs(passed.logits, rows)
+            outputs = losses_of_blocks(x, inputs.linear_weight, inputs.linear_bias, loss_inputs, options, passed.dtype)
+        else:
+            outputs = ops.forward(passed.with_logits(x, rows), options, passed.dtype, False, settings.backend)
         row_losses[rows] = outputs.loss
         passed.keep_stats(outputs.row_stats, outputs.counts, rows)
     return RowPass(row_losses, passed.row_stats, passed.n_correct)
@@ -150,7 +156,14 @@ def row_pass(inputs: LinearInputs, options: Options, settings: Settings) -> RowP
 class _Chunked:
     """Goes through the rows that are not left out, and keeps what is gathered on the way."""
 
-    def __init__(self, inputs: LinearInputs, options: Options, settings: Settings, wanted: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        inputs: LinearInputs,
+        options: Options,
+        settings: Settings,
+        wanted: Tensor | None = None,
+        losses_only: bool = False,
+    ) -> None:
         x, linear_weight = inputs.input, inputs.linear_weight
         self.inputs, self.options = inputs, options
         self.dtype = accumulation_dtype(x.dtype)
@@ -164,8 +177,9 @@ class _Chunked:
         elif counted is not None and not counted.all():
             self.index = counted.nonzero().squeeze(1)
         n_rows = len(x) if self.index is None else len(self.index)
-        self.sizes = chunks_of(n_rows, len(linear_weight), x.dtype, settings.backend, settings.chunk_rows)
-        self.logits = x.new_empty((self.sizes.chunk_rows, len(linear_weight)))
+        losses_only = losses_only and not inputs.has_probabilities()
+        self.sizes = chunks_of(n_rows, len(linear_weight), x.dtype, settings.backend, settings.chunk_rows, losses_only)
+        self.logits = x.new_empty((self.sizes.chunk_rows, self.sizes.block_classes))
         self.row_stats = x.new_zeros((N_ROW_STATS, len(x)), dtype=self.dtype) if options.return_stats else None
         self.n_correct = x.new_zeros((), dtype=torch.int64) if options.return_stats else None
 
@@ -174,17 +188,16 @@ class _Chunked:
             rows = slice(start, min(start + self.sizes.chunk_rows, self.sizes.n_rows))
             yield rows if self.index is None else self.index[rows]
 
-    def with_logits(self, rows: Rows) -> tuple[Tensor, Inputs]:
-        """The chunk's rows of the input, and the inputs of its loss."""
-        x, linear_weight, bias = _take(self.inputs.input, rows), self.inputs.linear_weight, self.inputs.linear_bias
+    def rows_of_input(self, rows: Rows) -> Tensor:
+        x = _take(self.inputs.input, rows)
         if self.counted is not None:  # 0 times what an ignored row holds would be NaN
             x = x.masked_fill(~_take(self.counted, rows).unsqueeze(1), 0)
-        logits = self.logits[: len(x)]
-        if bias is None:
-            torch.mm(x, linear_weight.t(), out=logits)
-        else:
-            torch.addmm(bias, x, linear_weight.t(), out=logits)
-        return x, self.inputs.loss_inputs(logits, rows)
+        return x
+
+    def with_logits(self, x: Tensor, rows: Rows) -> Inputs:
+        """The inputs of the chunk's loss."""
+        logits = multiply(x, self.inputs.linear_weight, self.inputs.linear_bias, self.logits[: len(x)])
+        return self.inputs.loss_inputs(logits, rows)
 
     def keep_stats(self, row_stats: Tensor | None, counts: Tensor | None, rows: Rows) -> None:
         if self.row_stats is not None and self.n_correct is not None:

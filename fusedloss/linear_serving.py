@@ -47,13 +47,15 @@ def planned(device: DeviceFacts | None, **arguments: Any) -> LinearPlan:
         return LinearPlan(route.backend, route.reason, "unfused", len(inputs.input), 1, 1 + sum(needs_grad[:2]), held)
     fused = fuses_gradient(options.reduction, dtype)
     n_rows, n_classes = shape[:-1].numel(), shape[-1]
-    sizes = chunks_of(n_rows, n_classes, dtype, route.backend, chunking.chunk_rows)
-    held = sizes.chunk_rows * n_classes * dtype.itemsize
+    soft = _as_rows(inputs).has_probabilities()
+    cut = n_rows, n_classes, dtype, route.backend, chunking.chunk_rows
+    backward = chunks_of(*cut)  # makes gradients, in the forward where it is fused
+    forward = backward if fused and any(needs_grad) else chunks_of(*cut, losses_only=not soft)
+    held = max(sizes.n_logits() for sizes in ((forward, backward) if any(needs_grad) else (forward,))) * dtype.itemsize
     if route.backend == "triton" and any(needs_grad):
         facts = device or device_facts(inputs.input.device)
-        soft = _as_rows(inputs).has_probabilities()
-        held *= 1 if overwrites(sizes.chunk_rows, n_classes, dtype, soft, options, facts) else 2
-    if needs_grad.weight and sums_in_float32(dtype, sizes.n_chunks, chunking.float32_sum):
+        held *= 1 if overwrites(backward.chunk_rows, n_classes, dtype, soft, options, facts) else 2
+    if needs_grad.weight and sums_in_float32(dtype, backward.n_chunks, chunking.float32_sum):
         held += inputs.linear_weight.numel() * 4
     strategy, matmuls = "forward only", 1.0
     if any(needs_grad):
@@ -63,7 +65,7 @@ def planned(device: DeviceFacts | None, **arguments: Any) -> LinearPlan:
         if options.reduction in ROW_REDUCTIONS and leaves_rows_out(route.backend, chunking.compact):
             share = reference.rows_to_select(torch.tensor(n_rows), options).item() / max(1, n_rows)
         matmuls += share * (again + sum(needs_grad[:2]))
-    return LinearPlan(route.backend, route.reason, strategy, sizes.chunk_rows, sizes.n_chunks, matmuls, held)
+    return LinearPlan(route.backend, route.reason, strategy, forward.chunk_rows, forward.n_chunks, matmuls, held)
 
 
 def _checked(

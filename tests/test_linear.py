@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedloss
+from fusedloss import plan_linear
 from fusedloss.plan_linear import BLOCK_CLASSES, MANY_CLASSES, class_ranges
 
 N_ROWS, N_FEATURES, N_CLASSES = 23, 8, 11
@@ -32,15 +33,15 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def _target_and_options(options: dict[str, Any], dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    rest, target = dict(options), make_labels(N_ROWS)
+def _target_and_options(options: dict[str, Any], dtype: torch.dtype, n_classes: int = N_CLASSES) -> tuple[Any, dict[str, Any]]:
+    rest, target = dict(options), make_labels(N_ROWS, n_classes)
     kind = rest.pop("target", "indices")
     if kind == "probabilities":
-        target = make_probabilities(N_ROWS, N_CLASSES, dtype=dtype)
+        target = make_probabilities(N_ROWS, n_classes, dtype=dtype)
     elif kind == "two labels":
         target = (target, target.roll(1), 0.25)
     if "weight" in rest:
-        rest["weight"] = make_weight(N_CLASSES, dtype)
+        rest["weight"] = make_weight(n_classes, dtype)
     if "sample_weight" in rest:
         rest["sample_weight"] = torch.linspace(0, 2, N_ROWS).to(dtype)
     return target, rest
@@ -242,6 +243,36 @@ def test_a_bfloat16_weights_gradient_in_two_ranges_of_classes(chunk_rows: int) -
     check_layer(layer, target, chunk_rows=chunk_rows)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_losses_from_blocks_of_classes(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """As the CPU makes them where no gradient is wanted: 4 blocks of 16 classes at most, chunks of 6 rows."""
+    monkeypatch.setattr(plan_linear, "BLOCK_BYTES", 6 * 16 * dtype.itemsize)
+    monkeypatch.setattr(plan_linear, "BLOCK_ROWS", 7)
+    n_classes = 52
+    is_soft = options.get("target") == "probabilities"
+    cut = plan_linear.chunks_of(N_ROWS, n_classes, dtype, "cpu", None, losses_only=True)
+    assert cut == (N_ROWS, 6, 4, 16)
+    target, rest = _target_and_options(options, dtype, n_classes)
+    layer = make_layer(N_ROWS, n_classes=n_classes, dtype=dtype)
+    for reduction in REDUCTIONS[2:] if dtype == torch.float32 else REDUCTIONS[2:3]:
+        check_layer(layer, target, **rest, **reduction)
+    logits = F.linear(*layer)
+    expected = fusedloss.cross_entropy(logits, target, return_stats=True, out_dtype=torch.float32, **rest)
+    with FlopCounterMode(display=False) as counter:
+        found = fusedloss.linear_cross_entropy(
+            layer.input, layer.weight, target, linear_bias=layer.bias, return_stats=True, out_dtype=torch.float32, **rest
+        )
+    n_counted = int(expected[1].n_counted)
+    assert counter.get_total_flops() == n_counted * 2 * N_FEATURES * n_classes
+    assert is_soft == (n_counted == N_ROWS)
+    torch.testing.assert_close(found, expected)
+    if not is_soft:
+        labels = torch.full((N_ROWS,), n_classes)
+        with pytest.raises(IndexError, match="Target 52 is out of bounds"):
+            fusedloss.linear_cross_entropy(layer.input, layer.weight, labels, linear_bias=layer.bias)
+
+
 def test_no_logits_are_kept() -> None:
     """Neither by autograd, nor by checkpointing, which keeps what is packed."""
     layer, target = make_layer(64, n_features=2, n_classes=32).leaves(), torch.arange(64) % 32
@@ -270,7 +301,9 @@ def test_the_plan() -> None:
         assert many.held_bytes == 64 * 50257 * 2 + 50257 * 768 * 4  # and a sum in float32
         few = fusedloss.plan(input, target, linear_weight=weight, reduction="topk", top_k=256)
         assert (few.strategy, few.matmuls) == ("recompute", 1 + 3 / 4)
-        assert fusedloss.plan(input.detach(), target, linear_weight=weight.detach()).matmuls == 1
+        assert (few.chunk_rows, few.n_chunks, few.held_bytes) == (1024, 1, 512 * 50257 * 2)  # the backward's chunk
+        losses = fusedloss.plan(input.detach(), target, linear_weight=weight.detach())
+        assert (losses.matmuls, losses.chunk_rows, losses.held_bytes) == (1, 1024, 1024 * 12576 * 2)
     deep = torch.empty(5, 3, 8)
     unfused = fusedloss.plan(torch.empty(4, 8), torch.empty(4, 3, dtype=torch.int64), linear_weight=deep)
     assert unfused.strategy == "unfused"
