@@ -6,13 +6,20 @@
 //
 // Included once per instruction set, like simd.h.
 
-constexpr int64_t kMaxFewCols = 63;
-// With AVX-512, a vector is a cache line of every class, and 24 classes of it stay in L1: a quarter less time than lanes.h takes at 10
-// to 16 classes, none at 32. With half a line it is lanes.h that is as fast or faster.
+// Where they are transposed in registers, the forward of 64 to 127 float32 classes takes a tenth to a third less time than rows.h,
+// and the gradient none more; of float64, and of vectors of 16 bytes, it takes more. A last vector of a few rows costs as much as
+// a whole one, so that the most classes want some.
+template <class A, bool SOFT>
+constexpr int64_t kMaxFewCols = FUSEDLOSS_VECTOR_BYTES >= 32 && sizeof(A) == sizeof(float) && !SOFT ? 127 : 63;
+// With AVX-512, a vector is a cache line of every class, and 24 classes of it stay in L1: a quarter less time than lanes.h takes
+// at 10 to 16 classes, none at 32. With half a line it is lanes.h that is as fast or faster.
 constexpr int64_t kMaxFewColsOfPixels = FUSEDLOSS_VECTOR_BYTES == 64 ? 24 : 8;
 
+template <class A>
 INLINE bool takes_few(const Problem& problem) {
-  const bool are_few = problem.n_cols <= (problem.has_contiguous_classes() ? kMaxFewCols : kMaxFewColsOfPixels);
+  const bool narrow = problem.has_probabilities() || problem.n_inner < 4 * Simd<A>::W;
+  const int64_t max = narrow ? kMaxFewCols<A, true> : kMaxFewCols<A, false>;
+  const bool are_few = problem.n_cols <= (problem.has_contiguous_classes() ? max : kMaxFewColsOfPixels);
   const bool weighs_all = problem.weight && problem.smoothing > 0 && !problem.has_probabilities();
   return are_few && !weighs_all && !problem.slice_stats && !problem.target_b && !problem.row_stats &&
          !problem.selects_rows() && problem.logit_scale == 1 && problem.softcap == 0 && problem.focal_gamma == 0;
@@ -50,8 +57,8 @@ struct FewRows {
   const Problem& problem;
   const int64_t row;
   const int n;
-  alignas(64) A tile[kMaxFewCols * W];                // class by class: logits, then exponentials, then gradients
-  alignas(64) A probabilities[SOFT ? kMaxFewCols * W : 1];
+  alignas(64) A tile[kMaxFewCols<A, SOFT> * W];  // class by class: logits, then exponentials, then gradients
+  alignas(64) A probabilities[SOFT ? kMaxFewCols<A, SOFT> * W : 1];
 
   INLINE FewRows(const Problem& problem, int64_t row, int n, const GroupPointers<T, A>& at) : problem(problem), row(row), n(n) {
     load_few<T, A>(tile, at.x, problem.logits_strides, n, problem.n_cols);

@@ -19,7 +19,7 @@ namespace {
 #include "few.h"
 
 // From this many classes on, a contiguous row fills whole vectors; with fewer, the lanes of rows side by side do.
-constexpr int64_t kMinRowCols = kMaxFewCols + 1;
+constexpr int64_t kMinRowCols = 64;
 
 INLINE bool takes_rows(const Problem& problem) {
   return problem.n_cols >= kMinRowCols && problem.has_contiguous_classes();
@@ -27,18 +27,18 @@ INLINE bool takes_rows(const Problem& problem) {
 
 template <class T>
 RowSums forward_typed(const Problem& problem, int64_t begin, int64_t end, double coefficient, double weight_total) {
-  if (takes_rows(problem)) return forward_rows<T>(problem, begin, end, coefficient, weight_total);
-  if (takes_few(problem))
+  if (takes_few<typename Accumulate<T>::type>(problem))
     return problem.has_probabilities() ? forward_few<T, true>(problem, begin, end, coefficient, weight_total)
                                        : forward_few<T, false>(problem, begin, end, coefficient, weight_total);
+  if (takes_rows(problem)) return forward_rows<T>(problem, begin, end, coefficient, weight_total);
   return forward_lanes<T>(problem, begin, end, coefficient, weight_total);
 }
 
 template <class T>
 void backward_typed(const Problem& problem, int64_t begin, int64_t end) {
-  if (takes_rows(problem)) return backward_rows<T>(problem, begin, end);
-  if (takes_few(problem))
+  if (takes_few<typename Accumulate<T>::type>(problem))
     return problem.has_probabilities() ? backward_few<T, true>(problem, begin, end) : backward_few<T, false>(problem, begin, end);
+  if (takes_rows(problem)) return backward_rows<T>(problem, begin, end);
   backward_lanes<T>(problem, begin, end);
 }
 
