@@ -9,8 +9,11 @@ from .groups import Label
 @triton.jit
 def load_target(target_ptr, rows, exist, asks: tl.constexpr):
     """Class indices of rows; ignore_index of rows that do not exist."""
-    target = tl.load(target_ptr + rows, mask=exist, other=0).to(tl.int64)  # uint8 156 stays 156, it is not -100
-    return tl.where(exist, target, asks.ignore_index)  # not the load's `other`: -100 is 156 in uint8
+    if target_ptr.dtype.element_ty == tl.int64:
+        target = tl.load(target_ptr + rows, mask=exist, other=asks.ignore_index)
+    else:  # uint8 156 stays 156, it is not -100, which is 156 as the load's `other`
+        target = tl.where(exist, tl.load(target_ptr + rows, mask=exist, other=0).to(tl.int64), asks.ignore_index)
+    return target
 
 
 @triton.jit
