@@ -11,9 +11,10 @@ from fusedloss.plan import Options, Plan, fuses_gradient, spatial_dims_collapse
 
 # Logits for which another thread is worth waking. Sharing 128 x 10 among two threads costs more than the work (5 us).
 ELEMENTS_PER_THREAD = 16384
-# Planes of pixels are read where they lie from lines of a vector of the widest on; and where neither pixels nor classes are
-# neighbours, if they fit L1: 2 x 21 x 128 x 128, each number in a cache line of its own, took up to twice as long as with a copy.
-MIN_LINE, MAX_SCATTERED = 16, 8192
+# Planes of pixels are read where they lie if their lines fill a vector of the widest, or are not many: each costs a vector. Where
+# neither pixels nor classes are neighbours, if they fit L1: 2 x 21 x 128 x 128, each number in a cache line of its own, took up
+# to twice as long as with a copy.
+MIN_LINE, MAX_LINES, MAX_SCATTERED = 16, 128, 8192
 MIN_ROW = 64  # classes from which on a row is read alone (kMinRowCols)
 
 
@@ -49,10 +50,13 @@ def reads_planes(logits: Tensor, *probabilities: Tensor) -> bool:
     tensors = (logits, *probabilities)
     if logits.dim() != 4 or all(spatial_dims_collapse(tensor) for tensor in tensors):
         return False
-    if all(tensor.stride(1) == 1 for tensor in tensors):
-        return logits.shape[1] >= MIN_ROW or logits.shape[3] >= MIN_LINE
-    are_lines = all(tensor.stride(3) == 1 for tensor in tensors)
-    return logits.shape[3] >= MIN_LINE and (are_lines or logits.numel() <= MAX_SCATTERED)
+    are_few = not torch.compiler.is_compiling() and logits.numel() <= MAX_SCATTERED  # each other size would compile anew
+    are_rows = all(tensor.stride(1) == 1 for tensor in tensors)
+    if are_rows and logits.shape[1] >= MIN_ROW:
+        return True
+    if logits.shape[3] < MIN_LINE and not (are_few and logits.shape[0] * logits.shape[2] <= MAX_LINES):
+        return False
+    return are_few or are_rows or all(tensor.stride(3) == 1 for tensor in tensors)
 
 
 def max_threads(n_elements: int) -> int:

@@ -18,7 +18,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "on its side": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "lines outside": lambda x: x.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2),
 }
-SHAPES = [(2, 5, 3, 16), (3, 12, 4, 19), (2, 70, 3, 5), (1, 70, 2, 33)]
+SHAPES = [(2, 5, 3, 16), (3, 12, 4, 19), (2, 70, 3, 5), (1, 70, 2, 33), (2, 7, 60, 3), (2, 5, 24, 33)]
 
 
 def loss_and_gradient(loss: Callable[..., Tensor], logits: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -42,8 +42,7 @@ def test_they_are_read_where_they_lie(
         target = make_logits(*shape, dtype=dtype, seed=1).softmax(1)
     else:
         target = make_target(shape[0], *shape[2:], n_classes=shape[1], ignored=-100)
-    if not soft:  # whose layout decides, too
-        assert fusedloss.plan(logits, target).copies_logits == (shape[3] < 16 and layout != "lines outside")
+    assert not fusedloss.plan(logits, target).copies_logits
     exact = loss_and_gradient(F.cross_entropy, logits.double().contiguous(), target.double() if soft else target, reduction)
     error = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float64: 1e-13}[dtype]
     first = loss_and_gradient(fusedloss.cross_entropy, logits, target, reduction)
@@ -84,8 +83,15 @@ def test_compiled(reduction: str) -> None:
             assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_lines_too_short_for_a_vector_are_copied() -> None:
-    logits = LAYOUTS["crop"](make_logits(2, 5, 30, 3))
-    target = make_target(2, 30, 3, n_classes=5)
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        ("crop", (2, 5, 300, 3)),  # lines of a fraction of a vector
+        ("lines outside", (3, 40, 90, 5)),
+        ("on its side", (2, 5, 64, 64)),  # numbers all in cache lines of their own
+    ],
+)
+def test_some_are_copied(layout: str, shape: tuple[int, ...]) -> None:
+    logits, target = LAYOUTS[layout](make_logits(*shape)), make_target(shape[0], *shape[2:], n_classes=shape[1])
     assert fusedloss.plan(logits, target).copies_logits
     assert torch.allclose(fusedloss.cross_entropy(logits, target), F.cross_entropy(logits, target))

@@ -267,12 +267,31 @@ INLINE Vector<float> load_partial<float, float>(const float* x, int64_t n) {
 }
 template <>
 INLINE Vector<float> load_partial<float, bfloat16>(const bfloat16* x, int64_t n) {
-  __m256i half = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), x);
-  return bit_cast<F::V>(__builtin_convertvector((F::Half)half, F::U) << 16);
+  return widened(x, _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), x));
+}
+template <>
+INLINE Vector<float> load_partial<float, float16>(const float16* x, int64_t n) {
+  return widened(x, _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), x));
+}
+template <>
+INLINE Vector<double> load_partial<double, double>(const double* x, int64_t n) {
+  return (Vector<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), x);
 }
 template <>
 INLINE void store_partial<float, float>(float* x, int64_t n, F::V v) {
   _mm512_mask_storeu_ps(x, __mmask16((1u << n) - 1), (__m512)v);
+}
+template <>
+INLINE void store_partial<float, bfloat16>(bfloat16* x, int64_t n, F::V v) {
+  _mm256_mask_storeu_epi16(x, __mmask16((1u << n) - 1), narrowed(x, v));
+}
+template <>
+INLINE void store_partial<float, float16>(float16* x, int64_t n, F::V v) {
+  _mm256_mask_storeu_epi16(x, __mmask16((1u << n) - 1), narrowed(x, v));
+}
+template <>
+INLINE void store_partial<double, double>(double* x, int64_t n, Vector<double> v) {
+  _mm512_mask_storeu_pd(x, __mmask8((1u << n) - 1), (__m512d)v);
 }
 template <>
 INLINE float horizontal_sum<float>(F::V v) {
