@@ -30,7 +30,7 @@ from .tile import by_turn, load_held, load_turn_targets, store_packed, tile_cols
 from .tile_softmax import Blocks, exponentials, label_logit, row_blocks, tile_gradients
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit  # specialised for n_rows, as forward_tile_kernel is
 def backward_tile_kernel(
     out, dloss_ptr, inputs, layout, n_rows,
     lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",

@@ -34,7 +34,9 @@ from .tile import by_row, by_turn, load_held, load_turn_targets, tile_cols, tile
 from .tile_softmax import tile_statistics
 
 
-@triton.jit(do_not_specialize=["n_rows", "top_k"])
+# Specialised for n_rows, unlike the kernels that make the gradient at once: what is kept of rows lies n_rows apart, and goes in
+# whole vectors only where the compiler knows that it is a multiple of 16.
+@triton.jit(do_not_specialize=["top_k"])
 def forward_tile_kernel(
     out, inputs, work, layout, n_rows,
     scale: "fp64", lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",

@@ -136,7 +136,7 @@ def test_the_loss_is_published_before_the_gradient_is_stored(monkeypatch: pytest
 
 @pytest.mark.parametrize("case", ["ticket", "one row a program", "slices", "topk", "selection", "recompute, shared tile"])
 def test_any_number_of_rows_takes_the_same_kernels(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    """The last batch of an epoch, or a batch of tokens, compiles nothing anew."""
+    """The last batch of an epoch, or a batch of tokens, compiles nothing anew; but for state of rows in tiles."""
     (_, n_cols), dtype, options = CASES[case]
     found, kernels_of_a_call = set(), set()
     first = 20000 if case == "selection" else 2048
@@ -144,7 +144,8 @@ def test_any_number_of_rows_takes_the_same_kernels(monkeypatch: pytest.MonkeyPat
         recorded = launches(monkeypatch, "sm_90", lambda n_rows=n_rows: call((n_rows, n_cols), dtype, options))
         kernels_of_a_call |= {launch.kernel for launch in recorded}
         found |= variants(recorded, "sm_90")
-    assert sorted(name for name, _ in found) == sorted(kernels_of_a_call)
+    twice = kernels_of_a_call & {"forward_tile_kernel", "backward_tile_kernel"}  # for multiples of 16, and for others
+    assert sorted(name for name, _ in found) == sorted([*kernels_of_a_call, *twice])
 
 
 def test_cases_select_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,33 @@ def test_forward_and_backward_stay_below(logits: tuple[Any, ...]) -> None:
     assert mark.spills <= ALLOWED_SPILLS
 
 
+# A loss per row, and the half of them that are largest: 3 passes are the floor of "none", and for each row of 10 bfloat16 classes
+# the bytes that the forward leaves of it and the backward reads.
+BOUNDS_OF_ROW_LOSSES = {
+    ("none", (4096, 10, BF16)): (46.5, 5.95, 16),
+    ("none", (4096, 10, FP32)): (46, 4.25, 16),
+    ("none", (252, 1000, BF16)): (28.5, 2.98, 16),
+    ("none", (1, 19, BF16, 64, 64)): (41.5, 4.6, 16),
+    ("topk", (4096, 10, BF16)): (60.5, 7.15, 16),
+    ("topk", (252, 1000, BF16)): (30.5, 2.7, 16),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("case", BOUNDS_OF_ROW_LOSSES, ids=str)
+def test_row_losses_stay_below(case: tuple[str, tuple[Any, ...]]) -> None:
+    reduction, logits = case
+    options: dict[str, Any] = {"reduction": reduction, "top_k": 0.5 if reduction == "topk" else None}
+    mark = emulated.measure(lambda x, t: fusedloss.cross_entropy(x, t, **options).sum(), *logits)
+    instructions, passes, width = BOUNDS_OF_ROW_LOSSES[case]
+    assert mark.instructions < instructions * INSTRUCTIONS_OF_THIS_TRITON
+    assert mark.passes < passes
+    assert mark.narrowest >= width
+    assert (mark.launches, mark.torch_launches) == (2, 2)  # the sum, and its upstream gradient
+    assert mark.syncs == 0
+    assert mark.spills <= ALLOWED_SPILLS
+
+
 # The same with class probabilities in the logits' dtype, where every row counts: 3 passes are the floor, two read, one written.
 BOUNDS_WITH_PROBABILITIES = {
     (4096, 10, FP32): (36, 3.05, 16),
