@@ -92,7 +92,7 @@ def merge(slices: Tensor, has_entropy: bool, is_soft: bool = False) -> SliceStat
     stats = SliceStats(*of_loss)._replace(gap_sum=last) if has_entropy else SliceStats(*slices.unbind(1))
     largest = stats.max.amax(0)
     shift = _finite(largest)
-    factors = torch.exp(stats.max - shift)
+    factors = torch.exp(stats.max - shift).masked_fill(stats.max == largest, 1)  # inf - inf would be NaN, too
     merged = SliceStats(largest, (stats.rest * factors).sum(0), stats.x_t.amax(0) if is_soft else stats.x_t.sum(0))
     if stats.gap_sum is not None:
         gaps = stats.gap_sum + stats.rest * (shift - _finite(stats.max))
@@ -163,7 +163,8 @@ def is_correct(stats: SliceStats, rows: Rows, inputs: Inputs, options: Options) 
         same: Any = inputs.target == inputs.target_b
         share = share.masked_fill(same, 1)
         found = (found & (share >= 0.5)) | ((stats.x_b == stats.max) & (share <= 0.5))
-    return rows.counted & ~rows.outside & ~stats.rest.isnan() & found
+    holds_nan = stats.rest.isnan() & (stats.max < torch.inf)  # infinite logits make it NaN, too
+    return rows.counted & ~rows.outside & ~holds_nan & found
 
 
 def logits_of_likeliest(inputs: Inputs, largest: Tensor, options: Options) -> Tensor:

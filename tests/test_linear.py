@@ -273,6 +273,21 @@ def test_losses_from_blocks_of_classes(monkeypatch: pytest.MonkeyPatch, dtype: t
             fusedloss.linear_cross_entropy(layer.input, layer.weight, labels, linear_bias=layer.bias)
 
 
+@pytest.mark.parametrize("at", [[0], [0, 1], [20, 40], [40]], ids=str)
+@pytest.mark.parametrize("infinite", [torch.inf, -torch.inf], ids=str)
+def test_blocks_of_classes_with_infinite_logits(monkeypatch: pytest.MonkeyPatch, infinite: float, at: list[int]) -> None:
+    """Have the statistics of whole rows: the largest may be inf in one block, and in others not."""
+    monkeypatch.setattr(plan_linear, "BLOCK_BYTES", 4 * 16 * 4)
+    layer, target = make_layer(4, n_classes=52), torch.tensor([0, 20, 40, 51])
+    assert layer.bias is not None
+    layer.bias[at] = infinite
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}):
+        arguments: dict[str, Any] = {"linear_bias": layer.bias, "reduction": "none", "return_stats": True, **options}
+        found = fusedloss.linear_cross_entropy(layer.input, layer.weight, target, **arguments)
+        whole = fusedloss.linear_cross_entropy(layer.input, layer.weight, target, chunk_rows=4, **arguments)
+        torch.testing.assert_close(found, whole, equal_nan=True)
+
+
 def test_no_logits_are_kept() -> None:
     """Neither by autograd, nor by checkpointing, which keeps what is packed."""
     layer, target = make_layer(64, n_features=2, n_classes=32).leaves(), torch.arange(64) % 32
