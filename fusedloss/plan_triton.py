@@ -57,7 +57,7 @@ def forward_cuts(t: Operands, options: Options, device: DeviceFacts, sharded: bo
     """The launches of a forward; one that has a gradient to write is fused. sharded: the logits are a slice of the classes;
     in_turn: programs run one after another, in Triton's interpreter."""
     if t.dlogits is None:
-        main = _forward_cut(t, options, device, sharded)
+        main = _forward_cut(t, options, device)
         adds_up = not sharded and (options.reduction != "none" or options.return_stats)
         return ForwardCuts(None, main, *_sums(main, adds_up, device), _selection_cuts(t, options.reduction, device))
     n_rows, is_mean = t.logits.n_rows, options.reduction == "mean" and t.probabilities is None
@@ -88,15 +88,11 @@ def holds_rows(cut: Cut) -> bool:
     return bool(cut.shape.n_blocks > 0)
 
 
-def _forward_cut(t: Operands, options: Options, device: DeviceFacts, sharded: bool) -> Cut:
+def _forward_cut(t: Operands, options: Options, device: DeviceFacts) -> Cut:
     more = holds_more(options, t.itemsize)
     if takes_rows(t):
         return forward_rows(t, more, device)
-    tile = cut_tiles("forward_tile_kernel", t, more, device)
-    if t.logits.n_rows <= ROWS_SELECTED_ALONE and not sharded:
-        return tile
-    # Without the selection it needs few registers, and ptxas would spill for fewer still.
-    return _with_all_registers(tile, device)
+    return _with_all_registers(cut_tiles("forward_tile_kernel", t, more, device), device)
 
 
 def _with_all_registers(cut: Cut, device: DeviceFacts) -> Cut:

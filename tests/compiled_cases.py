@@ -60,6 +60,8 @@ CASES: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "topk of a fraction, shared tile": ((4096, 10), FP32, {"reduction": "topk", "top_k": 0.5}),
     "ragged shared tile": ((4096, 101), FP32, {}),
     "transposed": ((10, 4096), FP32, {"transpose": True}),
+    "topk of a fraction, shared tile, ragged": ((4095, 10), BF16, {"reduction": "topk", "top_k": 0.5}),
+    "max, shared tile": ((4096, 10), BF16, {"reduction": "max"}),
     "recompute, shared tile": ((4096, 10), BF16, {"reduction": "none"}),
     "recompute, 16-byte rows, all options": ((4096, 100), FP32, {"reduction": "none", "weight": True, "label_smoothing": 0.1}),
     "recompute, long rows": ((64, 32000), BF16, {"reduction": "none"}),
