@@ -50,11 +50,12 @@ def gradient_pass(
 
 
 def row_pass(inputs: LinearInputs, options: Options, settings: Settings) -> RowPass:
-    """`linear_passes.row_pass`; what the call does not ask for may be a tensor of no elements."""
+    """`linear_passes.row_pass`."""
     if nobody_traces(*inputs):
         return linear_passes.row_pass(inputs, options, settings)
     how = settings.chunk_rows, settings.compact, settings.backend
-    return RowPass(*torch.ops.fusedloss.linear_row_pass.default(*inputs, *options, *how))
+    row_losses, *stats = torch.ops.fusedloss.linear_row_pass.default(*inputs, *options, *how)
+    return RowPass(row_losses, *(stats if options.return_stats else (None, None)))
 
 
 def nobody_traces(*tensors: Tensor | None) -> bool:

@@ -109,6 +109,8 @@ def test_compiles_as_one_graph(options: dict[str, Any]) -> None:
     expected, found = step(*layer), compiled(*layer)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradients(found, layer), gradients(expected, layer))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*layer), expected.detach())
 
 
 @pytest.mark.parametrize("options", REDUCTIONS, ids=str)
@@ -154,6 +156,8 @@ def test_fake_tensors() -> None:
         loss = fusedloss.linear_cross_entropy(layer.input, layer.weight, target, linear_bias=layer.bias)
         assert loss.shape == ()
         assert [gradient.shape for gradient in gradients(loss, layer)] == [part.shape for part in layer.parts()]
+        with torch.no_grad():
+            assert fusedloss.linear_cross_entropy(layer.input, layer.weight, target, reduction="none").shape == (9,)
 
 
 @needs_torchs
