@@ -15,6 +15,7 @@ The fused gradient belongs to the graph until the graph is freed: then it is sca
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -161,6 +162,19 @@ def _taken(ctx: Any) -> Tensor:
     return ctx.saved_tensors[-1] if dlogits is None else dlogits
 
 
+def _read(ctx: Any, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `of` makes of that gradient without changing it: for the last time where the graph is freed, but by a compiler, which
+    owns the buffers of its graphs."""
+    if torch.compiler.is_compiling():
+        return of(_made(ctx))
+    if not keeps_graph():
+        return of(_taken(ctx))
+    made = of(_made(ctx))
+    if "place" not in vars(ctx):  # who took the gradient may have scaled it while it was read
+        raise RuntimeError("Another thread freed the graph during a backward that keeps it")
+    return made
+
+
 def _gradient(
     ctx: Any,
     names: tuple[str, ...],  # of the tensors that are saved first
@@ -175,16 +189,20 @@ def _gradient(
         assert dentropy is not None
         dloss = torch.zeros_like(dentropy, dtype=out_dtype)
     if ctx.has_gradient and not torch.is_grad_enabled():
-        if torch.compiler.is_compiling() or is_batched(dloss):  # a compiler owns the buffers of its graphs
-            return ops.scaled(_made(ctx), dloss)
-        dlogits = _made(ctx).clone() if keeps_graph() else _taken(ctx)
+        if torch.compiler.is_compiling() or is_batched(dloss):
+            return _read(ctx, lambda dlogits: ops.scaled(dlogits, dloss))
+        dlogits = _read(ctx, torch.clone) if keeps_graph() else _taken(ctx)
         ops.scale_gradient(dlogits, dloss, backend)
         return dlogits
     tensors = ctx.saved_tensors
     by_name = dict(zip(names, tensors, strict=False))
     if torch.is_grad_enabled() or is_batched(dloss) or (dentropy is not None and is_batched(dentropy)):
-        made = _made(ctx) if ctx.has_gradient else None
-        return _differentiable_gradient(ctx, dloss, dentropy, by_name, made, options, out_dtype)
+        place = vars(ctx).get("place")
+
+        def from_made(made: Tensor | None) -> Tensor:
+            return _differentiable_gradient(place, dloss, dentropy, by_name, made, options, out_dtype)
+
+        return _read(ctx, from_made) if ctx.has_gradient else from_made(None)
     inputs = Inputs(**by_name)
     if fuses_gradient(options.reduction, inputs.logits.dtype):
         dlogits = ops.forward(kernel_inputs(inputs, backend), options, out_dtype, True, backend).dlogits.view(inputs.logits.shape)
@@ -194,7 +212,7 @@ def _gradient(
 
 
 def _differentiable_gradient(
-    ctx: Any,
+    kept: tuple[Tensor, int] | None,  # the logits and their version at the forward
     dloss: Tensor,
     dentropy: Tensor | None,
     by_name: dict[str, Tensor],
@@ -208,7 +226,7 @@ def _differentiable_gradient(
     if dlogits is None:
         place, version = by_name["logits"], by_name["logits"]._version
     else:
-        place, version = ctx.place or (by_name["logits"], None)
+        place, version = kept or (by_name["logits"], None)
     inputs = Inputs(**{**by_name, "logits": place})
     if place.dim() == 1:
         inputs, dlogits = inputs.as_one_row(), dlogits if dlogits is None else dlogits.unsqueeze(0)

@@ -15,7 +15,7 @@ from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor
 
 import fusedloss
-from fusedloss import known
+from fusedloss import autograd, known
 
 
 @pytest.fixture(params=[CPU, INTERPRETER, GPU])
@@ -250,6 +250,52 @@ def test_every_backward_of_a_known_call(path: Path, dtype: torch.dtype, reductio
     for _ in range(3):
         assert all(map(torch.equal, backwards(), expected))
     assert known.KNOWN
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", ["plain", "batched", "create_graph"])
+def test_every_kind_of_backward_frees_the_graph(path: Path, kind: str, reduction: str) -> None:
+    """And with it the gradient that the forward made, though the loss lives on."""
+    logits, target = problem()
+
+    def backward(loss: Tensor) -> None:
+        dloss = torch.full_like(loss, 3.0)
+        if kind == "batched":
+            torch.autograd.grad(loss, logits, torch.stack([dloss, dloss]), is_grads_batched=True)
+        else:
+            torch.autograd.grad(loss, logits, dloss, create_graph=kind == "create_graph", retain_graph=False)
+
+    for _ in range(4):
+        loss = fusedloss.cross_entropy(logits, target, reduction=reduction)
+        backward(loss)
+        assert "dlogits" not in vars(loss.grad_fn)
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            backward(loss)
+    assert known.KNOWN
+
+
+@pytest.mark.parametrize("upstream", [(3.0, 3.0), (3.0,)], ids=["batched", "plain"])
+def test_a_graph_that_another_thread_frees_meanwhile(
+    path: Path, monkeypatch: pytest.MonkeyPatch, upstream: tuple[float, ...]
+) -> None:
+    """The gradient that it scales in place is none for a backward that keeps the graph."""
+    logits, target = problem()
+    for _ in range(3):
+        fusedloss.cross_entropy(logits, target).backward()
+    loss = fusedloss.cross_entropy(logits, target)
+    made = autograd._made
+
+    def as_another_thread_frees_it(ctx: Any) -> Tensor:
+        gradient = made(ctx)
+        monkeypatch.setattr(autograd, "_made", made)
+        autograd._taken(ctx).mul_(3)
+        return gradient
+
+    monkeypatch.setattr(autograd, "_made", as_another_thread_frees_it)
+    dloss = torch.tensor(upstream, device=logits.device)
+    batched = len(upstream) > 1
+    with pytest.raises(RuntimeError, match="Another thread freed the graph"):
+        torch.autograd.grad(loss, logits, dloss if batched else dloss[0], retain_graph=True, is_grads_batched=batched)
 
 
 def test_logits_changed_after_a_known_forward(path: Path) -> None:
