@@ -56,7 +56,8 @@ def linear_cross_entropy(
             being one of input. With reduction "none" the statistics' `entropy` has a gradient here, too: no matmul more, but in
             the backward the memory of one more chunk.
         chunk_rows: rows of a chunk; None: as many as have 64 MiB of logits, but 256 at least (on a GPU 250 MB and 2048). Where a
-            CPU makes only losses, None is up to 2048, and 32 MB of their logits exist at a time: a block of classes.
+            CPU makes only losses, None is up to 2048, or as many as have 1 MB of logits, and 32 MB of their logits exist at a
+            time: a block of classes.
         compact: on a GPU, too, rows that are ignored, or that "max" and "topk" do not select, are left out of the matmuls; the
             host waits for their number, twice for those two. On a CPU they always are.
 

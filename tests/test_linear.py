@@ -319,6 +319,12 @@ def test_the_plan() -> None:
         assert (few.chunk_rows, few.n_chunks, few.held_bytes) == (1024, 1, 512 * 50257 * 2)  # the backward's chunk
         losses = fusedloss.plan(input.detach(), target, linear_weight=weight.detach())
         assert (losses.matmuls, losses.chunk_rows, losses.held_bytes) == (1, 1024, 1024 * 12576 * 2)
+        few_classes = fusedloss.plan(
+            torch.empty(10**6, 16, device="meta"),
+            torch.empty(10**6, dtype=torch.int64, device="meta"),
+            linear_weight=torch.empty(10, 16, device="meta"),
+        )
+        assert (few_classes.chunk_rows, few_classes.n_chunks, few_classes.held_bytes) == (25_000, 40, 10**6)
     deep = torch.empty(5, 3, 8)
     unfused = fusedloss.plan(torch.empty(4, 8), torch.empty(4, 3, dtype=torch.int64), linear_weight=deep)
     assert unfused.strategy == "unfused"
