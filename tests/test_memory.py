@@ -117,6 +117,13 @@ def freed_before_the_backward() -> None:
         for function in (fusedloss.cross_entropy, F.cross_entropy):
             loss = function(leaf, target)
             assert outcome(lambda: loss.backward(upstream)) == "RuntimeError"  # noqa: B023
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf, target = make_logits(8, 10, dtype=dtype).requires_grad_(), make_target(8, n_classes=10)
+        for _ in range(4):
+            for upstream in (torch.ones(1, dtype=dtype).expand(8), torch.ones(8, 2, dtype=dtype)[:, 0]):  # to be copied
+                loss = fusedloss.cross_entropy(leaf, target, reduction="none")
+                upstream.untyped_storage().resize_(0)
+                assert outcome(lambda: loss.backward(upstream)) == "RuntimeError"  # noqa: B023
     print("done")
 
 

@@ -69,12 +69,11 @@ def backward(
     """The gradient of the logits."""
     dlogits = allocate_gradient(inputs.logits)
     if dlogits.numel() > 0:
-        if dloss.dtype not in (saved.dtype, dlogits.dtype):  # a call of to() costs what the kernel takes for 1000 logits
-            dloss = dloss.to(saved.dtype)
+        dloss = as_read(dloss, dloss.dtype if dloss.dtype in (saved.dtype, dlogits.dtype) else saved.dtype)
         inputs = all_as_read(inputs)
         kind = prepack(inputs, dlogits.stride(), dloss.dtype, options, library())
         outputs = NO_OUTPUTS._replace(saved=saved, dlogits=dlogits)
-        run(True, kind, outputs, dloss.contiguous(), inputs, options)
+        run(True, kind, outputs, dloss, inputs, options)
     return dlogits
 
 
@@ -101,7 +100,7 @@ def slice_gradient(
         kind = prepack(inputs, dlogits.stride(), None, options, library())
         head = stats.new_tensor([1.0, 0.0, 0.0, float(weight_total)])
         outputs = NO_OUTPUTS._replace(saved=head, dlogits=dlogits)
-        run(True, kind, outputs, drows.contiguous(), inputs, options, part, stats)
+        run(True, kind, outputs, as_read(drows, drows.dtype), inputs, options, part, stats)
     return dlogits
 
 

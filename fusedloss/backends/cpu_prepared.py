@@ -102,7 +102,7 @@ class Prepared:
         kind, n_examples = self.backward_kind, logits.shape[0] if self.any_batch else self.n_examples
         dlogits = torch.empty_like(logits) if self.any_batch else self.new_gradient()
         if dloss.dtype != self.dloss_dtype or not dloss.is_contiguous():
-            dloss = dloss.to(self.dloss_dtype).contiguous()
+            dloss = converted(dloss, self.dloss_dtype, bytes_spanned(dloss))
         saved_at, dloss_at, logits_at, target_at = saved.data_ptr(), dloss.data_ptr(), logits.data_ptr(), target.data_ptr()
         if min(saved_at, dloss_at, logits_at, target_at) < _PAST_FREED:
             saved_at, dloss_at = address(saved, saved.nbytes), address(dloss, dloss.nbytes)
