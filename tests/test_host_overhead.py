@@ -70,7 +70,7 @@ def test_a_compiled_kernel_is_kept_for_what_it_was_compiled_for(monkeypatch: pyt
     assert len(launched) == 9
     assert launched[0] is launched[1] is launched[2] is launched[6]
     assert launched[3] is launched[7]
-    assert len(set(map(id, launched))) == 4  # two numbers of rows ask Triton, and share a kernel
+    assert len(set(map(id, launched))) == 5  # forward_tile_kernel is specialised for a multiple of 16 rows, which 127 are not
 
 
 def test_a_known_call_looks_for_its_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
