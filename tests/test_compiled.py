@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import ALLOWED_SPILLS, OTHER_TARGETS, TARGETS, compile_for, launches, report, variants
+from compiled import ALLOWED_REGISTERS, ALLOWED_SPILLS, OTHER_TARGETS, TARGETS, compile_for, launches, report, variants
 from compiled_cases import CASES, NARROW, READS_NO_LOGITS, call
 from triton.backends.compiler import GPUTarget
 
@@ -34,7 +34,7 @@ def test_compiles_without_spills_and_with_wide_accesses(monkeypatch: pytest.Monk
     for launch in recorded:
         found = report(compile_for(launch, target), target)
         assert found.spills <= ALLOWED_SPILLS, f"{launch.kernel}: {found}"
-        assert found.registers <= 256, f"{launch.kernel}: {found}"  # on AMD more are those for matrices, by way of copies
+        assert found.registers <= ALLOWED_REGISTERS, f"{launch.kernel}: {found}"
         if case not in NARROW and launch.kernel not in READS_NO_LOGITS:
             assert found.load_bytes == 16, f"{launch.kernel}: {found}"
             if not launch.kernel.startswith("forward"):
