@@ -78,7 +78,7 @@ def test_row_losses_stay_below(case: tuple[str, tuple[Any, ...]]) -> None:
     options: dict[str, Any] = {"reduction": reduction, "top_k": 0.5 if reduction == "topk" else None}
     mark = emulated.measure(lambda x, t: fusedloss.cross_entropy(x, t, **options).sum(), *logits)
     instructions, passes, width = BOUNDS_OF_ROW_LOSSES[case]
-    assert mark.instructions < instructions * INSTRUCTIONS_OF_THIS_TRITON
+    assert IS_EARLIER_TRITON or mark.instructions < instructions  # Triton 3.6 takes half as many more for the selection
     assert mark.passes < passes
     assert mark.narrowest >= width
     assert (mark.launches, mark.torch_launches) == (2, 2)  # the sum, and its upstream gradient
