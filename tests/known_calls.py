@@ -1,10 +1,11 @@
 """For the tests of known calls: one problem, how it is served, and who took the long way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from paths import CPU, GPU, INTERPRETER, Path, entered
 from problems import make_logits, make_target
 from torch import Tensor
 
@@ -12,6 +13,13 @@ import fusedloss
 from fusedloss import known, serving
 
 N, C = 6, 10
+
+
+@pytest.fixture(params=[CPU, INTERPRETER, GPU])
+def kernel_path(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A test's `path`: those that know calls again."""
+    with entered(request.param):
+        yield request.param
 
 
 def none_known(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -2,26 +2,22 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import check_against_torch
-from known_calls import C, N, equal, none_known, outcome, problem, served, without_known
-from paths import CPU, GPU, INTERPRETER, Path, entered
+from known_calls import C, N, equal, kernel_path, none_known, outcome, problem, served, without_known
+from paths import Path
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor
 
 import fusedloss
 from fusedloss import known
 
-
-@pytest.fixture(params=[CPU, INTERPRETER, GPU])
-def path(request: pytest.FixtureRequest) -> Iterator[Path]:
-    with entered(request.param):
-        yield request.param
+path = kernel_path
 
 
 @pytest.fixture(autouse=True)

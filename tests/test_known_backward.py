@@ -1,23 +1,18 @@
 """Backwards of calls like one served before (fusedloss/known.py): of every kind, and of graphs that others hold or free."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from known_calls import C, none_known, problem, served, without_known
-from paths import CPU, GPU, INTERPRETER, Path, entered
+from known_calls import C, kernel_path, none_known, problem, served, without_known
+from paths import Path
 from problems import make_weight
 from torch import Tensor
 
 import fusedloss
 from fusedloss import autograd, known
 
-
-@pytest.fixture(params=[CPU, INTERPRETER, GPU])
-def path(request: pytest.FixtureRequest) -> Iterator[Path]:
-    with entered(request.param):
-        yield request.param
+path = kernel_path
 
 
 @pytest.fixture(autouse=True)

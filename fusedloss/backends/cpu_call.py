@@ -2,7 +2,7 @@
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,7 +177,11 @@ def _kind(
         target_kind = "uint8" if target_dtype == torch.uint8 else "int64"
     else:
         target_kind = "probabilities" if target_dtype == accumulation_dtype(logits_dtype) else "probabilities_as_logits"
-    of_logits, of_dlogits, of_target = rows.strides
+    places: dict[str, Any] = {
+        f"{tensor}_{dim}": stride
+        for tensor, strides in zip(("logits", "dlogits", "target"), rows.strides, strict=True)
+        for dim, stride in zip(("outer", "middle", "row", "col"), strides, strict=True)
+    }
     kind = Kind(
         smoothing=options.label_smoothing,
         z_loss=options.z_loss,
@@ -198,18 +202,7 @@ def _kind(
         n_middle=rows.n_middle,
         one_block=rows.one_block,
         n_cols=rows.n_cols,
-        logits_outer=of_logits[0],
-        logits_middle=of_logits[1],
-        logits_row=of_logits[2],
-        logits_col=of_logits[3],
-        dlogits_outer=of_dlogits[0],
-        dlogits_middle=of_dlogits[1],
-        dlogits_row=of_dlogits[2],
-        dlogits_col=of_dlogits[3],
-        target_outer=of_target[0],
-        target_middle=of_target[1],
-        target_row=of_target[2],
-        target_col=of_target[3],
+        **places,
         gomp_parallel=Address(library.gomp_parallel),
     )
     itemsize, per_example = logits_dtype.itemsize, rows.per_example * target_dtype.itemsize
