@@ -30,6 +30,8 @@ from fusedloss.recover import KEPT_BYTES, recovered
 from fusedloss.rows import kernel_inputs
 from fusedloss.world import hooks_are_active, is_batched, nobody_watches
 
+Place = tuple[Tensor, int, Tensor | None]  # logits, their version at the forward; the gradient, where autograd does not save it
+
 
 def _rows_shape(logits: Tensor) -> tuple[int, ...]:
     return (logits.shape[0], *logits.shape[2:])
@@ -59,7 +61,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         has_gradient = fused and dlogits is not None and dlogits.numel() == logits.numel()
         ctx.call, ctx.has_gradient = (options, out_dtype, backend), has_gradient
         if has_gradient:
-            ctx.place = None if forgets_logits(options, logits) else (logits, logits._version)
+            ctx.place = None if forgets_logits(options, logits) else (logits, logits._version, None)
             save_gradient(ctx, dlogits.view(logits.shape), inputs)
         else:
             ctx.names = _present(inputs)
@@ -95,7 +97,7 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
             ctx.place = None
             ctx.save_for_backward(logits, target, *(() if weight is None else (weight,)), saved if dlogits is None else dlogits)
         else:  # nobody's hooks are active: to have autograd save the gradient would take 3 % of a small step
-            ctx.place, ctx.dlogits = (logits, logits._version), dlogits
+            ctx.place = logits, logits._version, dlogits
             if weight is None:  # another percent
                 ctx.save_for_backward(target)
             else:
@@ -147,29 +149,30 @@ def _present(inputs: Inputs) -> tuple[str, ...]:
     return tuple(name for name, tensor in zip(Inputs._fields, inputs, strict=True) if tensor is not None)
 
 
-def _made(ctx: Any) -> Tensor:
+def _made(ctx: Any, place: Place | None) -> Tensor:
     """The gradient that the forward made."""
-    dlogits: Tensor | None = getattr(ctx, "dlogits", None)
+    dlogits = None if place is None else place[2]
     return ctx.saved_tensors[-1] if dlogits is None else dlogits
 
 
 def _taken(ctx: Any) -> Tensor:
-    """The same for whoever frees the graph, once: atomic, since another thread may free it as well."""
-    if ctx.__dict__.pop("place", _taken) is _taken:
+    """The same for whoever frees the graph, once: atomic, since another thread may free it as well. Nothing else holds it then:
+    whoever accumulates gradients keeps it instead of a copy."""
+    place = ctx.__dict__.pop("place", _taken)
+    if place is _taken:
         _ = ctx.saved_tensors  # raises, once the graph is freed
         raise RuntimeError("Trying to backward through the graph a second time, in another thread at the same time")
-    dlogits: Tensor | None = ctx.__dict__.pop("dlogits", None)  # whoever accumulates gradients keeps what nobody else holds
-    return ctx.saved_tensors[-1] if dlogits is None else dlogits
+    return _made(ctx, place)
 
 
 def _read(ctx: Any, of: Callable[[Tensor], Tensor]) -> Tensor:
     """What `of` makes of that gradient without changing it: for the last time where the graph is freed, but by a compiler, which
     owns the buffers of its graphs."""
     if torch.compiler.is_compiling():
-        return of(_made(ctx))
+        return of(_made(ctx, ctx.place))
     if not keeps_graph():
         return of(_taken(ctx))
-    made = of(_made(ctx))
+    made = of(_made(ctx, vars(ctx).get("place")))
     if "place" not in vars(ctx):  # who took the gradient may have scaled it while it was read
         raise RuntimeError("Another thread freed the graph during a backward that keeps it")
     return made
@@ -212,7 +215,7 @@ def _gradient(
 
 
 def _differentiable_gradient(
-    kept: tuple[Tensor, int] | None,  # the logits and their version at the forward
+    kept: Place | None,
     dloss: Tensor,
     dentropy: Tensor | None,
     by_name: dict[str, Tensor],
@@ -226,7 +229,7 @@ def _differentiable_gradient(
     if dlogits is None:
         place, version = by_name["logits"], by_name["logits"]._version
     else:
-        place, version = kept or (by_name["logits"], None)
+        place, version, _ = kept or (by_name["logits"], None, None)
     inputs = Inputs(**{**by_name, "logits": place})
     if place.dim() == 1:
         inputs, dlogits = inputs.as_one_row(), dlogits if dlogits is None else dlogits.unsqueeze(0)

@@ -121,23 +121,9 @@ def cross_entropy(
         Zhang et al. 2018, arXiv:1710.09412 (MixUp); Yun et al. 2019, arXiv:1905.04899 (CutMix); Chowdhery et al. 2022,
         arXiv:2204.02311 (z-loss); Gemma Team 2024, arXiv:2408.00118 (softcap); Lin et al. 2017, arXiv:1708.02002 (focal loss).
     """
-    return serve(
-        cross_entropy,
-        input,
-        target,
-        weight,
-        size_average,
-        ignore_index,
-        reduce,
-        reduction,
-        label_smoothing,
-        scale,
-        sample_weight,
-        top_k,
-        return_stats,
-        z_loss,
-        logit_scale,
-        softcap,
-        focal_gamma,
-        out_dtype,
-    )
+    # fmt: off
+    return serve(cross_entropy, input, target, weight, scale, (
+        ignore_index, size_average, reduce, reduction, label_smoothing,
+        sample_weight, top_k, return_stats, z_loss, logit_scale, softcap, focal_gamma, out_dtype,
+    ))
+    # fmt: on

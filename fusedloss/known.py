@@ -47,32 +47,20 @@ _seen: dict[tuple[Any, ...], int] = {}  # how often, by key, shape, strides and 
 _lengths: dict[tuple[Any, ...], int] = {}  # the first number of examples, by key, shape of an example, strides and dtype
 
 
-def key_of(
+def find(
+    input: Tensor,
     target: Any,
     weight: Tensor | None,
-    size_average: bool | None,
-    ignore_index: int,
-    reduce: bool | None,
-    reduction: str,
-    label_smoothing: float,
-    extras: tuple[Any, ...],  # in the order of `plan.Extras`
-) -> tuple[Any, ...] | None:
-    """With the tensors' kind, all that decides the way of a call; None where such calls are not remembered."""
-    scale, sample_weight, top_k, return_stats, *_ = extras
-    if (
-        type(scale) is not float
-        or type(ignore_index) is not int
-        or not size_average is reduce is top_k is sample_weight is None
-        or (return_stats and reduction == "none")  # whose statistics have a gradient
-        or type(target) is tuple
-        or hooks_are_active()
-    ):
-        return None
-    return (
-        ignore_index,
-        reduction,
-        label_smoothing,
-        extras[1:],
+    scale: Any,
+    arguments: tuple[Any, ...],  # the others, ignore_index first
+) -> tuple[tuple[Any, ...] | None, KnownCall | None]:
+    """The key of such calls, with the tensors' kind all that decides the way of a call, None where they are not remembered; and
+    what is known of this one. One function of few parameters: in parts it would take percents of a small step."""
+    # True and 1.0 would be found as the key 1 is.
+    if type(scale) is not float or type(arguments[0]) is not int or hooks_are_active():
+        return None, None
+    key = (
+        arguments,
         weight is None,
         backends.requested,
         torch.is_grad_enabled(),
@@ -80,19 +68,19 @@ def key_of(
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
     )
-
-
-def find(key: tuple[Any, ...], input: Tensor, target: Tensor, weight: Tensor | None) -> KnownCall | None:
-    calls = KNOWN.get(key)
-    # Nested tensors end the process when they are asked for their strides; a torch.fx.Proxy has no answer.
-    if calls is None or not input.is_nested is target.is_nested is False or (weight is not None and weight.is_nested):
-        return None
-    for call in calls:
-        if not (call.takes(input, target) if weight is None else call.takes(input, target, weight)):
-            continue
-        if call.lengths is None or (input.shape[0] == target.shape[0] and input.shape[0] in call.lengths):
-            return call
-    return None
+    try:
+        calls = KNOWN.get(key)
+        # Nested tensors end the process when they are asked for their strides; a torch.fx.Proxy has no answer.
+        if calls is None or not input.is_nested is target.is_nested is False or (weight is not None and weight.is_nested):
+            return key, None
+        for call in calls:
+            if not (call.takes(input, target) if weight is None else call.takes(input, target, weight)):
+                continue
+            if call.lengths is None or (input.shape[0] == target.shape[0] and input.shape[0] in call.lengths):
+                return key, call
+    except (TypeError, AttributeError):  # what cannot be looked up: the checks take it, or say what it is
+        return None, None
+    return key, None
 
 
 def is_worth_remembering(key: tuple[Any, ...], logits: Tensor, target: Tensor) -> bool:

@@ -48,11 +48,14 @@ def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
     return Outputs(*torch.ops.fusedloss.forward.default(*inputs, *options, out_dtype, needs_grad, backend))
 
 
-def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, backend: str, as_given: Inputs) -> Any:
+def prepare(
+    inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, backend: str, as_given: Inputs, varies: bool
+) -> Any:
     """What serves calls alike while nobody watches: the backend's Prepared, or None where such calls take more than a launch.
-    as_given: the inputs as the caller has them."""
-    preparing: Any = cpu_prepared if backend == "cpu" else triton_backend
-    return preparing.prepare(inputs, options, out_dtype, needs_grad, as_given)
+    as_given: the inputs as the caller has them; varies: calls with another number of examples should be alike, too."""
+    if backend == "cpu":
+        return cpu_prepared.prepare(inputs, options, out_dtype, needs_grad, as_given, varies)
+    return triton_backend.prepare(inputs, options, out_dtype, needs_grad, as_given)
 
 
 def backward(

@@ -97,6 +97,7 @@ class Torchs(NamedTuple):
     """PyTorch's own loss, times the scale: of calls that ask for no other extra. Its sums and its NaN are PyTorch's, too."""
 
     options: Options
+    any_batch: bool = False  # calls with another number of examples are another kind
 
     def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float) -> tuple[Tensor, None, None, None]:
         """As the Prepared of a backend, which autograd differentiates."""

@@ -39,33 +39,26 @@ def serve(
     input: Tensor,
     target: Any,
     weight: Tensor | None,
-    size_average: bool | None,
-    ignore_index: int,
-    reduce: bool | None,
-    reduction: str,
-    label_smoothing: float,
-    *extras: Any,
+    scale: float | Tensor,
+    arguments: tuple[Any, ...],
 ) -> Any:
-    """What `cross_entropy` returns for these arguments, the extras in the order of `Extras`."""
+    """What `cross_entropy` returns for these arguments; the last are all others, those of PyTorch first, ignore_index the first
+    of them, and then those after the scale, in the order of `Extras`."""
     key = None
     if not is_dynamo_compiling():
-        key = known.key_of(target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, extras)
-        if key is not None:
-            try:
-                call = known.find(key, input, target, weight)
-            except (TypeError, AttributeError):  # what cannot be looked up: the checks take it, or say what it is
-                key = call = None
-            if call is not None:
-                if call.needs_grad:
-                    loss = KnownCrossEntropyFunction.apply(input, (target, weight, extras[0], call))
-                    if call.forgets:
-                        forget_logits(loss)
-                    return (loss, _loss_stats(vars(loss.grad_fn).pop("stats"), input)) if call.options.return_stats else loss
-                loss, _, _, stats = call.prepared.forward(input, target, weight, extras[0])
+        key, call = known.find(input, target, weight, scale, arguments)
+        if call is not None:
+            if not call.needs_grad:
+                loss, _, _, stats = call.prepared.forward(input, target, weight, scale)
                 return loss if stats is None else (loss, _loss_stats(stats, input))
-    scale, sample_weight, *_ = extras
+            loss = KnownCrossEntropyFunction.apply(input, (target, weight, scale, call))
+            if call.forgets:
+                forget_logits(loss)
+            return (loss, _loss_stats(vars(loss.grad_fn).pop("stats"), input)) if call.options.return_stats else loss
+    ignore_index, size_average, reduce, reduction, label_smoothing, *others = arguments
+    extras = Extras(scale, *others)
     labels, labels_b, lam = labels_of(target)
-    tensors = (input, labels, labels_b, lam if isinstance(lam, Tensor) else None, weight, sample_weight)
+    tensors = (input, labels, labels_b, lam if isinstance(lam, Tensor) else None, weight, extras.sample_weight)
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(  # by keyword, as PyTorch does: overrides look there
             public,
@@ -78,14 +71,15 @@ def serve(
             reduce=reduce,
             reduction=reduction,
             label_smoothing=label_smoothing,
-            **Extras(*extras)._asdict(),
+            **extras._asdict(),
         )
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    options = check_options(reduction, ignore_index, label_smoothing, Extras(*extras), lam)
+    options = check_options(reduction, ignore_index, label_smoothing, extras, lam)
     inputs = Inputs(*tensors, scale if isinstance(scale, Tensor) else None)
-    out_dtype = extras[-1]
-    loss, stats = serve_checked(inputs, options, out_dtype, None if isinstance(label_smoothing, Tensor) else key)
+    if not size_average is reduce is None or isinstance(label_smoothing, Tensor):  # for which PyTorch warns each time
+        key = None
+    loss, stats = serve_checked(inputs, options, extras.out_dtype, key)
     return (loss, stats) if options.return_stats else loss
 
 
@@ -131,6 +125,9 @@ def labels_of(target: Any) -> tuple[Tensor, Tensor | None, float | Tensor]:
 def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Route, loss: Tensor) -> None:
     """Has the next call like this one go straight to its backend."""
     logits, target, weight = inputs.logits, inputs.target, inputs.weight
+    # Of these kinds none is known: tensors that no test of the key looks at, statistics that have a gradient.
+    if not inputs.target_b is inputs.sample_weight is None or options.reduction == "topk" or options.differentiates_entropy():
+        return
     if route.world is not PLAIN or route.backend not in ("cpu", "triton", "torch") or (_CHECK_TARGETS and route.backend != "cpu"):
         return
     varies = route.backend == "cpu" and known.varies(key, logits)  # a launch is cut for a number of rows
@@ -139,13 +136,14 @@ def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Rou
     needs_grad = route.backend != "torch" and logits.requires_grad and torch.is_grad_enabled()
     prepared: Any = reference.Torchs(options)
     if route.backend != "torch":
-        prepared = ops.prepare(kernel_inputs(inputs, route.backend), options, route.out_dtype, needs_grad, route.backend, inputs)
+        taken = kernel_inputs(inputs, route.backend)
+        prepared = ops.prepare(taken, options, route.out_dtype, needs_grad, route.backend, inputs, varies)
     if prepared is None:
         return
     fused = needs_grad and fuses_gradient(options.reduction, logits.dtype)
     forgets = fused and forgets_logits(options, logits)
     tensors = (logits, target) if weight is None else (logits, target, weight)
-    lengths = alike_lengths(logits) if varies and prepared.any_batch else None
+    lengths = alike_lengths(logits) if prepared.any_batch else None
     takes, takes_dloss = known.same_kind(*tensors, any_batch=lengths is not None), known.same_kind(loss.detach())
     if takes is None or takes_dloss is None:
         return

@@ -49,7 +49,7 @@ def test_a_compiled_kernel_is_kept_for_what_it_was_compiled_for(monkeypatch: pyt
     run = triton.JITFunction.run
     monkeypatch.setattr(triton.JITFunction, "run", lambda self, *args, **kwargs: asked.append(self) or run(self, *args, **kwargs))
     monkeypatch.setattr(host_overhead.StubDriver, "launcher_cls", staticmethod(lambda src, _: lambda *_: launched.append(src)))
-    monkeypatch.setattr(known, "find", lambda *_: None)
+    monkeypatch.setattr(known, "find", lambda *_: (None, None))
     memory, target = torch.randn(2570), torch.randint(10, (257,))
     aligned, shifted = memory[:1280].view(128, 10), memory[1:1281].view(128, 10)
     with host_overhead.stubbed_launcher():

@@ -31,7 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return dispatch(inputs, options, route)
 
     monkeypatch.setattr(serving, "compute", recording)
-    monkeypatch.setattr(known, "find", lambda *_: None)  # every one passes here
+    monkeypatch.setattr(known, "find", lambda *_: (None, None))  # every one passes here
     return seen
 
 

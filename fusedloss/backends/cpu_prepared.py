@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.cpu import all_as_read, library, raise_out_of_bounds, scale_gradient
-from fusedloss.backends.cpu_abi import CALL, EXTRAS, NO_EXTRAS, Extras
+from fusedloss.backends.cpu_abi import CALL, EXTRAS, NO_EXTRAS, Extras, Functions
 from fusedloss.backends.cpu_call import Prepacked, address, bytes_spanned, converted, prepack
 from fusedloss.backends.outputs import N_ROW_STATS, STATE, RowStats, allocate_gradient, contiguous_strides, kept
 from fusedloss.plan import Inputs, Options, accumulation_dtype
@@ -42,6 +42,7 @@ class Prepared:
     conversions: tuple[Conversion | None, ...] | None  # of logits, target and weight; None: all are read where they lie
     any_batch: bool  # calls with another number of examples are alike
     n_examples: int  # if not
+    workers: tuple[int, Functions] | None  # if not, and one thread serves the call whatever torch's number of threads is
     new_gradient: Callable[[], Tensor]  # if not
     new_loss: Callable[[], Tensor]  # 0-d
     losses: tuple[int, ...] | None  # of an example; None: the loss is 0-d
@@ -78,7 +79,7 @@ class Prepared:
         if logits_at < _PAST_FREED or target_at < _PAST_FREED:  # address() takes 2 % of a small step for each tensor
             logits_at = address(logits, kind.logits.of(n_examples))
             target_at = address(target, kind.target.of(n_examples))
-        n_threads, functions = kind.workers(n_examples)
+        n_threads, functions = self.workers or kind.workers(n_examples)
         call = CALL.pack(  # as in run(), but of fewer tensors and without names, which would take 3 % of a small step
             loss.data_ptr(),
             0 if saved is None else saved.data_ptr(),
@@ -107,7 +108,7 @@ class Prepared:
         if min(saved_at, dloss_at, logits_at, target_at) < _PAST_FREED:
             saved_at, dloss_at = address(saved, saved.nbytes), address(dloss, dloss.nbytes)
             logits_at, target_at = address(logits, kind.logits.of(n_examples)), address(target, kind.target.of(n_examples))
-        n_threads, functions = kind.workers(n_examples)
+        n_threads, functions = self.workers or kind.workers(n_examples)
         call = CALL.pack(
             0,
             saved_at,
@@ -129,9 +130,11 @@ class Prepared:
             scale_gradient(dlogits, dloss)
 
 
-def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, as_given: Inputs) -> Prepared | None:
+def prepare(
+    inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, as_given: Inputs, varies: bool
+) -> Prepared | None:
     """What `cpu.forward` decides for these arguments; None for calls that are not worth it, or not alike.
-    as_given: the inputs as the caller has them."""
+    as_given: the inputs as the caller has them; varies: calls with another number of examples should be alike, too."""
     logits, shape = as_given.logits, as_given.logits.shape
     if 1 in shape and logits.stride() != contiguous_strides(shape):  # strides that say nothing: a gradient's differ
         return None
@@ -149,16 +152,22 @@ def prepare(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad
     dloss_dtype = out_dtype if out_dtype in (logits.dtype, saved_dtype) else saved_dtype
     backward_kind = prepack(read, strides, dloss_dtype, options, library())
     bits_at, one = _BITS[out_dtype.itemsize].from_address, torch.ones((), dtype=out_dtype, device="cpu")
+    any_batch = (
+        varies
+        and logits.dim() > 1
+        and not converts
+        # Else the gradient's strides would depend on the number of examples.
+        and (not needs_grad or (as_given_strides == logits.stride() and logits.stride(0) == math.prod(shape[1:])))
+        and (soft or as_given.target.stride() == contiguous_strides(as_given.target.shape))
+    )
+    n_examples = shape[0] if logits.dim() > 1 else 1
     return Prepared(
         kind,
         backward_kind,
         conversions if converts else None,
-        any_batch=logits.dim() > 1
-        and not converts
-        # Else the gradient's strides would depend on the number of examples.
-        and (not needs_grad or (as_given_strides == logits.stride() and logits.stride(0) == math.prod(shape[1:])))
-        and (soft or as_given.target.stride() == contiguous_strides(as_given.target.shape)),
-        n_examples=shape[0] if logits.dim() > 1 else 1,
+        any_batch=any_batch,
+        n_examples=n_examples,
+        workers=kind.workers(n_examples) if not any_batch and n_examples < kind.examples_of_two_threads else None,
         new_gradient=partial(torch.empty_strided, shape, as_given_strides, dtype=logits.dtype, device=logits.device),
         new_loss=partial(torch.empty_strided, (), (), dtype=out_dtype, device=logits.device),
         losses=tuple(shape[2:]) if options.reduction == "none" and logits.dim() > 1 else None,
