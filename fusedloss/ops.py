@@ -5,7 +5,7 @@ has its own gradient, for compiled graphs and for whoever calls it directly; in 
 loss of a 128 x 10 batch takes, so there autograd.py has a Function, below which the dispatcher differentiates nothing.
 """
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from fusedloss.plan import Inputs, Options, fuses_gradient
 from fusedloss.world import nobody_watches
 
 _INPUTS = "Tensor logits, Tensor target, Tensor? target_b, Tensor? lam, Tensor? weight, Tensor? sample_weight, Tensor? scale"
-_OPTIONS = (
-    "str reduction, SymInt ignore_index, float label_smoothing, int top_k, float top_k_fraction, float scale_factor, "
-    "float z_loss, float logit_scale, float softcap, float focal_gamma, float lam_factor, bool return_stats"
+# A compiler may know the ignore_index only when it runs; all other numbers are constants to it. Two have a tensor's name.
+_OPTIONS = ", ".join(
+    f"{'SymInt' if name == 'ignore_index' else kind.__name__} {name}{'_factor' if name in Inputs._fields else ''}"
+    for name, kind in get_type_hints(Options).items()
 )
 _N_INPUTS, _N_OPTIONS = len(Inputs._fields), len(Options._fields)
 
