@@ -5,8 +5,7 @@ A row's loss is -sum_c q_c log softmax(s x)_c, where q is its target distributio
     dlogits_c = slope softmax_c - s factor q_c        slope = s factor sum_c q_c
 
 where factor is all that multiplies the row's loss. This takes PyTorch's autograd a quarter of the operators that the derivative
-of `reference.cross_entropy` takes. A z-loss, a focal loss and a softcap are not affine; what max and topk select is left to
-`reference`, too.
+of `reference.cross_entropy` takes. Other extras are not affine; what max and topk select is left to `reference`, too.
 """
 
 import torch
@@ -18,7 +17,7 @@ from fusedloss.world import nobody_watches
 
 
 def is_affine(options: Options) -> bool:
-    return options.reduction in ("none", "sum", "mean") and options.z_loss == options.softcap == options.focal_gamma == 0
+    return options.reduction in ("none", "sum", "mean") and not options.asked(besides=("logit_scale",))
 
 
 def gradient(dloss: Tensor, inputs: Inputs, options: Options) -> Tensor:

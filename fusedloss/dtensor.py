@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from fusedloss import slices
 from fusedloss.backends.outputs import contiguous_strides
 from fusedloss.plan import Inputs, Options, Slice
 from fusedloss.sharded import check_whole_rows, denominator, sharded_cross_entropy
@@ -36,8 +37,8 @@ def not_covered(inputs: Inputs, options: Options) -> str | None:
     shards_batch = Shard(0) in of_rows
     if shards_batch and (options.reduction not in ("none", "sum", "mean") or options.return_stats):
         return f"reduction {options.reduction!r}, or statistics, of a batch that is sharded, too"
-    if options.focal_gamma > 0:
-        return "focal_gamma on a DTensor"
+    if unknown := options.asked(besides=slices.NUMBERS):
+        return f"{unknown[0]} on a DTensor"
     if inputs.has_probabilities():
         return "class probabilities of a DTensor"
     for name, tensor in inputs._asdict().items():

@@ -31,6 +31,7 @@ class Extras(NamedTuple):
 
 
 EXTRAS = Extras()
+NUMBERS = ("z_loss", "logit_scale", "softcap", "focal_gamma")  # what changes a row's loss; kernels, too, have these names for it
 
 
 class Options(NamedTuple):
@@ -60,10 +61,16 @@ class Options(NamedTuple):
         """The key of what is decided once for all calls alike: without the numbers that are others in every step."""
         return self if self.scale == 1 and self.lam == 1 else self._replace(scale=1.0, lam=1.0)
 
+    def asked(self, besides: tuple[str, ...] = ()) -> list[str]:
+        """Names of the NUMBERS that the caller asks for, besides those that who wants to know can deal with."""
+        return [name for name in NUMBERS if name not in besides and getattr(self, name) != getattr(DEFAULTS, name)]
+
     def has_extras(self) -> bool:
         """Whether a row takes more registers than PyTorch's own loss does."""
-        transforms = self.logit_scale != 1 or self.softcap > 0
-        return transforms or self.z_loss != 0 or self.focal_gamma > 0 or self.return_stats
+        return self.return_stats or len(self.asked()) > 0
+
+
+DEFAULTS = Options()
 
 
 class Inputs(NamedTuple):

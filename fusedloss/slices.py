@@ -36,6 +36,8 @@ from fusedloss import reference
 from fusedloss.backends.outputs import n_statistics
 from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
 
+NUMBERS = ("z_loss", "logit_scale", "softcap")  # of plan.NUMBERS those whose formulas are here
+
 
 class SliceStats(NamedTuple):
     """Statistics of rows, each (n_rows,) in the dtype of accumulation: of one slice, or merged of the whole row."""

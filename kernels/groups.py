@@ -72,7 +72,7 @@ class Asks:
     z_loss: bool
     logit_scale: bool
     softcap: bool
-    focal: bool
+    focal_gamma: bool
     two_labels: bool
     saves: bool = False  # forward: out.saved is handed to the caller, for a backward
     top_k_is_fraction: bool = False

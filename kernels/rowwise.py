@@ -199,7 +199,7 @@ def row_loss(stats, label, rows, problem, asks: tl.constexpr):
     else:
         nll = _row_nll(stats, e_t)
         loss = label.weight * nll
-        if asks.focal:
+        if asks.focal_gamma:
             loss *= _focal_power(stats, e_t, terms)
         if asks.two_labels:  # a label without a share does not enter, though its logit be -inf
             nll_b = (stats.max - stats.x_b) + log_d
@@ -291,7 +291,7 @@ def gradient_factors(stats, label, g, problem, asks: tl.constexpr):
     e_t = target_exp(stats, asks)
     d = stats.rest + e_t
     a, b, smooth, everywhere = g * label.weight, g * 0.0, g * 0.0, g * 0.0  # everywhere: S, what the target has, too
-    if asks.focal:
+    if asks.focal_gamma:
         odds = e_t / stats.rest
         # Where p_t is 1 the limit, and where it is 0, not 0 times infinity.
         slope = tl.where(odds == float("inf"), 1.0, tl.where(odds == 0.0, 0.0, odds * _row_nll(stats, e_t)))

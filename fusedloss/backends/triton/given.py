@@ -12,7 +12,7 @@ from fusedloss.backends.triton.launching import Launch, interprets, ticket
 from fusedloss.geometry import DeviceFacts, Geometry, Operands, operands, probabilities_strides
 from fusedloss.kernels.constants import DIGIT_BITS, FRACTION_BITS, N_SELECTED_SUMS, N_SELECTION, N_STATISTICS, N_TALLY
 from fusedloss.kernels.groups import Asks, Layout, RowShape, Shard, Strides, Work
-from fusedloss.plan import Cut, Inputs, Options, Slice
+from fusedloss.plan import NUMBERS, Cut, Inputs, Options, Slice
 from fusedloss.plan_triton import SCALED_COLS, backward_cut, forward_cuts, holds_rows, scale_cut
 
 
@@ -146,15 +146,13 @@ def _scale_launch(shape: torch.Size, strides: tuple[int, ...], facts: DeviceFact
 
 def _asks(kind: Kind, saves: bool = False, top_k_is_fraction: bool = False, statistics: bool = False) -> Asks:
     options = kind.options
+    asked = options.asked()
     return Asks(
         options.reduction,
         options.ignore_index,
         probabilities=kind.probabilities_strides is not None,
         smoothing=options.label_smoothing > 0,
-        z_loss=options.z_loss != 0,
-        logit_scale=options.logit_scale != 1,
-        softcap=options.softcap > 0,
-        focal=options.focal_gamma > 0,
+        **{name: name in asked for name in NUMBERS},
         two_labels=kind.two_labels,
         saves=saves,
         top_k_is_fraction=top_k_is_fraction,
