@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from fusedloss.plan import ROW_REDUCTIONS, Extras, Options
+from fusedloss.plan import DEFAULTS, EXTRAS, NUMBERS, ROW_REDUCTIONS, Extras, Options
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_POSITIVE, _NOT_NEGATIVE = ("softcap",), ("focal_gamma",)  # all NUMBERS are finite
 
 
 def check_options(
     reduction: str, ignore_index: int, label_smoothing: float, extras: Extras, lam: float | Tensor = 1.0
 ) -> Options:
     """Raises on options that no tensor could make right. Tensors for scale and lam stay with the caller, and are 1.0 here."""
-    scale, _, top_k, return_stats, z_loss, logit_scale, softcap, focal_gamma, out_dtype = extras
+    scale, _, top_k, return_stats, *numbers, out_dtype = extras
     if not isinstance(reduction, str):
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if reduction == "elementwise_mean":
@@ -41,12 +42,9 @@ def check_options(
         label_smoothing = _smoothing(label_smoothing)
     if top_k is not None and not isinstance(top_k, float):
         top_k = integer("top_k", top_k)
-    scale, z_loss, lam = _float("scale", scale), _number("z_loss", z_loss), _float("lam", lam)
-    logit_scale, softcap = _number("logit_scale", logit_scale), None if softcap is None else _number("softcap", softcap)
-    focal_gamma = _number("focal_gamma", focal_gamma)
+    scale, lam = _float("scale", scale), _float("lam", lam)
     options = _options.__wrapped__ if torch.compiler.is_compiling() else _options  # Dynamo traces no cache
-    numbers = (scale, z_loss, logit_scale, softcap, focal_gamma, lam)
-    return options(reduction, ignore_index, label_smoothing, top_k, *numbers, return_stats)
+    return options(reduction, ignore_index, label_smoothing, top_k, scale, lam, return_stats, *map(_number, NUMBERS, numbers))
 
 
 @lru_cache(maxsize=256, typed=True)  # typed: a top_k of 1 is a row, one of 1.0 all of them
@@ -56,12 +54,9 @@ def _options(
     label_smoothing: float,
     top_k: int | float | None,
     scale: float,
-    z_loss: float,
-    logit_scale: float,
-    softcap: float | None,
-    focal_gamma: float,
     lam: float,
     return_stats: bool,
+    *asked: float | None,  # of NUMBERS
 ) -> Options:
     if reduction not in ("mean", "sum", "none", *ROW_REDUCTIONS):
         raise ValueError(f"{reduction} is not a valid value for reduction")
@@ -69,19 +64,12 @@ def _options(
     if not torch.compiler.is_compiling() and not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit 64 bits, but got {ignore_index}: Overflow when unpacking long long")
     k, fraction = _check_top_k(reduction, top_k)
-    z_loss, logit_scale = _finite("z_loss", z_loss), _finite("logit_scale", logit_scale)
-    if softcap is None:
-        softcap = 0.0
-    elif not _finite("softcap", softcap) > 0:
-        raise ValueError(f"softcap must be positive, but got {softcap}")
-    if not _finite("focal_gamma", focal_gamma) >= 0:
-        raise ValueError(f"focal_gamma must not be negative, but got {focal_gamma}")
+    numbers = {name: _in_range(name, number) for name, number in zip(NUMBERS, asked, strict=True)}
     if not 0 <= lam <= 1:
         raise ValueError(f"lam, the share of the first of two labels, must be in [0, 1], but got {lam}")
     # nan and negative smoothing act as 0, as in PyTorch; more than 1 is an error once the shapes are known.
     smoothing = label_smoothing if label_smoothing > 0 else 0.0
-    numbers = (scale, z_loss, logit_scale, float(softcap), focal_gamma, lam)
-    return Options(reduction, ignore_index, smoothing, k, fraction, *numbers, bool(return_stats))
+    return Options(reduction, ignore_index, smoothing, k, fraction, scale, lam=lam, return_stats=bool(return_stats), **numbers)
 
 
 def check_out_dtype(out_dtype: Any) -> None:
@@ -117,15 +105,27 @@ def _smoothing(value: Any) -> float:
     return _float("label_smoothing", value)
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: Any) -> float | None:
+    """One of NUMBERS; None where that is its default."""
+    if type(value) is float:
+        return value
+    if value is None and getattr(EXTRAS, name) is None:
+        return None
     if isinstance(value, Tensor):  # whose gradient would be lost, and which would have to be waited for
         raise TypeError(f"cross_entropy(): argument '{name}' must be float, not Tensor")
     return _float(name, value)
 
 
-def _finite(name: str, number: float) -> float:
+def _in_range(name: str, number: float | None) -> float:
+    if number is None:
+        default: float = getattr(DEFAULTS, name)
+        return default
     if not -math.inf < number < math.inf:  # not math.isfinite: numbers are symbols to a compiler
         raise ValueError(f"{name} must be finite, but got {number}")
+    if name in _POSITIVE and not number > 0:
+        raise ValueError(f"{name} must be positive, but got {number}")
+    if name in _NOT_NEGATIVE and not number >= 0:
+        raise ValueError(f"{name} must not be negative, but got {number}")
     return number
 
 

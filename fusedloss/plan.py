@@ -16,7 +16,7 @@ ROW_REDUCTIONS = ("max", "topk")  # reductions that select rows by their loss
 class Extras(NamedTuple):
     """The arguments beyond PyTorch's, as the caller gives them, and their defaults: their one definition.
 
-    The scale comes first: all others are part of the key of a known call.
+    The scale comes first: all others are part of the key of a known call. NUMBERS lie between return_stats and out_dtype.
     """
 
     scale: float | Tensor = 1.0
@@ -31,7 +31,7 @@ class Extras(NamedTuple):
 
 
 EXTRAS = Extras()
-NUMBERS = ("z_loss", "logit_scale", "softcap", "focal_gamma")  # what changes a row's loss; kernels, too, have these names for it
+NUMBERS = Extras._fields[4:-1]  # they change a row's loss; Options and the kernels have the same names for them
 
 
 class Options(NamedTuple):
