@@ -129,6 +129,7 @@ void one_problem(int number) {
   const bool wild = coin(0.3), soft = p.has_probabilities(), weighted = coin(0.4);
   const bool two_labels = !soft && coin(0.3), has_lam = coin(), has_sample_weight = coin(0.3), has_stats = !soft && coin(0.3);
   p.focal_gamma = soft || two_labels || p.smoothing > 0 || coin(0.7) ? 0 : 2;
+  p.plain = p.logit_scale == 1 && p.softcap == 0 && p.focal_gamma == 0;
 
   Buffer logits(random_strides(p, p.logits_strides) * item_size(p.logits_dtype));
   for (size_t i = 0; i < logits.size / item_size(p.logits_dtype); ++i) put(logits, p.logits_dtype, i, random_logit(wild));

@@ -23,7 +23,7 @@ from problems import make_logits, make_probabilities, make_target, make_weight
 import fusedloss
 from fusedloss.backends import cpu, cpu_abi
 from fusedloss.backends.outputs import Outputs
-from fusedloss.plan import Inputs, Options
+from fusedloss.plan import NUMBERS, Inputs, Options
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"no C++ kernel: {cpu.MISSING}")
 
@@ -240,6 +240,7 @@ def test_python_and_the_header_agree() -> None:
     for fields in (cpu_abi.Call, cpu_abi.Extras, cpu_abi.Kind):
         here = [(name, kind.__name__) for name, kind in get_type_hints(fields).items()]
         assert here == _fields(source, fields.__name__)
+    assert [(name, "float") for name in NUMBERS] == _fields(source, "Numbers")
     enumerators = {
         "Dtype": [str(dtype).removeprefix("torch.") for dtype in cpu_abi.DTYPES],
         "Reduction": cpu_abi.REDUCTIONS,

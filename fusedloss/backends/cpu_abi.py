@@ -1,7 +1,7 @@
 """The compiled C++ kernel: where it is found, and what its functions take.
 
-The fields of `Call`, `Extras` and `Kind`, and the names that stand for numbers, are those of kernels/cpu/problem.h in the same
-order; tests/test_cpu.py compares the two files.
+The fields of `Call`, `Extras` and `Kind`, `plan.NUMBERS`, and the names that stand for numbers are those of kernels/cpu/problem.h
+in the same order; tests/test_cpu.py compares the two files.
 """
 
 import ctypes
@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, NewType, get_type_hints
 import torch
 
 from fusedloss import environment
+from fusedloss.plan import NUMBERS
 
 LIBRARY_NAME = "fusedloss_cpu.so"
 
-ABI = 8
+ABI = 9
 ISA_NAMES = ("auto", "baseline", "avx2", "avx512", "avx512bf16")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean", "max", "topk")
@@ -60,10 +61,7 @@ class Kind(NamedTuple):
     """What only shapes, strides, dtypes and options decide: the same for all calls alike."""
 
     smoothing: float
-    z_loss: float
-    logit_scale: float
-    softcap: float
-    focal_gamma: float
+    plain: int
     ignore_index: int
     top_k: int
     top_k_is_fraction: int
@@ -98,7 +96,7 @@ def packing(fields: type) -> struct.Struct:
     return struct.Struct("=" + "".join(codes[kind] for kind in get_type_hints(fields).values()))
 
 
-CALL, EXTRAS, KIND = packing(Call), packing(Extras), packing(Kind)
+CALL, EXTRAS, FLOATS, KIND = packing(Call), packing(Extras), struct.Struct(f"={len(NUMBERS)}d"), packing(Kind)
 NO_EXTRAS = EXTRAS.pack(*Extras())
 
 
@@ -128,8 +126,9 @@ def load() -> tuple[Library | None, str | None]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"the compiled CPU kernel does not load: {error}"
+    size = CALL.size + EXTRAS.size + FLOATS.size + KIND.size
     # A library from before this number has no such function.
-    if not hasattr(library, "fusedloss_abi") or library.fusedloss_abi() != ABI:
+    if not hasattr(library, "fusedloss_abi") or library.fusedloss_abi() != ABI * 10000 + size:
         return None, f"the compiled CPU kernel {path} is of another version: build it again"
     library.fusedloss_best_isa.restype = ctypes.c_int64
     requested = ISA_NAMES.index(environment.choice("FUSEDLOSS_CPU_ISA", ISA_NAMES))

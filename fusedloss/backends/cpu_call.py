@@ -12,6 +12,7 @@ from fusedloss.backends.cpu_abi import (
     CALL,
     DTYPES,
     EXTRAS,
+    FLOATS,
     KIND,
     NULL,
     REDUCTIONS,
@@ -25,7 +26,7 @@ from fusedloss.backends.cpu_abi import (
 )
 from fusedloss.backends.outputs import Outputs
 from fusedloss.kernels.constants import FRACTION_BITS
-from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
+from fusedloss.plan import NUMBERS, Inputs, Options, Slice, accumulation_dtype
 
 
 class Span(NamedTuple):
@@ -42,7 +43,7 @@ class Prepacked(NamedTuple):
     """`Kind` and what else is the same for all calls alike, whatever the number of examples."""
 
     library: Library
-    packed: bytes  # Kind
+    packed: bytes  # numbers, Kind
     per_example: int  # rows
     n_cols: int
     examples_of_two_threads: int  # from so many on a second one is worth waking
@@ -184,10 +185,7 @@ def _kind(
     }
     kind = Kind(
         smoothing=options.label_smoothing,
-        z_loss=options.z_loss,
-        logit_scale=options.logit_scale,
-        softcap=options.softcap,
-        focal_gamma=options.focal_gamma,
+        plain=not options.asked(besides=("z_loss",)),
         ignore_index=options.ignore_index,
         top_k=options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS),
         top_k_is_fraction=options.top_k == 0,
@@ -208,7 +206,7 @@ def _kind(
     itemsize, per_example = logits_dtype.itemsize, rows.per_example * target_dtype.itemsize
     return Prepacked(
         library,
-        KIND.pack(*kind),
+        FLOATS.pack(*[getattr(options, name) for name in NUMBERS]) + KIND.pack(*kind),
         rows.per_example,
         rows.n_cols,
         -(-2 * plan_cpu.ELEMENTS_PER_THREAD // max(1, math.prod(example))),

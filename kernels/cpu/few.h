@@ -22,7 +22,7 @@ INLINE bool takes_few(const Problem& problem) {
   const bool are_few = problem.n_cols <= (problem.has_contiguous_classes() ? max : kMaxFewColsOfPixels);
   const bool weighs_all = problem.weight && problem.smoothing > 0 && !problem.has_probabilities();
   return are_few && !weighs_all && !problem.slice_stats && !problem.target_b && !problem.row_stats &&
-         !problem.selects_rows() && problem.logit_scale == 1 && problem.softcap == 0 && problem.focal_gamma == 0;
+         !problem.selects_rows() && problem.plain;
 }
 
 // The logits of up to a vector of rows, into a tile of W lanes; and a tile of gradients, out of it.

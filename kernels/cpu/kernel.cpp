@@ -207,4 +207,6 @@ extern "C" __attribute__((visibility("default"))) void fusedloss_backward(const 
 
 extern "C" __attribute__((visibility("default"))) int64_t fusedloss_best_isa() { return fusedloss::best_isa(); }
 
-extern "C" __attribute__((visibility("default"))) int64_t fusedloss_abi() { return fusedloss::kAbi; }
+extern "C" __attribute__((visibility("default"))) int64_t fusedloss_abi() {
+  return fusedloss::kAbi * 10000 + int64_t(sizeof(fusedloss::Call) + sizeof(fusedloss::Rest));
+}

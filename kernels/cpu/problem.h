@@ -1,8 +1,8 @@
 // The C ABI between fusedloss/backends/cpu.py and the kernel: packed structs of 8-byte fields, all pointers owned by the caller.
-// What shapes, dtypes and options decide is a Kind, packed once for all calls alike. What every call has of its own is a Call, and
-// what few calls have besides is Extras, all zeros for the others: Extras and Kind are passed as one.
+// What shapes, dtypes and options decide are Numbers and a Kind, packed once for all calls alike. What every call has of its own is
+// a Call, and what few calls have besides is Extras, all zeros for the others: it is passed with the first two, as one.
 //
-// The fields, the enumerators and kAbi stand in cpu.py in the same order; tests/test_cpu.py compares the two files.
+// The fields, the enumerators and kAbi stand in cpu_abi.py in the same order; tests/test_cpu.py compares the two files.
 //
 // Nothing here is validated but the class indices, and nothing is allocated.
 #pragma once
@@ -12,7 +12,7 @@
 
 namespace fusedloss {
 
-constexpr int64_t kAbi = 8;  // raised with every change of what follows; cpu.py refuses a library of another number
+constexpr int64_t kAbi = 9;  // raised with every change of what follows that keeps its size; cpu_abi.py refuses another library
 
 enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16 };
 enum Reduction : int64_t { kNone, kSum, kMean, kMax, kTopK };
@@ -57,10 +57,16 @@ struct Extras {
   int64_t first_class, n_classes;
 };
 
+// fusedloss.plan.NUMBERS
+struct Numbers {
+  double z_loss, logit_scale;
+  double softcap;      // 0: none
+  double focal_gamma;  // 0: none
+};
+
 struct Kind {
-  double smoothing, z_loss, logit_scale;
-  double softcap;          // 0: none
-  double focal_gamma;      // 0: none
+  double smoothing;
+  int64_t plain;           // whether none of the Numbers is asked for but z_loss
   int64_t ignore_index;
   int64_t top_k;           // rows, or with top_k_is_fraction units of 2**-kFractionBits of the counted rows
   int64_t top_k_is_fraction;
@@ -78,7 +84,7 @@ struct Kind {
   void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned);
 };
 
-struct Rest : Extras, Kind {};
+struct Rest : Extras, Numbers, Kind {};
 
 struct Problem : Call, Rest {
   int64_t n_outer, n_inner;
