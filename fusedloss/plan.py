@@ -57,6 +57,10 @@ class Options(NamedTuple):
         """Whether one of the statistics has a gradient."""
         return self.return_stats and self.reduction == "none"
 
+    def of_one_row(self) -> "Options":
+        """The same for a single row, which is as well summed as left alone: a sum's gradient is made with the loss."""
+        return self if self.reduction != "none" or self.return_stats else self._replace(reduction="sum")
+
     def kind(self) -> "Options":
         """The key of what is decided once for all calls alike: without the numbers that are others in every step."""
         return self if self.scale == 1 and self.lam == 1 else self._replace(scale=1.0, lam=1.0)

@@ -88,6 +88,8 @@ def serve_checked(
 ) -> tuple[Tensor, LossStats | None]:
     """The loss, and statistics where they are asked for; key: by which the next such call may be known."""
     route = route_of(inputs, options, out_dtype)
+    if inputs.logits.dim() == 1:
+        options = options.of_one_row()
     factor: Any  # of the loss, outside the kernel
     out_dtype = route.out_dtype
     if route.world.kind is Kind.COMPILED:
@@ -246,7 +248,7 @@ def planned(device: DeviceFacts | None, **arguments: Any) -> Plan:
     if route.backend in ("torch", "reference", "sharded"):
         return Plan(route.backend, route.reason)
     if input.dim() == 1:
-        inputs = inputs.as_one_row()
+        inputs, options = inputs.as_one_row(), options.of_one_row()
     needs_grad = input.requires_grad and torch.is_grad_enabled()
     if route.backend == "cpu":
         return cpu_plan(route.reason, inputs.logits, options, needs_grad)
