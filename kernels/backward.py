@@ -31,15 +31,11 @@ from .tile_softmax import Blocks, exponentials, label_logit, row_blocks, tile_gr
 
 
 @triton.jit  # specialised for n_rows, as forward_tile_kernel is
-def backward_tile_kernel(
-    out, dloss_ptr, inputs, layout, n_rows,
-    lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    focal_gamma: "fp64", asks: tl.constexpr, shape: tl.constexpr,
-):  # fmt: skip
+def backward_tile_kernel(out, dloss_ptr, inputs, layout, n_rows, numbers, lam: "fp64", asks: tl.constexpr, shape: tl.constexpr):
     """Gradient of shape.rows rows of one block of rows."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     N_TURNS: tl.constexpr = shape.n_turns
-    terms = load_terms(inputs, 1.0, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
+    terms = load_terms(inputs, numbers, 1.0, lam, dtype)
     n_cols = tile_cols(layout, shape)
     problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, shard=layout.shard)
     rows = tile_rows(layout, n_rows, shape)
@@ -116,11 +112,7 @@ def _gradient(logits_ptr, q_ptr, cols, mask, read, row_max, factors, problem, as
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def backward_row_kernel(
-    out, dloss_ptr, inputs, layout, n_rows,
-    lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    focal_gamma: "fp64", asks: tl.constexpr, shape: tl.constexpr,
-):  # fmt: skip
+def backward_row_kernel(out, dloss_ptr, inputs, layout, n_rows, numbers, lam: "fp64", asks: tl.constexpr, shape: tl.constexpr):
     """Gradient of shape.cols columns of one row, in whole groups; the first block of a row also writes its two ragged edges."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     COLS: tl.constexpr = shape.cols
@@ -129,7 +121,7 @@ def backward_row_kernel(
     blocks_per_row = tl.num_programs(0) // n_rows
     row = (tl.program_id(0) // blocks_per_row).to(tl.int64)  # int64: row * row_stride passes 2**31
     part = tl.program_id(0) % blocks_per_row
-    terms = load_terms(inputs, 1.0, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
+    terms = load_terms(inputs, numbers, 1.0, lam, dtype)
     problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, shard=layout.shard)
     label = load_label(row, problem, asks)
     g = weighted(row_coefficient(out.saved, dloss_ptr, row, row < n_rows, n_rows, asks), row, label, inputs)

@@ -38,15 +38,13 @@ from .tile_softmax import tile_statistics
 # whole vectors only where the compiler knows that it is a multiple of 16.
 @triton.jit(do_not_specialize=["top_k"])
 def forward_tile_kernel(
-    out, inputs, work, layout, n_rows,
-    scale: "fp64", lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    focal_gamma: "fp64", top_k: "i64", asks: tl.constexpr, shape: tl.constexpr,
-):  # fmt: skip
+    out, inputs, work, layout, n_rows, numbers, scale: "fp64", lam: "fp64", top_k: "i64", asks: tl.constexpr, shape: tl.constexpr
+):
     """Losses of shape.rows rows of one block of rows."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     N_TURNS: tl.constexpr = shape.n_turns
     TURN_ROWS: tl.constexpr = shape.turn_rows
-    terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
+    terms = load_terms(inputs, numbers, scale, lam, dtype)
     n_cols = tile_cols(layout, shape)
     problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, shard=layout.shard)
     rows = tile_rows(layout, n_rows, shape)
@@ -96,10 +94,8 @@ def forward_tile_kernel(
 
 @triton.jit(do_not_specialize=["n_rows", "top_k"])
 def forward_row_kernel(
-    out, inputs, work, layout, n_rows,
-    scale: "fp64", lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    focal_gamma: "fp64", top_k: "i64", asks: tl.constexpr, shape: tl.constexpr,
-):  # fmt: skip
+    out, inputs, work, layout, n_rows, numbers, scale: "fp64", lam: "fp64", top_k: "i64", asks: tl.constexpr, shape: tl.constexpr
+):
     """Loss of one row, shape.cols classes at a time; or of one slice of it, and the last to finish has the row's."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     N_SLICES: tl.constexpr = shape.n_slices
@@ -108,7 +104,7 @@ def forward_row_kernel(
     n_cols = layout.n_cols
     row = (tl.program_id(0) // N_SLICES).to(tl.int64)  # int64: row * row_stride passes 2**31
     part = tl.program_id(0) % N_SLICES
-    terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
+    terms = load_terms(inputs, numbers, scale, lam, dtype)
     problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, shard=layout.shard)
     label = load_label(row, problem, asks)
     n_read = tl.where(label.valid, n_cols, 0)  # a row that does not count is not read

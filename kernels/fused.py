@@ -55,15 +55,13 @@ def _publish_tile(out, work, rows, loss_sum, losses, lses, entropies, counts, co
 
 @triton.jit(do_not_specialize=["n_rows"])
 def fused_tile_kernel(
-    out, inputs, work, layout, n_rows,
-    scale: "fp64", lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    focal_gamma: "fp64", asks: tl.constexpr, shape: tl.constexpr,
-):  # fmt: skip
+    out, inputs, work, layout, n_rows, numbers, scale: "fp64", lam: "fp64", asks: tl.constexpr, shape: tl.constexpr
+):
     """Losses and gradients of shape.rows rows of one block of rows."""
     dtype: tl.constexpr = out.saved.dtype.element_ty
     N_TURNS: tl.constexpr = shape.n_turns
     TURN_ROWS: tl.constexpr = shape.turn_rows
-    terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
+    terms = load_terms(inputs, numbers, scale, lam, dtype)
     n_cols = tile_cols(layout, shape)
     problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, shard=None)
     rows = tile_rows(layout, n_rows, shape)
@@ -122,10 +120,8 @@ def _publish_row(out, work, row, program, part, label, loss, lse, entropy, corre
 
 @triton.jit(do_not_specialize=["n_rows"])
 def fused_row_kernel(
-    out, inputs, work, layout, n_rows,
-    scale: "fp64", lam: "fp64", smoothing: "fp64", z_loss: "fp64", logit_scale: "fp64", softcap: "fp64",
-    focal_gamma: "fp64", asks: tl.constexpr, shape: tl.constexpr,
-):  # fmt: skip
+    out, inputs, work, layout, n_rows, numbers, scale: "fp64", lam: "fp64", asks: tl.constexpr, shape: tl.constexpr
+):
     """Loss and gradient of one row, or of one slice of it: read once, kept in registers, written once.
 
     The loss of a row is counted by its first slice. What a slice needs of the others is two numbers each, four with smoothing,
@@ -142,7 +138,7 @@ def fused_row_kernel(
         drawn = tl.atomic_add(work.arrived, 1, sem="relaxed")  # not the program id: slices.py says why
         program, part = drawn // N_SLICES, drawn % N_SLICES
     row = program.to(tl.int64)  # int64: row * row_stride passes 2**31
-    terms = load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype)
+    terms = load_terms(inputs, numbers, scale, lam, dtype)
     problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, shard=None)
     label = load_label(row, problem, asks)
     g = coefficient_of_row(out, work, label, problem, asks, shape)

@@ -7,7 +7,8 @@ The host gives every kernel of logits the same things, in this order:
     work        Work: what the programs of a launch leave for each other
     layout      Layout: shape and strides
     n_rows      for which no kernel is specialised
-    scale, ...  seven numbers of the loss, float64 (a float in a group would arrive as float32)
+    numbers     Terms, but for scale and lam: floats, which arrive as float32; where float64 is accumulated, their bits
+    scale, lam  which are others in every call, float64
     asks        Asks: what the loss consists of; a kernel is compiled without the rest
     shape       TileShape or RowShape: how a program holds its rows
 
@@ -166,7 +167,7 @@ class RowShape:
 
 
 class Terms(NamedTuple):
-    """The numbers of the loss, in the dtype of accumulation."""
+    """The numbers of the loss, in the dtype of accumulation. As they are given, None: the loss has no such number."""
 
     scale: Any
     lam: Any

@@ -66,17 +66,29 @@ STATE = tl.constexpr(constants.STATE)
 
 
 @triton.jit
-def load_terms(inputs, scale, lam, smoothing, z_loss, logit_scale, softcap, focal_gamma, dtype: tl.constexpr):
+def load_terms(inputs, numbers, scale, lam, dtype: tl.constexpr):
     """The numbers of the loss, in the dtype of accumulation; the caller's own scale, which may be a tensor, with the rest."""
     return Terms(
         scale=load_scale(inputs, scale, dtype),
         lam=tl.full((), lam, dtype),
-        smoothing=tl.full((), smoothing, dtype),
-        z_loss=tl.full((), z_loss, dtype),
-        logit_scale=tl.full((), logit_scale, dtype),
-        softcap=tl.full((), softcap, dtype),
-        focal_gamma=tl.full((), focal_gamma, dtype),
+        smoothing=_load_number(numbers.smoothing, dtype),
+        z_loss=_load_number(numbers.z_loss, dtype),
+        logit_scale=_load_number(numbers.logit_scale, dtype),
+        softcap=_load_number(numbers.softcap, dtype),
+        focal_gamma=_load_number(numbers.focal_gamma, dtype),
     )
+
+
+@triton.jit
+def _load_number(number, dtype: tl.constexpr):
+    """0 where the loss has none."""
+    if number is None:
+        value = tl.full((), 0.0, dtype)
+    elif dtype == tl.float64:
+        value = tl.cast(tl.cast(number, tl.int64), dtype, bitcast=True)  # small integers arrive as int32
+    else:
+        value = tl.full((), number, dtype)
+    return value
 
 
 @triton.jit

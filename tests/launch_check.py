@@ -31,6 +31,7 @@ CASES = (  # of compiled_cases.py: every kernel, groups with and without tensors
     "ticket",
     "ragged rows",
     "slices of ragged rows, all options",
+    "slices, fp64, smoothing",
     "fp16, none",
     "recompute, shared tile",
     "probabilities, packed rows",

@@ -1,5 +1,6 @@
 """What a kernel is given: the constants of its launch, decided once for calls alike, and the workspace of each."""
 
+import struct
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from fusedloss.backends.outputs import Outputs
 from fusedloss.backends.triton.launching import Launch, interprets, ticket
 from fusedloss.geometry import DeviceFacts, Geometry, Operands, operands, probabilities_strides
 from fusedloss.kernels.constants import DIGIT_BITS, FRACTION_BITS, N_SELECTED_SUMS, N_SELECTION, N_STATISTICS, N_TALLY
-from fusedloss.kernels.groups import Asks, Layout, RowShape, Shard, Strides, Work
+from fusedloss.kernels.groups import Asks, Layout, RowShape, Shard, Strides, Terms, Work
 from fusedloss.plan import NUMBERS, Cut, Inputs, Options, Slice
 from fusedloss.plan_triton import SCALED_COLS, backward_cut, forward_cuts, holds_rows, scale_cut
 
@@ -172,16 +173,22 @@ def _logits_launch(cut: Cut, kind: Kind, t: Operands, asks: Asks, numbers: dict[
         {
             "layout": layout,
             "n_rows": g.n_rows,
-            "smoothing": options.label_smoothing,
-            "z_loss": options.z_loss,
-            "logit_scale": options.logit_scale,
-            "softcap": options.softcap,
-            "focal_gamma": options.focal_gamma,
+            "numbers": _terms(asks, options, kind.itemsize == 8),
             **numbers,
             "asks": asks,
             "shape": shape,
         },
     )
+
+
+def _terms(asks: Asks, options: Options, in_float64: bool) -> Terms:
+    """The numbers of the loss that are the same in calls alike, as kernels take them (groups.py)."""
+    asked = {name: getattr(options, name) for name in options.asked()}
+    if asks.smoothing:
+        asked["smoothing"] = options.label_smoothing
+    if in_float64:  # integers: Triton makes one kernel more where all of a number's last 4 bits are 0
+        asked = {name: struct.unpack("q", struct.pack("d", number))[0] for name, number in asked.items()}
+    return Terms(**{name: asked.get(name) for name in Terms._fields})
 
 
 def _n_inner(g: Geometry) -> int | None:
