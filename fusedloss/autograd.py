@@ -127,7 +127,7 @@ keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # retain_gr
 
 def forgets_logits(options: Options, logits: Tensor) -> bool:
     """Whether a call that made its gradient keeps nothing of the logits but their place in the graph: `forget_logits` is to be
-    called. PyTorch's composition of a z-loss, a focal loss or a softcap keeps them, too; small ones are kept rather than
+    called. PyTorch's composition of a loss that is not affine in its softmax keeps them, too; small ones are kept rather than
     forgotten, which takes as long as their loss."""
     return affine.is_affine(options) and logits.numel() * logits.element_size() > KEPT_BYTES
 

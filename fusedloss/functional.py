@@ -4,8 +4,9 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # which typing has from Python 3.11 on; torch requires the package
 
-from fusedloss.plan import EXTRAS, Reduction, Target
+from fusedloss.plan import EXTRAS, ExtraKeywords, Reduction, Target
 from fusedloss.serving import serve
 from fusedloss.stats import LossStats
 
@@ -14,24 +15,20 @@ from fusedloss.stats import LossStats
 @overload
 def cross_entropy(
     input: Tensor, target: Target, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
-    reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *, top_k: int | float | None = None,
-    scale: float | Tensor = 1.0, sample_weight: Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
-    softcap: float | None = None, focal_gamma: float = 0.0, return_stats: Literal[False] = False,
-    out_dtype: torch.dtype | None = None,
+    reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
+    sample_weight: Tensor | None = None, return_stats: Literal[False] = False, **extras: Unpack[ExtraKeywords],
 ) -> Tensor: ...
 @overload
 def cross_entropy(
     input: Tensor, target: Target, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
-    reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *, top_k: int | float | None = None,
-    scale: float | Tensor = 1.0, sample_weight: Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
-    softcap: float | None = None, focal_gamma: float = 0.0, return_stats: Literal[True], out_dtype: torch.dtype | None = None,
+    reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
+    sample_weight: Tensor | None = None, return_stats: Literal[True], **extras: Unpack[ExtraKeywords],
 ) -> tuple[Tensor, LossStats]: ...
 @overload
 def cross_entropy(
     input: Tensor, target: Target, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
-    reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *, top_k: int | float | None = None,
-    scale: float | Tensor = 1.0, sample_weight: Tensor | None = None, z_loss: float = 0.0, logit_scale: float = 1.0,
-    softcap: float | None = None, focal_gamma: float = 0.0, return_stats: bool, out_dtype: torch.dtype | None = None,
+    reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
+    sample_weight: Tensor | None = None, return_stats: bool, **extras: Unpack[ExtraKeywords],
 ) -> Tensor | tuple[Tensor, LossStats]: ...
 # fmt: on
 def cross_entropy(

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import TypeVar  # with a default, which typing's has from Python 3.13 on; torch requires the package
+from typing_extensions import TypeVar, Unpack  # as typing has them from Python 3.13 on; torch requires the package
 
 from fusedloss.functional import cross_entropy
-from fusedloss.plan import EXTRAS, Reduction, Target
+from fusedloss.plan import EXTRAS, ExtraKeywords, Reduction, Target
 from fusedloss.stats import LossStats
 
 _OWN_EXTRAS = {name: default for name, default in EXTRAS._asdict().items() if name != "sample_weight"}  # which comes with a call
@@ -57,26 +57,21 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
     # fmt: off
     @overload
     def __init__(
-        self: "CrossEntropyLoss[Tensor]", weight: Tensor | None = None, size_average: bool | None = None,
-        ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
-        top_k: int | float | None = None, scale: float | Tensor = 1.0, z_loss: float = 0.0, logit_scale: float = 1.0,
-        softcap: float | None = None, focal_gamma: float = 0.0, return_stats: Literal[False] = False,
-        out_dtype: torch.dtype | None = None,
+        self: "CrossEntropyLoss[Tensor]", weight: Tensor | None = None,
+        size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean",
+        label_smoothing: float = 0.0, *, return_stats: Literal[False] = False, **extras: Unpack[ExtraKeywords],
     ) -> None: ...
     @overload
     def __init__(
-        self: "CrossEntropyLoss[tuple[Tensor, LossStats]]", weight: Tensor | None = None, size_average: bool | None = None,
-        ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean", label_smoothing: float = 0.0, *,
-        top_k: int | float | None = None, scale: float | Tensor = 1.0, z_loss: float = 0.0, logit_scale: float = 1.0,
-        softcap: float | None = None, focal_gamma: float = 0.0, return_stats: Literal[True], out_dtype: torch.dtype | None = None,
+        self: "CrossEntropyLoss[tuple[Tensor, LossStats]]", weight: Tensor | None = None,
+        size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean",
+        label_smoothing: float = 0.0, *, return_stats: Literal[True], **extras: Unpack[ExtraKeywords],
     ) -> None: ...
     @overload
     def __init__(
         self: "CrossEntropyLoss[Tensor | tuple[Tensor, LossStats]]", weight: Tensor | None = None,
         size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None, reduction: Reduction = "mean",
-        label_smoothing: float = 0.0, *, top_k: int | float | None = None, scale: float | Tensor = 1.0, z_loss: float = 0.0,
-        logit_scale: float = 1.0, softcap: float | None = None, focal_gamma: float = 0.0,
-        return_stats: bool, out_dtype: torch.dtype | None = None,
+        label_smoothing: float = 0.0, *, return_stats: bool, **extras: Unpack[ExtraKeywords],
     ) -> None: ...
     # fmt: on
     def __init__(

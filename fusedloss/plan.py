@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,6 +31,20 @@ class Extras(NamedTuple):
 
 
 EXTRAS = Extras()
+
+
+class ExtraKeywords(TypedDict, total=False):
+    """Extras for the type checker: without sample_weight, which modules do not have, and return_stats, which has overloads."""
+
+    top_k: int | float | None
+    scale: float | Tensor
+    z_loss: float
+    logit_scale: float
+    softcap: float | None
+    focal_gamma: float
+    out_dtype: torch.dtype | None
+
+
 NUMBERS = Extras._fields[4:-1]  # they change a row's loss; Options and the kernels have the same names for them
 
 
