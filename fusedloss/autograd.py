@@ -129,7 +129,7 @@ def forgets_logits(options: Options, logits: Tensor) -> bool:
     """Whether a call that made its gradient keeps nothing of the logits but their place in the graph: `forget_logits` is to be
     called. PyTorch's composition of a loss that is not affine in its softmax keeps them, too; small ones are kept rather than
     forgotten, which takes as long as their loss."""
-    return affine.is_affine(options) and logits.numel() * logits.element_size() > KEPT_BYTES
+    return logits.numel() * logits.element_size() > KEPT_BYTES and affine.is_affine(options)
 
 
 def alike_lengths(logits: Tensor) -> range:
