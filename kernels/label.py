@@ -41,7 +41,8 @@ def all_classes(problem, asks: tl.constexpr):
 def check_target(target, problem, asks: tl.constexpr):
     """Whether a row counts, and whether its class exists."""
     counted = target != asks.ignore_index
-    return counted, counted & (target >= 0) & (target < all_classes(problem, asks))
+    # Without a sign a negative one is too large: one comparison of 64 bits, not two.
+    return counted, counted & (target.to(tl.uint64, bitcast=True) < all_classes(problem, asks))
 
 
 @triton.jit
