@@ -320,7 +320,10 @@ def gradient_factors(stats, label, g, problem, asks: tl.constexpr):
         everywhere += 2.0 * g * terms.z_loss * (stats.max + tl.log(d))
     everywhere += b
     p = (a + everywhere) / d
-    at_target = everywhere * (e_t / d) - a * (stats.rest / d)
+    if asks.every_class or asks.z_loss or asks.two_labels:
+        everywhere *= e_t / d
+    # Else S is 0, or NaN of an infinite g, and so is its product with a probability, which would take a division.
+    at_target = everywhere - a * (stats.rest / d)
     at_b = missing
     if asks.two_labels:
         at_b = tl.where(live, p * tl.exp(stats.x_b - stats.max) - b, missing)
