@@ -289,6 +289,20 @@ def columns(first, i: tl.constexpr, shape: tl.constexpr):
 
 
 @triton.jit
+def is_column(label, first, i: tl.constexpr, shape: tl.constexpr):
+    """Which of a block's columns is the one of each row's label (rows,), int32. It is the label that moves, once for all blocks:
+    to have the columns of every block would take an addition for each of them."""
+    COLS: tl.constexpr = shape.cols
+    if COLS == 1:
+        at = label == first + i
+    elif shape.is_packed:
+        at = label[:, None] - (shape.n_blocks * tl.arange(0, COLS))[None, :] == first + i
+    else:
+        at = label[:, None] - tl.arange(0, COLS)[None, :] == first + i * COLS
+    return at
+
+
+@triton.jit
 def spread(rows, shape: tl.constexpr):
     """Values of rows in the shape of a block."""
     if shape.is_wide:

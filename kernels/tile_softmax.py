@@ -8,7 +8,7 @@ import triton.language as tl
 from .groups import RowStats
 from .label import is_here
 from .rowwise import class_weights, finite_max, gap_terms, moved_gap_sum, through_transform, transform_logits
-from .tile import columns, load_block, load_blocks, one_thread_each, spread, store_block, store_blocks
+from .tile import columns, is_column, load_block, load_blocks, one_thread_each, spread, store_block, store_blocks
 
 
 class Blocks(NamedTuple):
@@ -85,7 +85,7 @@ def _absorb(stats, x, q, first, label, problem, asks: tl.constexpr, shape: tl.co
         x_i = x[i].to(dtype)
         e = tl.exp(x_i - spread(finite, shape))
         if not asks.probabilities:
-            at_target = columns(first, i, shape) == spread(target, shape)
+            at_target = is_column(target, first, i, shape)
             e = tl.where(at_target, 0.0, e)
             lane_target = tl.where(at_target, x_i, lane_target)
         if asks.statistics:
@@ -95,7 +95,9 @@ def _absorb(stats, x, q, first, label, problem, asks: tl.constexpr, shape: tl.co
         if i % 8 == 7 or i == len(x) - 1:
             lane_sum += few_sum
         exps = exps + (e,)
-    rest = stats.rest * tl.exp(stats.max - finite) + _sum_cols(lane_sum, shape)
+    rest = _sum_cols(lane_sum, shape)
+    if shape.n_blocks == 0:  # there may have been other columns
+        rest += stats.rest * tl.exp(stats.max - finite)
     gap_sum = stats.gap_sum
     if asks.statistics:
         gap_sum = moved_gap_sum(stats, finite) + _sum_cols(lane_gap, shape)
@@ -171,7 +173,7 @@ def label_logit(x, lines, read, target, terms, asks: tl.constexpr, shape: tl.con
     if shape.n_blocks > 0:
         lane_target = tl.zeros(x[0].shape, dtype)
         for i in tl.static_range(len(x)):
-            at_target = columns(0, i, shape) == spread(target.to(tl.int32), shape)
+            at_target = is_column(target.to(tl.int32), 0, i, shape)
             lane_target = tl.where(at_target, x[i].to(dtype), lane_target)
         x_t = _sum_cols(lane_target, shape)
     else:
@@ -200,6 +202,13 @@ def exponentials(x, row_max, shape: tl.constexpr):
 
 
 @triton.jit
+def _gradient_column(target, live):
+    """The column of a label in rows that have a gradient. Not the number that the statistics compare columns with: the compiler
+    would keep what came of it, a bit for each logit, which takes more instructions than to compare again."""
+    return tl.where(live, target.to(tl.int32), -1)
+
+
+@triton.jit
 def _block_gradient(
     e, x, q, first, i: tl.constexpr, label, factors, problem, dtype: tl.constexpr, asks: tl.constexpr, shape: tl.constexpr
 ):
@@ -209,9 +218,11 @@ def _block_gradient(
     # A row that is not live may have been read with its neighbours, NaN and all.
     dz = tl.where(live, e, 0.0) * spread(factors.p, shape)
     if asks.two_labels:
-        dz = tl.where(cols == spread(label.target_b.to(tl.int32), shape), spread(factors.at_b, shape), dz)
+        target_b = _gradient_column(label.target_b, factors.live)
+        dz = tl.where(is_column(target_b, first, i, shape), spread(factors.at_b, shape), dz)
     if not asks.probabilities:
-        dz = tl.where(cols == spread(label.target.to(tl.int32), shape), spread(factors.at_target, shape), dz)
+        target = _gradient_column(label.target, factors.live)
+        dz = tl.where(is_column(target, first, i, shape), spread(factors.at_target, shape), dz)
     if asks.every_class:
         w = class_weights(q, cols, cols < problem.n_cols, problem, asks)
         if asks.probabilities:
