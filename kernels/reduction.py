@@ -46,12 +46,10 @@ def draws_last(ticket_ptr, n):
 @triton.jit
 def _draws_last(ticket_ptr, program, n_programs):
     """Whether all other programs have drawn, or of many those of this one's group, which are every N_GROUPS-th."""
-    if n_programs > MAX_UNGROUPED:
-        group, n_members = _group(program, n_programs)
-        last = draws_last(ticket_ptr + 1 + group, n_members)
-    else:
-        last = draws_last(ticket_ptr, n_programs)
-    return last
+    group, n_members = _group(program, n_programs)
+    grouped = n_programs > MAX_UNGROUPED
+    # One atomic with one of two addresses: a fused row draws in two places, and would have two in each.
+    return draws_last(ticket_ptr + tl.where(grouped, 1 + group, 0), tl.where(grouped, n_members, n_programs))
 
 
 @triton.jit

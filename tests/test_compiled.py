@@ -109,7 +109,7 @@ def test_all_waves_acquire_what_a_ticket_publishes(monkeypatch: pytest.MonkeyPat
             waiting = re.search(r"global_load_b32 [^\n]*glc", assembly)
             leaves = re.findall(r"s_cbranch_vcc\w+ (\.LBB\w+)", assembly[: waiting.start()])[-1]
             assert _all_waves_acquire(acquires.findall(assembly[assembly.index(f"\n{leaves}:") :]))
-    assert n_drawn == {"recompute, slices": 1, "slices": 6}[case]
+    assert n_drawn == {"recompute, slices": 1, "slices": 4}[case]
 
 
 @pytest.mark.parametrize("case", ["pixels of many classes", "long rows", "rows in registers", "rows in registers, smoothing"])
