@@ -66,8 +66,8 @@ def cut_tiles(kernel: str, t: Operands, more: bool, device: DeviceFacts) -> Cut:
     n_programs = max(1, g.n_outer * -(-g.n_inner // shape.rows))
     num_warps, limit = warps(threads, device), None
     recomputes_packed = row_group > 0 and kernel != "fused_tile_kernel"
-    whole_rows = kernel == "backward_tile_kernel" and not shape.is_wide  # of a thread
-    if recomputes_packed and (t.probabilities is not None or whole_rows):
+    holds_much = kernel == "backward_tile_kernel" and (more or not shape.is_wide)  # or a thread has whole rows
+    if recomputes_packed and (t.probabilities is not None or holds_much):
         limit = registers_of(num_warps, 1)  # ptxas would spill to fit another program on an SM
     elif row_group > 0 and shape.is_wide and t.probabilities is None and not more:
         limit = PART_REGISTERS

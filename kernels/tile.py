@@ -290,15 +290,13 @@ def columns(first, i: tl.constexpr, shape: tl.constexpr):
 
 @triton.jit
 def is_column(label, first, i: tl.constexpr, shape: tl.constexpr):
-    """Which of a block's columns is the one of each row's label (rows,), int32. It is the label that moves, once for all blocks:
-    to have the columns of every block would take an addition for each of them."""
+    """Which of a block's columns is the one of each row's label (rows,), int32. Of packed rows the label moves, once for all
+    blocks, as a thread has many blocks of a row or two: to have the columns of each would take an addition for each."""
     COLS: tl.constexpr = shape.cols
-    if COLS == 1:
-        at = label == first + i
-    elif shape.is_packed:
-        at = label[:, None] - (shape.n_blocks * tl.arange(0, COLS))[None, :] == first + i
+    if shape.is_packed and shape.is_wide:
+        at = spread(label, shape) - (shape.n_blocks * tl.arange(0, COLS))[None, :] == first + i
     else:
-        at = label[:, None] - tl.arange(0, COLS)[None, :] == first + i * COLS
+        at = spread(label, shape) == columns(first, i, shape)
     return at
 
 
