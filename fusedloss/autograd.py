@@ -198,7 +198,7 @@ def _gradient(
         ops.scale_gradient(dlogits, dloss, backend)
         return dlogits
     tensors = ctx.saved_tensors
-    by_name = dict(zip(names, tensors, strict=False))
+    by_name = dict(zip(names, tensors[: len(names)], strict=True))
     if torch.is_grad_enabled() or is_batched(dloss) or (dentropy is not None and is_batched(dentropy)):
         place = vars(ctx).get("place")
 
