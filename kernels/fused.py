@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .denominator import coefficient_of_row, coefficient_of_tile
-from .groups import Problem
+from .groups import Problem, RowStats
 from .label import read_label, weighted
 from .reduction import publish, store_stats, sum_over_programs
 from .row import (
@@ -107,15 +107,18 @@ def fused_tile_kernel(
 
 
 @triton.jit
-def _publish_row(out, work, row, program, part, label, loss, lse, entropy, correct, n_rows):
-    """The same of a row, for which its first slice speaks."""
-    last = tl.full((), 0, tl.int1)
-    if part == 0:
+def _publish_row(out, work, row, program, part, stats, label, problem, asks: tl.constexpr):
+    """The same of a row, for which its first slice speaks: (its loss, whether to call sum_over_programs)."""
+    loss, last = tl.zeros((), problem.terms.scale.dtype), tl.full((), 0, tl.int1)
+    if part == 0:  # a logarithm and a division are more than the others need
+        loss = row_loss(stats, label, row, problem, asks)
         tally = None
         if out.row_stats is not None:
-            tally = store_stats(out, row, row < n_rows, label.counted, correct, lse, loss, entropy, n_rows)
-        last = publish(out, work, loss, tally, program, n_rows)
-    return last
+            lse, entropy, exists = row_lse(stats, label, asks), row_entropy(stats, label, asks), row < problem.n_rows
+            correct = has_largest(stats, label, lse, asks)
+            tally = store_stats(out, row, exists, label.counted, correct, lse, loss, entropy, problem.n_rows)
+        last = publish(out, work, loss, tally, program, problem.n_rows)
+    return loss, last
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -169,13 +172,8 @@ def fused_row_kernel(
             stats = merge_slices(own, work.slices, row, n_rows, asks, N_SLICES)
         finite = finite_max(stats.max)
         stats = with_known_total(stats, problem, asks)
-        loss = row_loss(stats, label, row, problem, asks)
         factors = gradient_factors(stats, label, row_g, problem, asks)
-        lse, entropy, correct = loss, loss, label.counted
-        if out.row_stats is not None:
-            lse, entropy = row_lse(stats, label, asks), row_entropy(stats, label, asks)
-            correct = has_largest(stats, label, lse, asks)
-        last = _publish_row(out, work, row, program, part, label, loss, lse, entropy, correct, n_rows)
+        loss, last = _publish_row(out, work, row, program, part, stats, label, problem, asks)
         store_edges(dlogits, edges, finite, factors, problem, asks, shape)
         p = factors.p
         if N_SLICES > 1 and not asks.softcap:
@@ -189,8 +187,9 @@ def fused_row_kernel(
         store_labels(dlogits, span, stats, label, label.valid, factors, problem, asks)
     else:  # a class index out of range, or a row that does not count: nothing is read
         missing = tl.where(label.counted & (row_g != 0), float("nan"), 0.0)
-        loss = tl.where(label.counted, float("nan"), 0.0).to(dtype)
-        last = _publish_row(out, work, row, program, part, label, loss, loss, loss, label.counted & False, n_rows)
+        none = tl.zeros((), dtype)
+        stats = RowStats(max=none, rest=none, x_t=none, x_b=none, shift=none, smooth_sum=none, weight_total=none, gap_sum=none)
+        loss, last = _publish_row(out, work, row, program, part, stats, label, problem, asks)
         for i in tl.static_range(N_BLOCKS):
             tl.store(dlogits.own + i * COLS + lane, tl.zeros((COLS,), dtype) + missing, mask=masks[i])
         if shape.is_ragged:
