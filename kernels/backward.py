@@ -133,7 +133,7 @@ def backward_row_kernel(out, dloss_ptr, inputs, layout, n_rows, numbers, lam: "f
     logits = row_line(inputs.logits, row, layout.logits.row, head, SECTOR, shape)
     dlogits = row_line(out.dlogits, row, layout.dlogits.row, head, SECTOR, shape)
     q_line = row_line(inputs.target, row, layout.probabilities.row, head, SECTOR, shape) if asks.probabilities else logits
-    labels = no_columns(logits, label, read, terms, asks)
+    labels = no_columns(logits, label, read, span, terms, asks, shape)
     stats = _saved_statistics(out.saved, row, n_rows, labels, read, asks)
     factors = gradient_factors(stats, label, g, problem, asks)
 

@@ -105,7 +105,7 @@ def coefficient_of_tile(out, work, turn_rows, targets, problem, asks: tl.constex
 
 
 @triton.jit
-def coefficient_of_row(out, work, label, problem, asks: tl.constexpr, shape: tl.constexpr):
+def coefficient_of_row(out, work, label, part, problem, asks: tl.constexpr, shape: tl.constexpr):
     """The same for a program that has one row, or a slice of it."""
     ROWS: tl.constexpr = shape.counted_rows
     scale = problem.terms.scale
@@ -120,6 +120,9 @@ def coefficient_of_row(out, work, label, problem, asks: tl.constexpr, shape: tl.
         target = load_target(problem.inputs.target, rows, exist, asks)
         weights = weight_in_mean(target, rows, exist, problem, asks, dtype)
         g = mean_coefficient(scale, tl.sum(weights, 0))
+    elif shape.n_slices > 1:
+        # A row that does not count needs none, but its first slice may be the last of all, which multiplies their sum.
+        g = tl.load(out.saved, mask=label.counted | (part == 0), other=0.0)
     else:
         g = coefficient_known(out, scale, problem.n_rows, asks)
     return g

@@ -113,7 +113,7 @@ def forward_row_kernel(
     logits = row_line(inputs.logits, row, layout.logits.row, head, SECTOR, shape)
     q_line = row_line(inputs.target, row, layout.probabilities.row, head, SECTOR, shape) if asks.probabilities else logits
 
-    stats = no_columns(logits, label, label.valid, terms, asks)
+    stats = no_columns(logits, label, label.valid, span, terms, asks, shape)
     stats, _edges = absorb_edges(stats, logits, q_line, span, n_read, label, problem, SECTOR, asks, shape)
     slice_cols = tl.cdiv(n_main, N_SLICES * COLS) * COLS
     for start in range(part * slice_cols, tl.minimum((part + 1) * slice_cols, n_main), COLS):
@@ -127,11 +127,11 @@ def forward_row_kernel(
     last_slice = True
     if N_SLICES > 1:
         arrived_ptr = work.arrived + 1 + row
-        last_slice = publish_slice(stats, work.slices, arrived_ptr, row, n_rows, part, asks, N_SLICES) == N_SLICES
+        last_slice = publish_slice(stats, work.slices, arrived_ptr, row, n_rows, span, label, asks, shape) == N_SLICES
         tl.store(arrived_ptr, 0, mask=last_slice)  # ready for the next launch
     if last_slice:
         if N_SLICES > 1:
-            stats = merge_slices(stats, work.slices, row, n_rows, asks, N_SLICES)
+            stats = merge_slices(stats, work.slices, row, n_rows, asks, shape)
         if asks.sharded:
             publish_shard(stats, out.saved, row, row < n_rows, n_rows, asks)
         else:

@@ -128,7 +128,7 @@ def fused_row_kernel(
     """Loss and gradient of one row, or of one slice of it: read once, kept in registers, written once.
 
     The loss of a row is counted by its first slice. What a slice needs of the others is two numbers each, four with smoothing,
-    and one more for statistics.
+    and one more for statistics, and the labels' logits.
     """
     dtype: tl.constexpr = out.saved.dtype.element_ty
     N_SLICES: tl.constexpr = shape.n_slices
@@ -144,7 +144,7 @@ def fused_row_kernel(
     terms = load_terms(inputs, numbers, scale, lam, dtype)
     problem = Problem(inputs=inputs, terms=terms, n_rows=n_rows, n_cols=n_cols, shard=None)
     label = load_label(row, problem, asks)
-    g = coefficient_of_row(out, work, label, problem, asks, shape)
+    g = coefficient_of_row(out, work, label, part, problem, asks, shape)
     row_g = weighted(g, row, label, inputs)
 
     head, n_main = whole_groups(row, layout.logits.row, n_cols, SECTOR, shape)
@@ -160,16 +160,16 @@ def fused_row_kernel(
         masks = masks + (i * COLS + lane < n_own,)
 
     if label.valid:
-        stats = no_columns(logits, label, label.valid, terms, asks)
+        stats = no_columns(logits, label, label.valid, span, terms, asks, shape)
         stats, edges = absorb_edges(stats, logits, q_line, span, n_cols, label, problem, SECTOR, asks, shape)
         own, exps, blocks, q = hold_columns(logits, q_line, masks, stats, span, label, problem, asks, shape)
         stats = own
         if N_SLICES > 1:
             arrived_ptr = work.arrived + 1 + row
-            arrived = publish_slice(own, work.slices, arrived_ptr, row, n_rows, part, asks, N_SLICES)
+            arrived = publish_slice(own, work.slices, arrived_ptr, row, n_rows, span, label, asks, shape)
             if shape.waits:
                 wait_for(arrived_ptr, arrived, N_SLICES)
-            stats = merge_slices(own, work.slices, row, n_rows, asks, N_SLICES)
+            stats = merge_slices(own, work.slices, row, n_rows, asks, shape)
         finite = finite_max(stats.max)
         stats = with_known_total(stats, problem, asks)
         factors = gradient_factors(stats, label, row_g, problem, asks)

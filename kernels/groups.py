@@ -30,7 +30,7 @@ class Work(NamedTuple):
     tallies: Any = None  # (3, n_programs) int64: a Tally of each
     selection: Any = None  # (4,) int64, where launches of their own select among the rows (selection.py)
     sums: Any = None  # (3, n_programs) float64, theirs
-    slices: Any = None  # (5, n_rows, n_slices): statistics of the slices of rows (slices.py)
+    slices: Any = None  # (5, n_rows, n_places): statistics of the slices of rows (slices.py)
     arrived: Any = None  # (1 + n_rows,) int32: programs that have started; slices published of each row. May be ticket
 
 
@@ -160,6 +160,11 @@ class RowShape:
     @property
     def is_ragged(self) -> bool:
         return self.group == 1
+
+    @property
+    def n_places(self) -> int:
+        """Of its slices' statistics, a power of two, so that those of a row lie in as few sectors as they can."""
+        return 1 << (self.n_slices - 1).bit_length()
 
     @property
     def slice_cols(self) -> int:

@@ -50,6 +50,13 @@ def elements_in_sector(ptr):
     return 256 // ptr.dtype.element_ty.primitive_bitwidth
 
 
+@triton.constexpr_function
+def shares_labels(asks, shape):
+    """Whether a slice reads no labels' logits but those of its own columns, and finds the others beside the slices' statistics.
+    They need a place there, and no sum may be relative to them. A forward has no use for them before all slices are merged."""
+    return shape.n_blocks > 0 and shape.n_slices < shape.n_places and not asks.every_class
+
+
 @triton.jit
 def _row_start(row, row_stride, shape: tl.constexpr):
     GROUP: tl.constexpr = shape.group
@@ -118,11 +125,14 @@ def _label_logit(logits, target, read, terms, asks: tl.constexpr):
 
 
 @triton.jit
-def no_columns(logits, label, read, terms, asks: tl.constexpr):
+def no_columns(logits, label, read, span, terms, asks: tl.constexpr, shape: tl.constexpr):
     """The statistics of a row before its first column: of no columns, but with the labels' logits."""
     zero = tl.zeros((), terms.scale.dtype)
-    x_t = zero if asks.probabilities else _label_logit(logits, label.target, read, terms, asks)
-    x_b = _label_logit(logits, label.target_b, read, terms, asks) if asks.two_labels else zero
+    read_t, read_b = read, read
+    if shares_labels(asks, shape):
+        read_t, read_b = read & is_own(label.target, span), read & is_own(label.target_b, span)
+    x_t = zero if asks.probabilities else _label_logit(logits, label.target, read_t, terms, asks)
+    x_b = _label_logit(logits, label.target_b, read_b, terms, asks) if asks.two_labels else zero
     return RowStats(
         max=zero + float("-inf"), rest=zero, x_t=x_t, x_b=x_b, shift=finite_max(x_t), smooth_sum=zero, weight_total=zero,
         gap_sum=zero,
@@ -292,13 +302,14 @@ def store_labels(dlogits, span, stats, label, read, factors, problem, asks: tl.c
         t_here, b_here = is_here(t, read, asks), is_here(b, read, asks)
         at_t = column_gradient(factors.at_target, stats.x_t, None, t, t_here, factors, problem, asks)
         tl.debug_barrier()  # another thread stored this element with the others of its group
-        tl.store(dlogits.row + t, at_t, mask=t_here & _stored_here(t, span))
+        tl.store(dlogits.row + t, at_t, mask=t_here & is_own(t, span))
         if asks.two_labels:
             at_b = column_gradient(factors.at_b, stats.x_b, None, b, b_here, factors, problem, asks)
-            tl.store(dlogits.row + b, at_b, mask=b_here & _stored_here(b, span) & (b != t))
+            tl.store(dlogits.row + b, at_b, mask=b_here & is_own(b, span) & (b != t))
 
 
 @triton.jit
-def _stored_here(col, span):
-    is_own = (col >= span.first) & (col < span.first + span.n_own)
-    return is_own | ((span.part == 0) & ((col < span.head) | (col >= span.head + span.n_main)))
+def is_own(col, span):
+    """Whether a column is this program's."""
+    in_groups = (col >= span.first) & (col < span.first + span.n_own)
+    return in_groups | ((span.part == 0) & ((col < span.head) | (col >= span.head + span.n_main)))

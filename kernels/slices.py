@@ -8,6 +8,10 @@ A slice's statistics are those of a row (rowwise.py), relative to the slice's ow
 
 With class probabilities A takes the place of W, and smooth_sum is sum_i (smooth_sum_i + A_i (m - m_i)): its shift is the maximum.
 
+The pairs (m_i, rest_i) of a row have as many places as the next power of two, so that those of up to four slices are one sector.
+Where a place is left, a fused slice reads of the labels' logits only those of its own columns, and publishes them there; where
+none is, or where sums are relative to x_t, every slice reads them all.
+
 Whoever merges adds in the order of the slices, so that all programs of a row, and all runs, find the same bits.
 
 Forward: the slice that publishes last has all that the row's loss needs; nobody waits. Fused: every slice keeps its logits in
@@ -31,22 +35,29 @@ import triton
 import triton.language as tl
 
 from .groups import RowStats
+from .row import is_own, shares_labels
 from .rowwise import finite_max
 
 
 @triton.jit
-def publish_slice(stats, slices_ptr, arrived_ptr, row, n_rows, part, asks: tl.constexpr, N_SLICES: tl.constexpr):
+def publish_slice(stats, slices_ptr, arrived_ptr, row, n_rows, span, label, asks: tl.constexpr, shape: tl.constexpr):
     """Stores a slice's statistics; returns how many slices of the row have now done so.
 
-    slices_ptr: (n_rows, N_SLICES, 2) of maxima and rests, and (3, n_rows, N_SLICES), two planes of it where every class has a
-    weight, the last for statistics; arrived_ptr: of this row.
+    slices_ptr: (n_rows, PLACES, 2) of maxima and rests, and after a row's last the labels' logits, where slices share them, and
+    (3, n_rows, PLACES), two planes of it where every class has a weight, the last for statistics; arrived_ptr: of this row.
     """
-    pair_ptr = slices_ptr + 2 * (row * N_SLICES + part)
-    slice_ptr = slices_ptr + row * N_SLICES + part
-    plane = n_rows * N_SLICES  # int32 does: a slice has a thousand columns or more
+    N_SLICES: tl.constexpr = shape.n_slices
+    PLACES: tl.constexpr = shape.n_places
+    pairs_ptr = slices_ptr + 2 * row * PLACES
+    slice_ptr = slices_ptr + row * PLACES + span.part
+    plane = n_rows * PLACES  # int32 does: a slice has a thousand columns or more
     # Scalars: the thread that stores them is the one that counts the slice, so that acq_rel orders the two (reduction.py).
-    tl.store(pair_ptr, stats.max)
-    tl.store(pair_ptr + 1, stats.rest)
+    tl.store(pairs_ptr + 2 * span.part, stats.max)
+    tl.store(pairs_ptr + 2 * span.part + 1, stats.rest)
+    if shares_labels(asks, shape):
+        tl.store(pairs_ptr + 2 * N_SLICES, stats.x_t, mask=is_own(label.target, span))
+        if asks.two_labels:
+            tl.store(pairs_ptr + 2 * N_SLICES + 1, stats.x_b, mask=is_own(label.target_b, span))
     if asks.every_class:
         tl.store(slice_ptr + 2 * plane, stats.smooth_sum)
         tl.store(slice_ptr + 3 * plane, stats.weight_total)
@@ -93,18 +104,27 @@ def wait_for(arrived_ptr, arrived, n):
 
 
 @triton.jit
-def merge_slices(stats, slices_ptr, row, n_rows, asks: tl.constexpr, N_SLICES: tl.constexpr):
+def merge_slices(stats, slices_ptr, row, n_rows, asks: tl.constexpr, shape: tl.constexpr):
     """The statistics of the row, of which `stats` are a slice's."""
-    index = tl.arange(0, triton.next_power_of_2(N_SLICES))
+    N_SLICES: tl.constexpr = shape.n_slices
+    PLACES: tl.constexpr = shape.n_places
+    N_PAIRS: tl.constexpr = N_SLICES + 1 if shares_labels(asks, shape) else N_SLICES
+    index = tl.arange(0, PLACES)
     mask = index < N_SLICES
-    slice_ptr = slices_ptr + row * N_SLICES + index
-    plane = n_rows * N_SLICES  # int32 does: a slice has a thousand columns or more
+    slice_ptr = slices_ptr + row * PLACES + index
+    plane = n_rows * PLACES  # int32 does: a slice has a thousand columns or more
     # .cg: other SMs wrote these, L1 may hold an old line.
-    pairs_ptr = slices_ptr + 2 * row * N_SLICES + 2 * index[:, None] + tl.arange(0, 2)[None, :]
-    maxima, rests = tl.split(tl.load(pairs_ptr, mask=mask[:, None], other=0.0, cache_modifier=".cg"))
-    maxima = tl.where(mask, maxima, float("-inf"))
+    pairs_ptr = slices_ptr + 2 * row * PLACES + 2 * index[:, None] + tl.arange(0, 2)[None, :]
+    firsts, rests = tl.split(tl.load(pairs_ptr, mask=index[:, None] < N_PAIRS, other=0.0, cache_modifier=".cg"))
+    maxima = tl.where(mask, firsts, float("-inf"))
     row_max = tl.max(maxima, 0)
-    rest = tl.sum(rests * tl.exp(maxima - finite_max(row_max)), 0)
+    # Products are masked, not factors: fused with the sum's first step, threads would round them differently.
+    rest = tl.sum(tl.where(mask, rests * tl.exp(maxima - finite_max(row_max)), 0.0), 0)
+    x_t, x_b = stats.x_t, stats.x_b
+    if shares_labels(asks, shape):
+        x_t = tl.sum(tl.where(index == N_SLICES, firsts, 0.0), 0)
+        if asks.two_labels:
+            x_b = tl.sum(tl.where(index == N_SLICES, rests, 0.0), 0)
     smooth_sum, weight_total = stats.smooth_sum, stats.weight_total
     if asks.every_class:
         sums = tl.load(slice_ptr + 2 * plane, mask=mask, other=0.0, cache_modifier=".cg")
@@ -116,12 +136,12 @@ def merge_slices(stats, slices_ptr, row, n_rows, asks: tl.constexpr, N_SLICES: t
     if asks.statistics:
         gaps = tl.load(slice_ptr + 4 * plane, mask=mask, other=0.0, cache_modifier=".cg")
         gaps += rests * (finite_max(row_max) - finite_max(maxima))
-        gap_sum = tl.sum(gaps * tl.exp(maxima - finite_max(row_max)), 0)
+        gap_sum = tl.sum(tl.where(mask, gaps * tl.exp(maxima - finite_max(row_max)), 0.0), 0)
     return RowStats(
         max=row_max,
         rest=rest,
-        x_t=stats.x_t,
-        x_b=stats.x_b,
+        x_t=x_t,
+        x_b=x_b,
         shift=stats.shift,
         smooth_sum=smooth_sum,
         weight_total=weight_total,

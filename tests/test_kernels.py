@@ -257,6 +257,17 @@ def test_extras_of_slices(kernels: Path, reduction: str, smoothing: float) -> No
     check_against_torch(make_logits(2, 33001), (*labels, 0.3), reduction=reduction, dloss=1.5, roundings=4, **options)
 
 
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
+@pytest.mark.parametrize("labels", ["one label", "two labels"])
+def test_labels_in_any_slice(kernels: Path, labels: str, dtype: torch.dtype) -> None:
+    """Of ragged rows in slices that are no power of two: three of 3072 columns, seven of 1024. A label of each, of both edges."""
+    a = torch.tensor([0, 1, 3071, 3100, 6100, 6200, 6999, 7000])
+    target = (a, a.roll(3), torch.linspace(0, 1, 8, dtype=dtype)) if labels == "two labels" else a
+    logits = make_logits(8, 7001, dtype=dtype)
+    logits[4, 6100] = -torch.inf
+    check_against_torch(logits, target, softcap=5.0, logit_scale=0.7, roundings=4)
+
+
 @pytest.mark.parametrize("labels", ["one label", "two labels"])
 @pytest.mark.parametrize("reduction", ["mean", "none", "max"])
 @pytest.mark.parametrize("shape", [(1, 1000), (23, 600), (2, 33001), (258, 24)], ids=str)

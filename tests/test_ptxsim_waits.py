@@ -64,6 +64,30 @@ def test_the_wait_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert logits.grad.isnan().any()
 
 
+@pytest.mark.parametrize("order", ["in-order", "reverse", 1], ids=lambda order: f"order {order}")
+def test_slices_hand_on_the_labels_logits(order: str | int) -> None:
+    """Three slices, each of which has some of the labels; in float32, where a label's logit shows in the loss of all rows."""
+    logits = make_logits(8, 7001)
+    a = torch.tensor([0, 1, 3071, 3100, 6100, 6200, 6999, 7000])
+    with emulated(order=order, resident=3) as gpu:
+        check_against_torch(logits, (a, a.roll(3), 0.25), softcap=5.0, roundings=4)
+    assert launched(gpu)["fused_row_kernel"].ctas == 3 * len(logits)
+
+
+def test_a_slice_is_stored_before_it_is_counted() -> None:
+    """By the thread that counts it, whose release orders nothing else: the emulator knows no such order of memory."""
+    logits = make_logits(5, 40001, dtype=BF16).requires_grad_()
+    with emulated() as gpu:
+        fusedloss.cross_entropy(logits, make_target(5, n_classes=40001))
+    ptx = launched(gpu)["fused_row_kernel"].compiled.asm["ptx"]
+    counting = re.search(r"@(%p\d+) atom\.global\.gpu\.acq_rel", ptx)
+    assert counting is not None
+    stores = re.findall(r"@(%p\d+) st\.global", ptx[: counting.start()])
+    assert len(stores) == 3  # maximum, rest; the target's logit, where it is there
+    for store in stores:
+        assert store == counting[1] or re.search(rf"and\.pred\s+{store}, (.*, )?{counting[1]}\b", ptx)
+
+
 def test_a_barrier_follows_the_wait() -> None:
     """One thread waits: the others must not load before it has seen all slices publish. The PTX says so."""
     logits = make_logits(5, 40001, dtype=BF16).requires_grad_()

@@ -225,7 +225,7 @@ def workspace(launches: Launches, out: Outputs, keeps_workspace: bool) -> Work:
 
 def new_slices(launch: Launch, saved: Tensor) -> Tensor:
     """Where the slices of rows publish their statistics."""
-    return saved.new_empty((N_STATISTICS, launch.n_rows, launch.cut.n_slices))
+    return saved.new_empty((N_STATISTICS, launch.n_rows, launch.cut.shape.n_places))
 
 
 def counting_workspace(counting: Launch, work: Work, out: Outputs, keeps_workspace: bool) -> Work:
