@@ -124,7 +124,8 @@ def scale_cut(n_elements: int, device: DeviceFacts) -> Cut:
 def _denominator_cut(n_rows: int, device: DeviceFacts) -> Cut:
     """The sum of the targets' weights, before a fused mean."""
     n_programs = max(1, min(device.n_sms, -(-n_rows // DENOMINATOR_ROWS)))
-    return Cut("denominator_kernel", n_programs, warps(SMALL_THREADS, device), Block(DENOMINATOR_ROWS, 1))
+    cut = Cut("denominator_kernel", n_programs, warps(SMALL_THREADS, device), Block(DENOMINATOR_ROWS, 1))
+    return _with_all_registers(cut, device)
 
 
 def _selection_cuts(t: Operands, reduction: str, device: DeviceFacts) -> tuple[Cut, ...]:

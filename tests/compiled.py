@@ -149,7 +149,7 @@ def variants(recorded: list[Launch], target: str) -> set[tuple[str, str]]:
 
     with (
         mock.patch.object(triton.JITFunction, "_do_compile", keep),
-        mock.patch.object(_Driver, "get_current_device", return_value="nothing was compiled for"),
+        mock.patch.object(_Driver, "get_current_device", return_value=f"none for which {target} was compiled"),
     ):
         for launch in recorded:
             compile_for(launch, target)
