@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from compiled import ALLOWED_REGISTERS, ALLOWED_SPILLS, OTHER_TARGETS, TARGETS, compile_for, launches, report, variants
 from compiled_cases import CASES, NARROW, READS_NO_LOGITS, call
 from triton.backends.compiler import GPUTarget
@@ -55,6 +56,7 @@ def test_compiles_for_other_gpus_without_spills(monkeypatch: pytest.MonkeyPatch,
         assert found.spills <= ALLOWED_SPILLS, f"{launch.kernel}: {found}"
 
 
+@pytest.mark.skipif(triton.__version__.startswith("3.5."), reason="Triton 3.5 does not look at the size of a tensor in a group")
 def test_kernels_for_amd_are_compiled_as_they_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tensors up to 2 GB Triton knows that offsets are 32 bits wide, which takes other instructions, and more registers."""
     recorded = launches(monkeypatch, "gfx942", lambda: call(*CASES["pixels"]))
