@@ -254,9 +254,9 @@ def hold_columns(logits, probabilities, masks, stats, span, label, problem, asks
     if not asks.probabilities:
         # A slice may be -inf throughout, its target too, in a row that is not.
         e_t = tl.exp(stats.x_t - (finite if shape.n_slices > 1 else own_max))
-        is_own = (label.target >= span.first) & (label.target < span.first + span.n_own)
-        rest = edge_rest + tl.where(is_own, total - e_t, total)
-        if (e_t > rest) & is_own:  # the subtraction would lose digits: keep the target out of the sum
+        is_held = _in_groups(label.target, span)
+        rest = edge_rest + tl.where(is_held, total - e_t, total)
+        if (e_t > rest) & is_held:  # the subtraction would lose digits: keep the target out of the sum
             lane_rest = tl.zeros((COLS,), dtype)
             for i in tl.static_range(N_BLOCKS):
                 e = tl.exp(blocks[i] - finite) if asks.softcap else exps[i]
@@ -266,7 +266,7 @@ def hold_columns(logits, probabilities, masks, stats, span, label, problem, asks
     if asks.statistics:
         gap_sum = moved_gap_sum(stats, finite) + tl.sum(lane_gap, 0)
         if not asks.probabilities:  # it comes back where the row's entropy is made, and costs nothing of this sum's digits
-            gap_sum -= tl.where(is_own, gap_terms(e_t, finite, stats.x_t), 0.0)
+            gap_sum -= tl.where(is_held, gap_terms(e_t, finite, stats.x_t), 0.0)
     stats = RowStats(
         max=own_max, rest=rest, x_t=stats.x_t, x_b=stats.x_b, shift=shift, smooth_sum=smooth_sum, weight_total=weight_total,
         gap_sum=gap_sum,
@@ -309,7 +309,11 @@ def store_labels(dlogits, span, stats, label, read, factors, problem, asks: tl.c
 
 
 @triton.jit
+def _in_groups(col, span):
+    return (col >= span.first) & (col < span.first + span.n_own)
+
+
+@triton.jit
 def is_own(col, span):
     """Whether a column is this program's."""
-    in_groups = (col >= span.first) & (col < span.first + span.n_own)
-    return in_groups | ((span.part == 0) & ((col < span.head) | (col >= span.head + span.n_main)))
+    return _in_groups(col, span) | ((span.part == 0) & ((col < span.head) | (col >= span.head + span.n_main)))

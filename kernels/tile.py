@@ -289,18 +289,6 @@ def columns(first, i: tl.constexpr, shape: tl.constexpr):
 
 
 @triton.jit
-def is_column(label, first, i: tl.constexpr, shape: tl.constexpr):
-    """Which of a block's columns is the one of each row's label (rows,), int32. Of packed rows the label moves, once for all
-    blocks, as a thread has many blocks of a row or two: to have the columns of each would take an addition for each."""
-    COLS: tl.constexpr = shape.cols
-    if shape.is_packed and shape.is_wide:
-        at = spread(label, shape) - (shape.n_blocks * tl.arange(0, COLS))[None, :] == first + i
-    else:
-        at = spread(label, shape) == columns(first, i, shape)
-    return at
-
-
-@triton.jit
 def spread(rows, shape: tl.constexpr):
     """Values of rows in the shape of a block."""
     if shape.is_wide:

@@ -8,7 +8,7 @@ import triton.language as tl
 from .groups import RowStats
 from .label import is_here
 from .rowwise import class_weights, finite_max, gap_terms, moved_gap_sum, through_transform, transform_logits
-from .tile import columns, is_column, load_block, load_blocks, one_thread_each, spread, store_block, store_blocks
+from .tile import columns, load_block, load_blocks, one_thread_each, spread, store_block, store_blocks
 
 
 class Blocks(NamedTuple):
@@ -17,6 +17,18 @@ class Blocks(NamedTuple):
     x: Any  # logits as the loss sees them
     q: Any  # class probabilities
     e: Any  # exp(x - m); of a forward 0 at the target
+
+
+@triton.jit
+def _is_column(label, first, i: tl.constexpr, shape: tl.constexpr):
+    """Which of a block's columns is the one of each row's label (rows,), int32. Of packed rows the label moves, once for all
+    blocks, as a thread has many blocks of a row or two: to have the columns of each would take an addition for each."""
+    COLS: tl.constexpr = shape.cols
+    if shape.is_packed and shape.is_wide:
+        at = spread(label, shape) - (shape.n_blocks * tl.arange(0, COLS))[None, :] == first + i
+    else:
+        at = spread(label, shape) == columns(first, i, shape)
+    return at
 
 
 @triton.jit
@@ -85,7 +97,7 @@ def _absorb(stats, x, q, first, label, problem, asks: tl.constexpr, shape: tl.co
         x_i = x[i].to(dtype)
         e = tl.exp(x_i - spread(finite, shape))
         if not asks.probabilities:
-            at_target = is_column(target, first, i, shape)
+            at_target = _is_column(target, first, i, shape)
             e = tl.where(at_target, 0.0, e)
             lane_target = tl.where(at_target, x_i, lane_target)
         if asks.statistics:
@@ -173,7 +185,7 @@ def label_logit(x, lines, read, target, terms, asks: tl.constexpr, shape: tl.con
     if shape.n_blocks > 0:
         lane_target = tl.zeros(x[0].shape, dtype)
         for i in tl.static_range(len(x)):
-            at_target = is_column(target.to(tl.int32), 0, i, shape)
+            at_target = _is_column(target.to(tl.int32), 0, i, shape)
             lane_target = tl.where(at_target, x[i].to(dtype), lane_target)
         x_t = _sum_cols(lane_target, shape)
     else:
@@ -219,10 +231,10 @@ def _block_gradient(
     dz = tl.where(live, e, 0.0) * spread(factors.p, shape)
     if asks.two_labels:
         target_b = _gradient_column(label.target_b, factors.live)
-        dz = tl.where(is_column(target_b, first, i, shape), spread(factors.at_b, shape), dz)
+        dz = tl.where(_is_column(target_b, first, i, shape), spread(factors.at_b, shape), dz)
     if not asks.probabilities:
         target = _gradient_column(label.target, factors.live)
-        dz = tl.where(is_column(target, first, i, shape), spread(factors.at_target, shape), dz)
+        dz = tl.where(_is_column(target, first, i, shape), spread(factors.at_target, shape), dz)
     if asks.every_class:
         w = class_weights(q, cols, cols < problem.n_cols, problem, asks)
         if asks.probabilities:
