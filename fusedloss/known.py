@@ -57,7 +57,7 @@ def find(
     """The key of such calls, with the tensors' kind all that decides the way of a call, None where they are not remembered; and
     what is known of this one. One function of few parameters: in parts it would take percents of a small step."""
     # True and 1.0 would be found as the key 1 is.
-    if type(scale) is not float or type(arguments[0]) is not int or hooks_are_active():
+    if type(scale) is not float or type(arguments[0]) is not int:
         return None, None
     key = (
         arguments,
@@ -76,6 +76,8 @@ def find(
         for call in calls:
             if not (call.takes(input, target) if weight is None else call.takes(input, target, weight)):
                 continue
+            if call.needs_grad and hooks_are_active():  # their way is another: the gradient is made when it is asked for
+                return None, None
             if call.lengths is None or (input.shape[0] == target.shape[0] and input.shape[0] in call.lengths):
                 return key, call
     except (TypeError, AttributeError):  # what cannot be looked up: the checks take it, or say what it is
