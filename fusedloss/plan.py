@@ -1,6 +1,5 @@
 """What a call asks for (Options) and which path it takes (Plan): data, common to all backends."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -104,14 +103,14 @@ class Inputs(NamedTuple):
     sample_weight: Tensor | None = None  # (N, d1, ...), a factor per row; for the kernels (n_rows,)
     scale: Tensor | None = None  # 0-d, on top of Options.scale
 
-    def per_row(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
-        """The same, each tensor of a value per row changed."""
+    def with_rows_flat(self) -> "Inputs":
+        """The same, tensors of one value per row as (n_rows,). Probabilities have more than one, and flattening may copy them."""
         _, target, target_b, lam, _, sample_weight, _ = self
         return self._replace(
-            target=change(target),
-            target_b=None if target_b is None else change(target_b),
-            lam=None if lam is None else change(lam),
-            sample_weight=None if sample_weight is None else change(sample_weight),
+            target=target if self.has_probabilities() else target.reshape(-1),
+            target_b=None if target_b is None else target_b.reshape(-1),
+            lam=None if lam is None else lam.reshape(-1),
+            sample_weight=None if sample_weight is None else sample_weight.reshape(-1),
         )
 
     def has_probabilities(self) -> bool:
@@ -121,7 +120,7 @@ class Inputs(NamedTuple):
         """(C,) as (1, C)."""
         logits, target = self.logits, self.target
         has_probabilities = self.target_b is None and target.shape == logits.shape
-        rows = self.per_row(lambda values: values.reshape(-1))
+        rows = self.with_rows_flat()
         return rows._replace(logits=logits.unsqueeze(0), target=target.reshape(1, -1) if has_probabilities else target.reshape(1))
 
 

@@ -14,11 +14,11 @@ def kernel_inputs(inputs: Inputs, backend: str = "") -> Inputs:
         return inputs.as_one_row()
     if logits.dim() == 2:
         return inputs
-    flat = inputs.per_row(lambda values: values.reshape(-1))
+    flat = inputs.with_rows_flat()
     soft = (inputs.target,) if inputs.has_probabilities() else ()
     if backend == "cpu" and reads_planes(logits, *soft):
-        return flat._replace(logits=logits, target=inputs.target if soft else flat.target)
-    return flat._replace(logits=_rows(logits), target=_rows(inputs.target) if soft else flat.target)
+        return flat
+    return flat._replace(logits=rows_of(logits), target=rows_of(inputs.target) if soft else flat.target)
 
 
 def expanded_to_rows(values: Tensor | None, logits: Tensor) -> Tensor | None:
@@ -31,8 +31,9 @@ def expanded_to_rows(values: Tensor | None, logits: Tensor) -> Tensor | None:
     return values.expand(rows)
 
 
-def _rows(logits: Tensor) -> Tensor:
-    """(N, C, S); `Plan.copies_logits` tells where strides do not allow a view."""
+def rows_of(logits: Tensor) -> Tensor:
+    """Logits or class probabilities (N, C, d1, ...) as (N, C) or (N, C, S); `Plan.copies_logits` tells where strides do not
+    allow a view."""
     if logits.dim() > 3 and not spatial_dims_collapse(logits):
         logits = logits.contiguous()
     return logits.flatten(2) if logits.dim() > 3 else logits

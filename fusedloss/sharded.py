@@ -12,7 +12,7 @@ from fusedloss.checks import Facts, InputFacts, check_class_indices, check_tenso
 from fusedloss.entropy import add_gradient
 from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
 from fusedloss.route import autocast_is_on, dtype_of_loss
-from fusedloss.rows import expanded_to_rows, kernel_inputs
+from fusedloss.rows import expanded_to_rows, kernel_inputs, rows_of
 from fusedloss.stats import LossStats
 from fusedloss.world import is_batched
 
@@ -86,7 +86,7 @@ def sharded_cross_entropy(
 
 def _counted(inputs: Inputs, options: Options, part: Slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Which rows count, and what each adds to the denominator of the mean; both (n_rows,)."""
-    rows = slices.describe_rows(kernel_inputs(inputs._replace(lam=None, sample_weight=None)), options, part, dtype)
+    rows = slices.describe_rows(inputs._replace(lam=None, sample_weight=None).with_rows_flat(), options, part, dtype)
     if rows.k_t is None or inputs.target_b is not None:
         return rows.counted, rows.counted.to(dtype)
     return rows.counted, torch.where(rows.counted, rows.k_t, 0)
@@ -143,7 +143,7 @@ class _SlicedRowLosses(torch.autograd.Function):
         log_d, entropy, saved = (*saved[:2], saved[2:]) if ctx.has_entropy else (None, None, saved)
         rest = iter(saved)
         tensors: list[Any] = [next(rest) if present else None for present in ctx.present[1:]]
-        inputs = Inputs(kernel_inputs(Inputs(logits, logits)).logits, *tensors)
+        inputs = Inputs(rows_of(logits), *tensors)
         backend, weight_total, options, part = ctx.call
         drows = torch.zeros_like(merged[0]) if dlosses is None else dlosses.to(merged.dtype)
         dlogits = backend.slice_gradient(drows, inputs, merged, weight_total, options, part)

@@ -67,12 +67,12 @@ class Rows(NamedTuple):
 
 def describe_rows(inputs: Inputs, options: Options, part: Slice, dtype: torch.dtype) -> Rows:
     """For labels (n_rows,), or class probabilities; all numbers in dtype."""
-    labels = [label.long() for label in (inputs.target, inputs.target_b) if label is not None]
-    weight = None if inputs.weight is None else inputs.weight.to(dtype)
     if inputs.has_probabilities():
         shape = (inputs.target.shape[0], *inputs.target.shape[2:])
         counted = torch.ones(math.prod(shape), dtype=torch.bool, device=inputs.target.device)
         return Rows(counted, ~counted, None, None, part.n_classes)
+    labels = [label.long() for label in (inputs.target, inputs.target_b) if label is not None]
+    weight = None if inputs.weight is None else inputs.weight.to(dtype)
     counted = torch.stack([label != options.ignore_index for label in labels]).all(0)
     outside = torch.stack([((label < 0) | (label >= part.n_classes)) & counted for label in labels]).any(0)
     factors = []

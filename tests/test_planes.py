@@ -1,15 +1,19 @@
 """Pixels (N, C, H, W) of which no one stride leads through a plane: crops, planes on their side, lines outside examples."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from problems import make_logits, make_target
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
+from fusedloss import sharded
 from fusedloss.backends import cpu
+from fusedloss.plan import Inputs, Options, Slice
 
 pytestmark = pytest.mark.skipif(cpu.LIBRARY is None, reason="the compiled CPU kernel is missing")
 
@@ -95,3 +99,49 @@ def test_some_are_copied(layout: str, shape: tuple[int, ...]) -> None:
     logits, target = LAYOUTS[layout](make_logits(*shape)), make_target(shape[0], *shape[2:], n_classes=shape[1])
     assert fusedloss.plan(logits, target).copies_logits
     assert torch.allclose(fusedloss.cross_entropy(logits, target), F.cross_entropy(logits, target))
+
+
+class LargestCopy(TorchDispatchMode):
+    """How many numbers the largest tensor had that was copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if any(word in str(func) for word in ("clone", "copy", "contiguous")):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "crop": LAYOUTS["crop"],
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("layout", PROBABILITIES)
+def test_probabilities_are_not_copied(layout: str, reduction: str) -> None:
+    logits, target = (PROBABILITIES[layout](make_logits(2, 7, 5, 16, seed=seed).softmax(1)) for seed in (0, 1))
+    expected = loss_and_gradient(F.cross_entropy, logits, target, reduction)
+    with LargestCopy() as copied:
+        found = loss_and_gradient(fusedloss.cross_entropy, logits, target, reduction)
+    torch.testing.assert_close(found, expected)
+    assert copied.numel < logits.numel()
+
+
+def test_probabilities_of_sharded_classes_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded, "_gathered", lambda published, *_: (published.unsqueeze(0), torch.tensor(True)))  # one rank
+
+    def loss_of_slices(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
+        return sharded.sharded_cross_entropy(Inputs(logits, target), Options(reduction), Slice(0, 7), None, logits.dtype)[0]
+
+    logits, target = (PROBABILITIES["channels last"](make_logits(2, 7, 5, 16, seed=seed).softmax(1)) for seed in (0, 1))
+    for reduction in ("mean", "none"):
+        expected = loss_and_gradient(F.cross_entropy, logits, target, reduction)
+        with LargestCopy() as copied:
+            found = loss_and_gradient(loss_of_slices, logits, target, reduction)
+        torch.testing.assert_close(found, expected)
+        assert copied.numel < logits.numel()
