@@ -48,7 +48,7 @@ def plan(
         **options: the other arguments of the function, by keyword.
 
     Returns:
-        A frozen `fusedloss.plan.Plan`, or `fusedloss.plan_linear.LinearPlan`; `print` it.
+        A frozen `Plan` (`from fusedloss.plan import Plan`), or a `LinearPlan` of fusedloss.plan_linear; `print` it.
 
     Raises:
         What the function would raise for these shapes, dtypes and options.

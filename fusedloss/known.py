@@ -71,7 +71,7 @@ def find(
     try:
         calls = KNOWN.get(key)
         # Nested tensors end the process when they are asked for their strides; a torch.fx.Proxy has no answer.
-        if calls is None or not input.is_nested is target.is_nested is False or (weight is not None and weight.is_nested):
+        if calls is None or input.is_nested or target.is_nested or (weight is not None and weight.is_nested):
             return key, None
         for call in calls:
             if not (call.takes(input, target) if weight is None else call.takes(input, target, weight)):

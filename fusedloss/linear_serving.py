@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fusedloss import distributed, linear_ops, reference
+from fusedloss import backends, distributed, linear_ops, reference
 from fusedloss.backends.triton import device_facts
 from fusedloss.checks import Facts
 from fusedloss.geometry import DeviceFacts
@@ -150,7 +150,8 @@ def _route(inputs: LinearInputs, options: Options, out_dtype: torch.dtype | None
             return x.dtype, Route("torch", without_strides(tensor), x.dtype, world_of(*inputs))
     dtype = check_dtypes(*inputs[:3], autocast_is_on(x))
     logits = Facts(logits_shape(x, inputs.linear_weight), dtype, device, any(map(_needs_grad, inputs[:3])))
-    route = route_with(facts_of(logits, *inputs[3:-1]), options, out_dtype, inputs.scale is not None, world_of(*inputs))
+    facts, has_scale = facts_of(logits, *inputs[3:-1]), inputs.scale is not None
+    route = route_with(facts, options, out_dtype, has_scale, world_of(*inputs), backends.requested)
     if inputs.linear_weight.dim() > 2 and route.backend not in ("torch", "reference"):
         route = route._replace(backend="reference", reason="a linear_weight (C, d1, ..., F) has no fused path")
     return dtype, route

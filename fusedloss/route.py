@@ -24,14 +24,16 @@ class Route(NamedTuple):
     world: World
 
 
-def route_of(inputs: Inputs, options: Options, out_dtype: torch.dtype | None) -> Route:
-    """Checks the tensors and chooses the path. out_dtype: what the caller wants the loss's dtype to be; None: PyTorch's."""
+def route_of(inputs: Inputs, options: Options, out_dtype: torch.dtype | None, requested: str | None = None) -> Route:
+    """Checks the tensors and chooses the path. out_dtype: what the caller wants the loss's dtype to be; None: PyTorch's.
+    requested: the backend; None: what `backends.backend` says."""
+    requested = requested or backends.requested
     for tensor in inputs:
         if isinstance(tensor, Tensor) and not is_strided(tensor):
-            return _unstrided(tensor, inputs, options, out_dtype)
+            return _unstrided(tensor, inputs, options, out_dtype, requested)
     logits = inputs.logits
     facts, world = facts_of(Facts.of("input", logits), *inputs[1:-1]), world_of(*inputs)
-    if is_dtensor(logits) and backends.requested == "auto":
+    if is_dtensor(logits) and requested == "auto":
         from fusedloss import dtensor  # takes a second
 
         uncovered = dtensor.not_covered(inputs, options)
@@ -39,7 +41,7 @@ def route_of(inputs: Inputs, options: Options, out_dtype: torch.dtype | None) ->
             reason = "the classes of a DTensor are sharded: one collective merges the statistics of the shards"
             return Route("sharded", reason, out_dtype or dtype_of_loss(facts, autocast_is_on(logits)), world)
         world = world._replace(reason=f"{world.reason}; {uncovered}")
-    return route_with(facts, options, out_dtype, inputs.scale is not None, world)
+    return route_with(facts, options, out_dtype, inputs.scale is not None, world, requested)
 
 
 def facts_of(
@@ -61,9 +63,11 @@ def facts_of(
     )
 
 
-def route_with(facts: InputFacts, options: Options, out_dtype: torch.dtype | None, has_scale: bool, world: World) -> Route:
+def route_with(
+    facts: InputFacts, options: Options, out_dtype: torch.dtype | None, has_scale: bool, world: World, requested: str
+) -> Route:
     """Checks the facts and chooses the path."""
-    question = facts, options.kind(), out_dtype, has_scale, backends.requested, world, autocast_is_on(facts.logits)
+    question = facts, options.kind(), out_dtype, has_scale, requested, world, autocast_is_on(facts.logits)
     if world is PLAIN or not torch.compiler.is_compiling():  # once per kind of call
         try:
             return _choose(*question)
@@ -76,12 +80,12 @@ def without_strides(tensor: Tensor) -> str:
     return f"a {'quantised' if tensor.is_quantized else 'nested' if tensor.is_nested else tensor.layout} tensor has no strides"
 
 
-def _unstrided(tensor: Tensor, inputs: Inputs, options: Options, out_dtype: torch.dtype | None) -> Route:
-    """What PyTorch makes of such tensors, it makes of them here; most of it is a NotImplementedError."""
+def _unstrided(tensor: Tensor, inputs: Inputs, options: Options, out_dtype: torch.dtype | None, requested: str) -> Route:
+    """Hands tensors without strides to PyTorch's loss, which mostly raises NotImplementedError."""
     reason = without_strides(tensor)
     others = inputs.target_b, inputs.lam, inputs.sample_weight, inputs.scale
     is_plain = options.reduction in ("none", "sum", "mean") and not options.has_extras() and out_dtype is None
-    if backends.requested != "auto" or not is_plain or any(other is not None for other in others):
+    if requested != "auto" or not is_plain or any(other is not None for other in others):
         raise NotImplementedError(f"{reason}, and only PyTorch's own loss, without extras, could serve it")
     return Route("torch", reason, inputs.logits.dtype, World(Kind.COMPOSED, reason))
 

@@ -77,7 +77,8 @@ def serve(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     options = check_options(reduction, ignore_index, label_smoothing, extras, lam)
     inputs = Inputs(*tensors, scale if isinstance(scale, Tensor) else None)
-    if not size_average is reduce is None or isinstance(label_smoothing, Tensor):  # for which PyTorch warns each time
+    # For which PyTorch warns each time.
+    if size_average is not None or reduce is not None or isinstance(label_smoothing, Tensor):
         key = None
     loss, stats = serve_checked(inputs, options, extras.out_dtype, key)
     return (loss, stats) if options.return_stats else loss
@@ -127,8 +128,10 @@ def labels_of(target: Any) -> tuple[Tensor, Tensor | None, float | Tensor]:
 def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Route, loss: Tensor) -> None:
     """Has the next call like this one go straight to its backend."""
     logits, target, weight = inputs.logits, inputs.target, inputs.weight
-    # Of these kinds none is known: tensors that no test of the key looks at, statistics that have a gradient.
-    if not inputs.target_b is inputs.sample_weight is None or options.reduction == "topk" or options.differentiates_entropy():
+    # Never remembered: calls with tensors that `same_kind` does not test, and statistics that have a gradient.
+    if inputs.target_b is not None or inputs.sample_weight is not None or options.reduction == "topk":
+        return
+    if options.differentiates_entropy():
         return
     if route.world is not PLAIN or route.backend not in ("cpu", "triton", "torch") or (_CHECK_TARGETS and route.backend != "cpu"):
         return
@@ -218,7 +221,7 @@ def with_scale_apart(inputs: Any) -> tuple[Any, Tensor | None]:
     return inputs, None
 
 
-def asked(
+def checked(
     input: Tensor,
     target: Any,
     weight: Tensor | None,
@@ -227,9 +230,11 @@ def asked(
     reduce: bool | None,
     reduction: str,
     label_smoothing: float,
+    *,
+    requested: str | None = None,
     **extras: Any,
 ) -> tuple[Inputs, Options, Route]:
-    """What `cross_entropy` makes of these arguments, and the way it would take."""
+    """What `cross_entropy` makes of these arguments, and the way it would take; requested: as `route_of` has it."""
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     labels, labels_b, lam = labels_of(target)
@@ -238,17 +243,18 @@ def asked(
     scale = extra.scale if isinstance(extra.scale, Tensor) else None
     lam_tensor = lam if isinstance(lam, Tensor) else None
     inputs = Inputs(input, labels, labels_b, lam_tensor, weight, extra.sample_weight, scale)
-    return inputs, options, route_of(inputs, options, extra.out_dtype)
+    route = route_of(inputs, options, extra.out_dtype, requested)
+    return with_scale_apart(inputs)[0], options.of_one_row() if input.dim() == 1 else options, route
 
 
 def planned(device: DeviceFacts | None, **arguments: Any) -> Plan:
     """What `plan` returns for these arguments of `cross_entropy`."""
-    inputs, options, route = asked(**arguments)
+    inputs, options, route = checked(**arguments)
     input = inputs.logits
     if route.backend in ("torch", "reference", "sharded"):
         return Plan(route.backend, route.reason)
     if input.dim() == 1:
-        inputs, options = inputs.as_one_row(), options.of_one_row()
+        inputs = inputs.as_one_row()
     needs_grad = input.requires_grad and torch.is_grad_enabled()
     if route.backend == "cpu":
         return cpu_plan(route.reason, inputs.logits, options, needs_grad)

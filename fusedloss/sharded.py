@@ -184,13 +184,21 @@ def _make_up_rows(places: Tensor) -> Tensor:
 
 
 def _backend(inputs: Inputs) -> Any:
-    """What makes a slice's statistics and gradient: a kernel, or PyTorch's operators."""
+    """What makes a slice's statistics and gradient: a kernel, or PyTorch's operators.
+
+    Raises RuntimeError if the CPU kernel is asked for and cannot serve.
+    """
     requested, device = backends.requested, inputs.logits.device.type
     if requested == "reference" or inputs.logits.shape[1] == 0:
         return slices
     if requested == "triton" or (requested == "auto" and device == "cuda"):
         return triton
-    return cpu if device == "cpu" and cpu.MISSING is None else slices
+    if device == "cpu" and cpu.MISSING is None:
+        return cpu
+    if requested == "cpu" and device != "meta":
+        missing = cpu.MISSING or f"the CPU kernel does not serve device {device!r}"
+        raise RuntimeError(f"backend 'cpu' was asked for, but {missing}")
+    return slices
 
 
 def _local(inputs: Inputs, part: Slice) -> Inputs:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fusedloss import backends, serving
+from fusedloss import serving
 from fusedloss.backends import triton
 from fusedloss.functional import cross_entropy
 from fusedloss.plan import Inputs, Options, Target
@@ -44,8 +44,7 @@ def warmup(
     arguments.apply_defaults()
     given = {name: tree_map_only(Tensor, _on_meta, value) for name, value in arguments.arguments.items()}
     with torch.cuda.device(device):
-        with backends.backend("triton"):
-            inputs, checked, route = serving.asked(**given)
+        inputs, checked, route = serving.checked(**given, requested="triton")
         _compile(inputs, checked, route.out_dtype)
 
 

@@ -35,6 +35,18 @@ def test_requests_nest_and_end_with_their_block() -> None:
     assert backends.requested == before
 
 
+def test_requests_of_two_threads_overlap() -> None:
+    """The one that began first ends first, and what holds is the other's, then what held before both."""
+    before = backends.requested
+    first, second = fusedloss.backend("reference"), fusedloss.backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert backends.requested == "cpu"
+    second.__exit__(None, None, None)
+    assert backends.requested == before
+
+
 def _run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=False

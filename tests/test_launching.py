@@ -12,6 +12,7 @@ from compiled import FACTS, _Driver, launches, variants
 from triton.runtime import driver
 
 import fusedloss
+from fusedloss import backends, serving
 from fusedloss.backends.triton import launching
 
 DEVICE = torch.device("cuda", 0)
@@ -75,6 +76,8 @@ WARMED: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "topk, statistics": ((64, 5000), FP32, {"reduction": "topk", "top_k": 3, "return_stats": True}),
     "pixels": ((4, 19, 64, 64), BF16, {"softcap": 30.0}),
     "one row": ((1000,), FP32, {}),
+    "one row, none": ((1000,), FP32, {"reduction": "none"}),
+    "learned scale": ((64, 1000), FP32, {"scale": torch.ones((), requires_grad=True)}),
     "float16": ((64, 1000), torch.float16, {}),
 }
 
@@ -138,6 +141,20 @@ def test_warmup_raises_what_the_call_would(loaded: list[tuple[str, str]]) -> Non
     with pytest.raises(ValueError, match="batch_size"):
         fusedloss.warmup(logits, target[:3])
     assert not loaded
+
+
+def test_warmup_asks_for_the_backend_of_no_other_thread(monkeypatch: pytest.MonkeyPatch, loaded: list[tuple[str, str]]) -> None:
+    found = []
+    checked = serving.checked
+
+    def spied(**arguments: Any) -> Any:
+        found.append(backends.requested)
+        return checked(**arguments)
+
+    monkeypatch.setattr(serving, "checked", spied)
+    fusedloss.warmup(*problem("mean", "meta")[:2])
+    assert found == [backends.requested]
+    assert loaded
 
 
 def test_warmup_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from paths import Path
 from problems import make_logits, make_target
 from sliced import check_slices, make_sliced_problem, sliced_call, sliced_entropies, sliced_rows
 
+import fusedloss
 from fusedloss import sharded, slices
 from fusedloss.backends import cpu, triton
 from fusedloss.plan import Slice
@@ -124,6 +125,13 @@ def test_the_backend_that_is_asked_for(path: Path) -> None:
     whole, none = (sliced_call(make_logits(2, n), make_target(2, n_classes=9), None, Slice(0, 9))[0] for n in (9, 0))
     assert sharded._backend(whole) is module_of(path)
     assert sharded._backend(none) is slices  # a rank whose classes are all padding
+
+
+def test_a_backend_that_is_asked_for_and_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = sliced_call(make_logits(2, 9), make_target(2, n_classes=9), None, Slice(0, 9))
+    monkeypatch.setattr(cpu, "MISSING", "the kernel is missing: a test")
+    with fusedloss.backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu' was asked for, but the kernel is missing"):
+        sharded._backend(whole)
 
 
 @pytest.mark.parametrize("n_classes", [10, 600])

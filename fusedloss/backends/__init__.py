@@ -15,7 +15,10 @@ def _checked(name: str) -> str:
     return name
 
 
-requested = environment.choice("FUSEDLOSS_BACKEND", get_args(Name))  # read as backends.requested: it changes
+_OUTSIDE = environment.choice("FUSEDLOSS_BACKEND", get_args(Name))  # of all blocks
+_blocks: dict[object, str] = {}  # that were entered and not left, in this order; those of two threads may overlap
+
+requested = _OUTSIDE  # by the latest block; read as backends.requested: it changes
 
 
 @contextmanager
@@ -31,8 +34,10 @@ def backend(name: Name) -> Iterator[None]:
         ValueError: `name` is none of these.
     """
     global requested
-    previous, requested = requested, _checked(name)
+    block = object()
+    _blocks[block] = requested = _checked(name)
     try:
         yield
     finally:
-        requested = previous
+        del _blocks[block]
+        requested = next(reversed(_blocks.values()), _OUTSIDE)
