@@ -68,13 +68,13 @@ def nobody_traces(*tensors: Tensor | None) -> bool:
 def _gradient_pass_impl(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, options, (*needs_grad, chunk_rows, float32_sum, compact, backend, upstream, dentropy) = _split(arguments)
     settings = Settings(NeedsGrad(*needs_grad), chunk_rows, float32_sum, compact, backend)
-    return _all_tensors(linear_passes.gradient_pass(inputs, options, settings, upstream, dentropy))
+    return _all_tensors(linear_passes.gradient_pass(inputs, options, settings, upstream, dentropy, keeps_workspace=False))
 
 
 def _row_pass_impl(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, options, (chunk_rows, compact, backend) = _split(arguments)
     settings = Settings(NeedsGrad(False, False, False), chunk_rows, False, compact, backend)
-    return _all_tensors(linear_passes.row_pass(inputs, options, settings))
+    return _all_tensors(linear_passes.row_pass(inputs, options, settings, keeps_workspace=False))
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[LinearInputs, Options, tuple[Any, ...]]:

@@ -108,8 +108,9 @@ def gradient_pass(
     settings: Settings,
     upstream: Tensor | None = None,  # (n_rows,): a gradient for each row's loss, which also selects the rows
     dentropy: Tensor | None = None,  # (n_rows,): with it, for each row's entropy
+    keeps_workspace: bool = True,
 ) -> GradientPass:
-    """The sum of the rows' losses, and its gradients."""
+    """The sum of the rows' losses, and its gradients. keeps_workspace: as `ops.forward` has it."""
     wanted = None
     if upstream is not None:
         wanted = upstream != 0 if dentropy is None else (upstream != 0) | (dentropy != 0)
@@ -127,7 +128,7 @@ def gradient_pass(
         if dentropy is not None:  # before the logits are overwritten
             of_entropies = torch.zeros_like(loss_inputs.logits)
             add_gradient(of_entropies, _take(dentropy, rows), loss_inputs, options)
-        outputs = ops.forward_overwriting(loss_inputs, passed.options, passed.dtype, settings.backend)
+        outputs = ops.forward_overwriting(loss_inputs, passed.options, passed.dtype, settings.backend, keeps_workspace)
         if of_entropies is not None:
             outputs.dlogits.add_(of_entropies)
         losses.append(outputs.loss)
@@ -137,7 +138,7 @@ def gradient_pass(
 
 
 @torch.no_grad()
-def row_pass(inputs: LinearInputs, options: Options, settings: Settings) -> RowPass:
+def row_pass(inputs: LinearInputs, options: Options, settings: Settings, keeps_workspace: bool = True) -> RowPass:
     """A loss per row, 0 of ignored rows."""
     passed = _Chunked(inputs, options, settings, losses_only=True)
     row_losses = inputs.input.new_zeros(len(inputs.input), dtype=passed.dtype)
@@ -147,7 +148,8 @@ def row_pass(inputs: LinearInputs, options: Options, settings: Settings) -> RowP
             loss_inputs = inputs.loss_inputs(passed.logits, rows)
             outputs = losses_of_blocks(x, inputs.linear_weight, inputs.linear_bias, loss_inputs, options, passed.dtype)
         else:
-            outputs = ops.forward(passed.with_logits(x, rows), options, passed.dtype, False, settings.backend)
+            loss_inputs = passed.with_logits(x, rows)
+            outputs = ops.forward(loss_inputs, options, passed.dtype, False, settings.backend, keeps_workspace)
         row_losses[rows] = outputs.loss
         passed.keep_stats(outputs.row_stats, outputs.counts, rows)
     return RowPass(row_losses, passed.row_stats, passed.n_correct)

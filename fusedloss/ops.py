@@ -42,10 +42,13 @@ _library.define(f"backward(Tensor dloss, {_INPUTS}, Tensor saved, {_OPTIONS}, st
 _library.define("scale_gradient(Tensor(a!) dlogits, Tensor dloss, str backend) -> ()")
 
 
-def forward(inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, backend: str) -> Outputs:
-    """The kernels' forward. What the call does not ask for is None, or a tensor of no elements where the dispatcher was asked."""
+def forward(
+    inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, backend: str, keeps_workspace: bool = True
+) -> Outputs:
+    """The kernels' forward. What the call does not ask for is None, or a tensor of no elements where the dispatcher was asked.
+    keeps_workspace: between calls; False where a compiled graph may own all memory."""
     if nobody_watches(*inputs):
-        return _BACKENDS[backend].forward(inputs, options, out_dtype, needs_grad)
+        return _BACKENDS[backend].forward(inputs, options, out_dtype, needs_grad, keeps_workspace)
     return Outputs(*torch.ops.fusedloss.forward.default(*inputs, *options, out_dtype, needs_grad, backend))
 
 
@@ -80,12 +83,14 @@ def _backward(dloss: Tensor, inputs: Inputs, saved: Tensor, options: Options, ba
     return dlogits
 
 
-def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype, backend: str) -> Outputs:
+def forward_overwriting(
+    inputs: Inputs, options: Options, out_dtype: torch.dtype, backend: str, keeps_workspace: bool = True
+) -> Outputs:
     """The forward of "sum" or "mean" and its gradient, which takes the place of the logits where `overwrites` says so.
 
     No operator: who calls it has made sure that the tensors hold data.
     """
-    return _BACKENDS[backend].forward_overwriting(inputs, options, out_dtype)
+    return _BACKENDS[backend].forward_overwriting(inputs, options, out_dtype, keeps_workspace)
 
 
 def overwrites(inputs: Inputs, options: Options, backend: str) -> bool:

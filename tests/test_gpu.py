@@ -203,6 +203,21 @@ def test_cudagraph_trees_on_a_stream_of_their_own(case: str) -> None:
         assert same((loss.detach().clone(), gradient.clone()), expected)
 
 
+def test_cudagraph_trees_of_the_fused_layer() -> None:
+    torch.compiler.reset()
+    layer = [torch.randn(*shape, device="cuda", requires_grad=True) for shape in ((64, 32), (1000, 32))]
+    target = torch.randint(1000, (64,), device="cuda")
+    expected = fusedloss.linear_cross_entropy(*layer, target)
+    gradients = torch.autograd.grad(expected, layer)
+    compiled = torch.compile(fusedloss.linear_cross_entropy, mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = compiled(*layer, target)
+        torch.testing.assert_close(loss.detach().clone(), expected.detach())
+        for found, gradient in zip(torch.autograd.grad(loss, layer), gradients, strict=True):
+            torch.testing.assert_close(found.clone(), gradient)
+
+
 @SEVERAL_GPUS
 @cases
 def test_a_device_that_is_not_the_current_one(case: str) -> None:

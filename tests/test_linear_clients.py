@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fusedloss
+from fusedloss.backends import cpu
 
 HAS_TORCHS = hasattr(F, "linear_cross_entropy")
 needs_torchs = pytest.mark.skipif(not HAS_TORCHS, reason="linear_cross_entropy came with PyTorch 2.13")
@@ -111,6 +113,34 @@ def test_compiles_as_one_graph(options: dict[str, Any]) -> None:
     torch.testing.assert_close(gradients(found, layer), gradients(expected, layer))
     with torch.no_grad():
         torch.testing.assert_close(compiled(*layer), expected.detach())
+
+
+@pytest.mark.parametrize("options", REDUCTIONS, ids=str)
+def test_a_compiled_call_keeps_no_memory_between_calls(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    """CUDA graph trees own what is allocated while a graph runs, and find what is still alive behind it."""
+    keeps = set()
+
+    def spied(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            bound = signature(function).bind(*arguments)
+            bound.apply_defaults()
+            keeps.add(bound.arguments["keeps_workspace"])
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(cpu, "forward", spied(cpu.forward))
+    monkeypatch.setattr(cpu, "forward_overwriting", spied(cpu.forward_overwriting))
+    layer, target = make_layer(9).leaves(), make_labels(9)
+
+    def step(input: Tensor, weight: Tensor) -> Tensor:
+        return fusedloss.linear_cross_entropy(input, weight, target, **options).sum()
+
+    torch.compiler.reset()
+    for call, kept in ((step, {True}), (torch.compile(step, fullgraph=True, backend="aot_eager"), {False})):
+        keeps.clear()
+        torch.autograd.grad(call(layer.input, layer.weight), (layer.input, layer.weight))
+        assert keeps == kept
 
 
 @pytest.mark.parametrize("options", REDUCTIONS, ids=str)

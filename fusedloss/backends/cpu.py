@@ -39,7 +39,7 @@ def overwrites(inputs: Inputs, options: Options) -> bool:
     return True
 
 
-def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> Outputs:
+def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype, keeps_workspace: bool = True) -> Outputs:
     """The same for reduction "sum" or "mean", and any dtype; the gradient takes the place of the logits."""
     outputs = allocate_forward(inputs, options, out_dtype, False)
     _forward(outputs, inputs.logits, inputs, options)

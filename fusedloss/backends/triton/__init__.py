@@ -44,7 +44,8 @@ def forward(
     needs_grad: bool,
     keeps_workspace: bool = True,  # between calls; not where a compiled graph owns the memory
 ) -> Outputs:
-    """One launch: every row's loss, and their reduction. The fused strategy writes the gradient in the same launch."""
+    """Every row's loss and their reduction in one launch, which writes the gradient, too, where the strategy is fused. Some calls
+    have a launch before it, to count the rows, or some behind it, to add up or to select losses."""
     inputs = given.laid_out(inputs)
     outputs = allocate_forward(inputs, options, out_dtype, needs_grad)
     return _forward(outputs, inputs, options, keeps_workspace)
@@ -67,16 +68,16 @@ def overwrites(inputs: Inputs, options: Options) -> bool:
     return given.overwrites(given.laid_out(inputs), options, device_facts(inputs.logits.device))
 
 
-def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> Outputs:
+def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype, keeps_workspace: bool = True) -> Outputs:
     """The same for reduction "sum" or "mean", and any dtype; the gradient takes the place of the logits where that can be."""
     logits = inputs.logits
     if fuses_gradient(options.reduction, logits.dtype):
         inputs = given.laid_out(inputs)
         if given.overwrites(inputs, options, device_facts(logits.device)):
             outputs = allocate_forward(inputs, options, out_dtype, False)
-            return _forward(outputs._replace(dlogits=logits), inputs, options, keeps_workspace=True)
-        return forward(inputs, options, out_dtype, True)
-    outputs = forward(inputs, options, out_dtype, True)
+            return _forward(outputs._replace(dlogits=logits), inputs, options, keeps_workspace)
+        return forward(inputs, options, out_dtype, True, keeps_workspace)
+    outputs = forward(inputs, options, out_dtype, True, keeps_workspace)
     return outputs._replace(dlogits=backward(outputs.saved.new_ones(()), inputs, outputs.saved, options))
 
 
