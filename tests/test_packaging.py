@@ -174,9 +174,16 @@ def test_without_a_compiler_the_first_call_says_so_and_is_pytorchs(pure_wheel: P
         archive.extractall(tmp_path / "site")
     (said,) = _run("-c", USER, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines()
     assert said.startswith("<string>: fusedloss: the compiled CPU kernel is missing")
-    assert "C++ compiler" in said
+    assert "install g++ or clang++" in said
     report = _run("-m", "fusedloss", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert "cpu       reference path: the compiled CPU kernel is missing" in report
+
+
+def test_a_checkout_where_nothing_was_built_says_so(source: Path) -> None:
+    """The folder that Python runs in comes before what pip installed."""
+    report = _run("-m", "fusedloss", cwd=source, PYTHONPATH="")
+    assert f"reference path: the compiled CPU kernel is missing: none was built in {source}" in report
+    assert "pip install -e ." in report
 
 
 TYPED = """

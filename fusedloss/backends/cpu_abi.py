@@ -121,7 +121,7 @@ def load() -> tuple[Library | None, str | None]:
     """The library, or why there is none."""
     path = _find()
     if path is None:
-        return None, "the compiled CPU kernel is missing: it was not built, for want of a C++ compiler at installation perhaps"
+        return None, f"the compiled CPU kernel is missing: {_why_not_built()}"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -149,6 +149,16 @@ def _find() -> Path | None:
     spec = find_spec("fusedloss.kernels")
     folders = spec.submodule_search_locations if spec is not None else None
     return next((path for folder in folders or () if (path := Path(folder, "cpu", LIBRARY_NAME)).exists()), None)
+
+
+def _why_not_built() -> str:
+    checkout = Path(__file__).parents[2]
+    if (checkout / "setup.py").exists():  # Python takes what is in the current folder before what pip installed
+        return (
+            f"none was built in {checkout}, whose sources are imported here; `pip install -e .` builds it there, "
+            "with g++ or clang++; an installed fusedloss is found from any other folder"
+        )
+    return "the installation could not compile it; install g++ or clang++, then fusedloss again"
 
 
 def _gomp_parallel() -> int:
