@@ -2,7 +2,6 @@
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -32,9 +31,10 @@ def report() -> str:
 
 def _triton() -> str:
     try:
-        return version("triton")
-    except PackageNotFoundError:
+        from triton import __version__ as version  # not its distribution's, which has another name beside PyTorch for ROCm
+    except ImportError:
         return "missing"
+    return str(version)
 
 
 if __name__ == "__main__":

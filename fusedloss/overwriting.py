@@ -66,7 +66,8 @@ def cross_entropy_overwriting_logits(
         raise RuntimeError(f"only the kernels can overwrite the logits, and here: {route.reason}")
     if not fuses_gradient(options.reduction, input.dtype):
         raise RuntimeError(
-            f"reduction {options.reduction!r} on {input.dtype} has no gradient yet when the forward has read the logits"
+            "the forward makes the gradient, and can overwrite the logits, for reduction 'sum' and 'mean' and any dtype but "
+            f"torch.float16, but got reduction {options.reduction!r} and {input.dtype}"
         )
     if torch.compiler.is_compiling():
         raise RuntimeError("torch.compile cannot trace a forward that overwrites its input")

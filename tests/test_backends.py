@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from problems import make_logits, make_probabilities, make_target
 
 import fusedloss
 from fusedloss import backends
+from fusedloss.__main__ import report
 from fusedloss.backends import cpu
 from fusedloss.cut_rows import SM_REGISTERS
 from fusedloss.geometry import DeviceFacts
@@ -72,6 +74,27 @@ def test_triton_on_cpu_tensors_is_one_clear_error() -> None:
         pytest.raises(RuntimeError, match=r"backend 'triton' was asked for, but .*device 'cpu'.*TRITON_INTERPRET=1"),
     ):
         fusedloss.cross_entropy(make_logits(4, 5), make_target(4, n_classes=5))
+
+
+def test_without_triton_a_request_for_it_says_so() -> None:
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch, fusedloss
+from fusedloss.__main__ import report
+print(report())
+with fusedloss.backend("triton"):
+    fusedloss.cross_entropy(torch.zeros(2, 3), torch.zeros(2).long())
+"""
+    result = _run(program)
+    assert "triton missing" in result.stdout
+    assert "RuntimeError: the kernels for GPUs need Triton, which is not installed" in result.stderr
+
+
+def test_the_report_finds_triton_whatever_its_distribution_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytorch-triton-rocm, beside PyTorch for AMD's GPUs."""
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="0.0.1"))
+    assert "triton 0.0.1" in report()
 
 
 @pytest.mark.interpreter

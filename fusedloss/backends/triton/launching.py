@@ -147,8 +147,10 @@ def kernels() -> dict[str, Any]:
 @cache
 def interprets() -> bool:
     """Whether kernels run in Triton's interpreter, on any device."""
-    from triton.runtime.interpreter import InterpretedFunction
-
+    try:
+        from triton.runtime.interpreter import InterpretedFunction
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"the kernels for GPUs need Triton, which is not installed ({error})") from error
     return isinstance(kernels()["fused_row_kernel"], InterpretedFunction)
 
 
