@@ -202,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three rows in under a minute")
     parser.add_argument("--seconds", type=float, help="measuring time per row of the table")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: as many as PyTorch takes)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of bench_cpu.md and bench_cpu.png")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -239,7 +239,7 @@ def plot(rows: list[tuple[Case, dict[str, float], dict[str, int]]], title: str) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the first case alone")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: as many as PyTorch takes)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of bench_linear.md and bench_linear.png")
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "NAME"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

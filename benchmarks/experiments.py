@@ -301,7 +301,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=["mlp", "tutorial"], default="mlp", help="mlp is for the digits (default: mlp)")
     parser.add_argument("--device", default="cpu", metavar="cpu|cuda[:N]")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of CIFAR-10 (default: data)")
-    parser.add_argument("--out", type=Path, help="(default: benchmarks; runs/experiments-... for other data or networks)")
+    parser.add_argument("--out", type=Path, help="(default: benchmarks; runs/experiments-... for other options than these)")
     args = parser.parse_args(argv)
     if args.model == "mlp" and args.data != "digits":
         parser.error("--model mlp is for --data digits")

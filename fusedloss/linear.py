@@ -1,4 +1,4 @@
-"""linear_cross_entropy(): torch.nn.functional.linear_cross_entropy's signature, with the extras."""
+"""linear_cross_entropy(): torch.nn.functional.linear_cross_entropy's signature, with the extras but focal_gamma."""
 
 from typing import Any
 

@@ -14,7 +14,7 @@ class LinearCrossEntropyLoss(nn.Module):
     """A linear layer and the softmax cross-entropy of its outputs, which are never stored.
 
     Has the constructor, attributes, state_dict (`linear.weight`, `linear.bias`, `weight`) and repr of
-    `torch.nn.LinearCrossEntropyLoss` (PyTorch 2.13), and the extras; see `fusedloss.linear_cross_entropy`.
+    `torch.nn.LinearCrossEntropyLoss` (PyTorch 2.13), and the extras but focal_gamma; see `fusedloss.linear_cross_entropy`.
 
     Args:
         in_features: F, size of each row of the input.
