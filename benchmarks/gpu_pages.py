@@ -15,7 +15,7 @@ from files import write_atomically
 
 Record = dict[str, Any]
 OURS = "fusedloss"
-AS_IT_IS = "as it is"
+AS_IT_IS, AGAIN = "as it is", "as it is again"  # the plan, measured first and last
 PHASES = ("both", "accumulation", "forward", "backward")
 TITLES = {
     "both": "Forward + backward",
@@ -62,8 +62,9 @@ def page(data: Record, has_plot: bool) -> str:
         parts += [
             "## Speed",
             f"A copy of 1 GB moved {copy:,.0f} GB/s in the same run (read + write). Forward and backward together: microseconds "
-            "on the device; the bytes that no implementation can do without (logits read once, gradient written once) over that "
-            "time; the same in % of the copy; and each other implementation's time over ours: below 1 it is faster.",
+            "on the device; the bytes that no implementation can do without (the logits of rows that are not ignored read once, "
+            "the gradient written once) over that time; the same in % of the copy; and each other implementation's time over "
+            "ours: below 1 it is faster.",
             summary(data),
             "![Forward + backward, in % of the copy bandwidth](results/gpu.png)" if has_plot else "",
             "## Where others need less",
@@ -73,9 +74,9 @@ def page(data: Record, has_plot: bool) -> str:
     if records:
         parts += [
             "## All measurements",
-            "Device time in microseconds, host time in brackets; % is the floor's bytes (forward 1 pass over the logits, forward "
-            "+ backward 2) over time and a copy; peak is the memory that the call allocates, in units of the logits. How it is "
-            "measured: bench_gpu.py.",
+            "Device time in microseconds, host time in brackets; % is the floor's bytes (in the forward a read of the rows that "
+            "are not ignored, with the backward a write of all besides) over time and a copy; peak is the memory that the call "
+            "allocates, in units of the logits. How it is measured: bench_gpu.py.",
         ]
         parts += [f"### {TITLES[phase]}\n\n{table(records, phase)}" for phase in PHASES if groups(records, phase)]
     parts.append(last_layer(records_of(data, "last_layer")))
@@ -280,11 +281,16 @@ def faster(by_shape: dict[str, dict[str, Record]]) -> list[str]:
     """What the table says of the plan."""
     lines = []
     for shape, found in by_shape.items():
-        setting, least = min(found.items(), key=lambda item: item[1]["device_us"])
-        usual = found.get(AS_IT_IS)
-        if usual is not None and least["device_us"] * NOISE < usual["device_us"]:
-            times = least["device_us"] / usual["device_us"]
-            lines.append(f"- {shape}: {setting} takes {times:.2f} of the time of the plan as it is.")
+        times = {setting: record["device_us"] for setting, record in found.items()}
+        if AS_IT_IS not in times:
+            continue
+        usual, again = times[AS_IT_IS], times.pop(AGAIN, times[AS_IT_IS])
+        noise = max(NOISE, usual / again, again / usual)
+        setting = min(times, key=lambda name: times[name])
+        if times[setting] * noise < usual:
+            lines.append(f"- {shape}: {setting} takes {times[setting] / usual:.2f} of the time of the plan as it is.")
+        if noise > NOISE:
+            lines.append(f"- {shape}: the plan as it is, measured first and last, differs by {100 * (noise - 1):.0f} %.")
     return lines or ["No setting beats the plan as it is by more than the 2 % that two runs differ by."]
 
 

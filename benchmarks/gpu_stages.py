@@ -220,6 +220,6 @@ STAGES = {
     "training": Stage(40, training),
     "other_tests": Stage(40, pytest_stage("tests", *OTHERS, parallel=True)),
     "racecheck": Stage(60, sanitizer("racecheck")),
-    "tune": Stage(120, tune),
+    "tune": Stage(160, tune),
 }
 ON_REQUEST = ("racecheck", "tune")

@@ -88,9 +88,11 @@ def test_every_implementation_and_phase_is_measured(records: list[dict[str, Any]
 
 def test_numbers_follow_from_the_clock_and_the_bytes(records: list[dict[str, Any]]) -> None:
     for record in records:
-        passes = 1 if record["case"][3] == "forward" else 2
-        n_bytes = passes * 4 * torch.Size(record["shape"]).numel()
-        assert record["bytes"] == n_bytes
+        shape = record["shape"]
+        counted = 1 - len(range(0, shape[0], 7)) / shape[0]  # labels[::7] are ignored
+        passes = counted + (record["case"][3] != "forward")
+        n_bytes = passes * 4 * torch.Size(shape).numel()
+        assert record["bytes"] == pytest.approx(n_bytes, abs=1)
         assert record["device_us"] == pytest.approx(2000)
         assert record["GB/s"] == pytest.approx(n_bytes / 0.002 / 1e9)
         assert record["copy GB/s"] == pytest.approx(2 * 1024 / 0.002 / 1e9)

@@ -16,6 +16,7 @@ import gpu
 import gpu_pages
 import gpu_run
 import gpu_stages
+import gpu_tune
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {
@@ -147,6 +148,14 @@ def test_tuning_is_on_request(gpu_with_stubs: Any, tmp_path: Path) -> None:
     assert "- rows, 4 x 9: FUSED_ROW_THREADS 128 takes 0.89 of the time of the plan as it is." in text
     records = json.loads((tmp_path / "results" / "gpu.json").read_text())["stages"]["tune"]["records"]
     assert "No setting beats the plan as it is" in gpu_pages.tuning(records[:1])
+
+
+def test_tuning_does_not_take_noise_for_a_gain() -> None:
+    times = {"as it is": 9.0, "SLICE_THREADS 256": 8.5, gpu_pages.AGAIN: 8.4}
+    found = gpu_pages.faster({"rows": {setting: {"device_us": us} for setting, us in times.items()}})
+    assert found == ["- rows: the plan as it is, measured first and last, differs by 7 %."]
+    assert gpu_pages.named({"as it is": "again"}) == gpu_pages.AGAIN
+    assert {"as it is": "again"} in gpu_tune.SETTINGS
 
 
 def test_the_time_is_shared_out() -> None:
