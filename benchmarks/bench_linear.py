@@ -94,11 +94,11 @@ def implementations(case: Case) -> dict[str, Callable[..., Tensor]]:
             ("torch 512", torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512)),
         ):
 
-            def torchs(input: Tensor, weight: Tensor, target: Tensor, options: object = options) -> Tensor:
+            def theirs(input: Tensor, weight: Tensor, target: Tensor, options: object = options) -> Tensor:
                 loss = F.linear_cross_entropy(input, weight, target, options=options, reduction="none" if topk else "mean")
                 return loss.topk(_k(target)).values.mean() if topk else loss
 
-            found[name] = torchs
+            found[name] = theirs
 
     def ours(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         if topk:

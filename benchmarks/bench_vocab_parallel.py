@@ -42,12 +42,12 @@ def rank_main(rank: int, folder: str, n_rows: int, n_classes: int, rounds: int) 
         logits.grad = None
         vocab_parallel_cross_entropy(logits, target).backward()
 
-    def torchs() -> None:
+    def theirs() -> None:
         sharded.grad = None
         with loss_parallel():
             F.cross_entropy(sharded, target).backward()
 
-    calls: dict[str, Callable[[], None]] = {"ours": ours, "loss_parallel": torchs}
+    calls: dict[str, Callable[[], None]] = {"ours": ours, "loss_parallel": theirs}
     vocab_parallel_cross_entropy(logits[:1], target[:1]).backward()  # what is loaded once is not the loss's
     found: dict[str, float] = {}
     for name, call in calls.items():  # first, for what earlier calls have freed would hide the peak

@@ -17,7 +17,7 @@ from fusedloss.world import nobody_watches
 
 
 def is_affine(options: Options) -> bool:
-    return options.reduction in ("none", "sum", "mean") and not options.asked(besides=("logit_scale",))
+    return options.reduction in ("none", "sum", "mean") and not options.non_default_numbers(besides=("logit_scale",))
 
 
 def gradient(dloss: Tensor, inputs: Inputs, options: Options) -> Tensor:

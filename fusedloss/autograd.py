@@ -145,7 +145,7 @@ def save_gradient(ctx: Any, dlogits: Tensor, inputs: Inputs) -> None:
 
 
 def _present(inputs: Inputs) -> tuple[str, ...]:
-    """The tensors that there are: what draws a graph asks each one saved for its shape."""
+    """Names of the inputs that are not None. None is not saved: what draws the graph reads the shape of every saved tensor."""
     return tuple(name for name, tensor in zip(Inputs._fields, inputs, strict=True) if tensor is not None)
 
 
@@ -156,8 +156,8 @@ def _made(ctx: Any, place: Place | None) -> Tensor:
 
 
 def _taken(ctx: Any) -> Tensor:
-    """The same for whoever frees the graph, once: atomic, since another thread may free it as well. Nothing else holds it then:
-    whoever accumulates gradients keeps it instead of a copy."""
+    """Takes the gradient off ctx, for the backward that frees the graph. `pop` is atomic: of two threads one gets it. Nothing
+    else holds it then, so that AccumulateGrad keeps it without a copy."""
     place = ctx.__dict__.pop("place", _taken)
     if place is _taken:
         _ = ctx.saved_tensors  # raises, once the graph is freed
@@ -166,8 +166,8 @@ def _taken(ctx: Any) -> Tensor:
 
 
 def _read(ctx: Any, of: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `of` makes of that gradient without changing it: for the last time where the graph is freed, but by a compiler, which
-    owns the buffers of its graphs."""
+    """What `of` makes of the gradient, which it must not change. A backward that frees the graph releases the gradient, but under
+    a compiler, which owns the buffers of its graphs."""
     if torch.compiler.is_compiling():
         return of(_made(ctx, ctx.place))
     if not keeps_graph():

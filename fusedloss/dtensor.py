@@ -37,7 +37,7 @@ def not_covered(inputs: Inputs, options: Options) -> str | None:
     shards_batch = Shard(0) in of_rows
     if shards_batch and (options.reduction not in ("none", "sum", "mean") or options.return_stats):
         return f"reduction {options.reduction!r}, or statistics, of a batch that is sharded, too"
-    if unknown := options.asked(besides=slices.NUMBERS):
+    if unknown := options.non_default_numbers(besides=slices.NUMBERS):
         return f"{unknown[0]} on a DTensor"
     if inputs.has_probabilities():
         return "class probabilities of a DTensor"

@@ -119,7 +119,7 @@ def gradient_pass(
     passed = _Chunked(inputs, options, settings, wanted)
     sums = _GradientSums(inputs, settings, passed)
     losses = [inputs.input.new_zeros((), dtype=passed.dtype)]
-    if inputs.scale is not None:  # of no row at all, 0 times nan: the mean
+    if inputs.scale is not None:  # the mean of no rows has scale NaN, and is 0 * NaN
         losses[0] = losses[0] * inputs.scale.to(passed.dtype)
     for rows in passed.chunks():
         x = passed.rows_of_input(rows)

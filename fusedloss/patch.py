@@ -20,7 +20,7 @@ _depth = 0  # how many patches are in force
 _asked: dict[object, torch.dtype | None] = {}  # the dtype of the loss that each of them wants, by patch, the latest last
 _out_dtype: torch.dtype | None = None  # that of the latest
 _replaced: dict[str, Callable[..., Tensor]] = {}  # what the first of them replaced, by name
-_TORCHS_LINEAR: Any = getattr(F, "linear_cross_entropy", None)  # from PyTorch 2.13 on
+_TORCH_LINEAR: Any = getattr(F, "linear_cross_entropy", None)  # from PyTorch 2.13 on
 
 
 def patch_torch(*, out_dtype: torch.dtype | None = None) -> ExitStack:
@@ -80,7 +80,7 @@ def _overrides(value: object) -> bool:
 
 
 # wraps: name and module are PyTorch's, so that what pickles a reference to the function finds PyTorch's when it is loaded.
-@functools.wraps(reference.TORCHS)
+@functools.wraps(reference.TORCH_CROSS_ENTROPY)
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -94,21 +94,21 @@ def cross_entropy(
     options: tuple[Any, ...] = (size_average, ignore_index, reduce, reduction, label_smoothing)
     # Not for a mode such as `with torch.device(...)`: only for a tensor's own class, which may know PyTorch's function.
     if has_torch_function_variadic(input, target, weight) and any(map(_overrides, (input, target, weight))):
-        return handle_torch_function(reference.TORCHS, (input, target, weight), input, target, weight, *options)
+        return handle_torch_function(reference.TORCH_CROSS_ENTROPY, (input, target, weight), input, target, weight, *options)
     if not _depth:
-        return reference.TORCHS(input, target, weight, *options)
+        return reference.TORCH_CROSS_ENTROPY(input, target, weight, *options)
     return functional.cross_entropy(input, target, weight, *options, out_dtype=_out_dtype)
 
 
 def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
     tensors = (input, linear_weight, target, options.get("linear_bias"), options.get("weight"))
     if has_torch_function_variadic(*tensors) and any(map(_overrides, tensors)):
-        return handle_torch_function(_TORCHS_LINEAR, tensors, input, linear_weight, target, **options)
+        return handle_torch_function(_TORCH_LINEAR, tensors, input, linear_weight, target, **options)
     if not _depth:
-        return _TORCHS_LINEAR(input, linear_weight, target, **options)
+        return _TORCH_LINEAR(input, linear_weight, target, **options)
     return linear.linear_cross_entropy(input, linear_weight, target, **options, out_dtype=_out_dtype)
 
 
 _OURS: dict[str, Callable[..., Tensor]] = {"cross_entropy": cross_entropy}
-if _TORCHS_LINEAR is not None:
-    linear_cross_entropy = _OURS["linear_cross_entropy"] = functools.wraps(_TORCHS_LINEAR)(linear_cross_entropy)
+if _TORCH_LINEAR is not None:
+    linear_cross_entropy = _OURS["linear_cross_entropy"] = functools.wraps(_TORCH_LINEAR)(linear_cross_entropy)

@@ -78,13 +78,13 @@ class Options(NamedTuple):
         """The key of what is decided once for all calls alike: without the numbers that are others in every step."""
         return self if self.scale == 1 and self.lam == 1 else self._replace(scale=1.0, lam=1.0)
 
-    def asked(self, besides: tuple[str, ...] = ()) -> list[str]:
-        """Names of the NUMBERS that the caller asks for, besides those that who wants to know can deal with."""
+    def non_default_numbers(self, besides: tuple[str, ...] = ()) -> list[str]:
+        """Names of the NUMBERS that differ from their default, but for those in `besides`, which the calling code supports."""
         return [name for name in NUMBERS if name not in besides and getattr(self, name) != getattr(DEFAULTS, name)]
 
     def has_extras(self) -> bool:
         """Whether a row takes more registers than PyTorch's own loss does."""
-        return self.return_stats or len(self.asked()) > 0
+        return self.return_stats or len(self.non_default_numbers()) > 0
 
 
 DEFAULTS = Options()
@@ -125,7 +125,7 @@ class Inputs(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What a program of a kernel that holds no rows of logits looks at, at a time."""
+    """Rows and columns that a program reads at a time, in kernels that hold no rows of logits."""
 
     rows: int
     cols: int
@@ -164,7 +164,8 @@ class Plan:
     """Which path a call takes, why, and what it will cost.
 
     Attributes:
-        backend: "triton", "cpu", "torch" (PyTorch's own function) or "reference" (PyTorch's operators).
+        backend: "triton", "cpu", "torch" (PyTorch's own function), "reference" (PyTorch's operators) or "sharded" (the kernels,
+            on the shards of a DTensor).
         reason: why this backend, in words.
         strategy: "forward only", "fused", "recompute", or "autograd" where PyTorch's operators serve the call.
         forward, backward: the launches that touch the logits or their gradient; None where no GPU kernel is launched.

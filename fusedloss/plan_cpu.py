@@ -11,9 +11,9 @@ from fusedloss.plan import Options, Plan, fuses_gradient, spatial_dims_collapse
 
 # Logits for which another thread is worth waking. Sharing 128 x 10 among two threads costs more than the work (5 us).
 ELEMENTS_PER_THREAD = 16384
-# Planes of pixels are read where they lie if their lines fill a vector of the widest, or are not many: each costs a vector. Where
-# neither pixels nor classes are neighbours, if they fit L1: 2 x 21 x 128 x 128, each number in a cache line of its own, took up
-# to twice as long as with a copy.
+# Images are read without a copy if a line has at least MIN_LINE pixels, the widest vector, or if there are at most MAX_LINES
+# lines: each costs at least one vector. Where neither pixels nor classes are neighbours in memory, they are if they fit the L1
+# cache: 2 x 21 x 128 x 128, each number in a cache line of its own, took up to twice as long as with a copy.
 MIN_LINE, MAX_LINES, MAX_SCATTERED = 16, 128, 8192
 MIN_ROW = 64  # classes from which on a row is read alone (kMinRowCols)
 

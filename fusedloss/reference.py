@@ -15,10 +15,10 @@ from fusedloss.kernels.constants import FRACTION_BITS
 from fusedloss.plan import Inputs, Options
 from fusedloss.stats import LossStats
 
-TORCHS = F.cross_entropy  # PyTorch's own, whatever `patch_torch` puts in its place
+TORCH_CROSS_ENTROPY = F.cross_entropy  # PyTorch's own, whatever `patch_torch` puts in its place
 
 # More numbers than the first are cut among the threads by PyTorch's sum to one number; sums of blocks are not.
-TORCHS_GRAIN, SUM_BLOCK = 2**15, 2**12
+TORCH_GRAIN, SUM_BLOCK = 2**15, 2**12
 
 
 def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> tuple[Tensor, LossStats | None]:
@@ -93,7 +93,7 @@ def computed_in(inputs: Inputs) -> torch.dtype:
     return dtype
 
 
-class Torchs(NamedTuple):
+class TorchLoss(NamedTuple):
     """PyTorch's own loss, times the scale: of calls that ask for no other extra. Its sums and its NaN are PyTorch's, too."""
 
     options: Options
@@ -102,13 +102,15 @@ class Torchs(NamedTuple):
     def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float) -> tuple[Tensor, None, None, None]:
         """As the Prepared of a backend, which autograd differentiates."""
         options = self.options
-        loss = TORCHS(logits, target, weight, None, options.ignore_index, None, options.reduction, options.label_smoothing)
+        loss = TORCH_CROSS_ENTROPY(
+            logits, target, weight, None, options.ignore_index, None, options.reduction, options.label_smoothing
+        )
         return loss if scale == 1 else _number(scale, loss) * loss, None, None, None
 
 
-def torchs(inputs: Inputs, options: Options) -> Tensor:
-    """PyTorch's own loss, as `Torchs` has it."""
-    return Torchs(options).forward(inputs.logits, inputs.target, inputs.weight, options.scale)[0]
+def torch_loss(inputs: Inputs, options: Options) -> Tensor:
+    """PyTorch's own loss, as `TorchLoss` has it."""
+    return TorchLoss(options).forward(inputs.logits, inputs.target, inputs.weight, options.scale)[0]
 
 
 def _number(value: float, like: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ def _raises_index_error(device: torch.device) -> bool:
 
 
 def _row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    return TORCHS(
+    return TORCH_CROSS_ENTROPY(
         logits,
         target,
         weight,
@@ -187,7 +189,7 @@ def reduce_rows(rows: Tensor, counted: Tensor, row_weights: Tensor, options: Opt
 
 def total(values: Tensor) -> Tensor:
     """The sum of all, with the same bits for any number of threads: ranks that share a row may have unequally many."""
-    if torch.compiler.is_compiling() or values.numel() <= TORCHS_GRAIN:
+    if torch.compiler.is_compiling() or values.numel() <= TORCH_GRAIN:
         return values.sum()
     values = values.flatten()
     return F.pad(values, (0, -len(values) % SUM_BLOCK)).view(-1, SUM_BLOCK).sum(1).sum()

@@ -94,15 +94,15 @@ def _unstrided(tensor: Tensor, inputs: Inputs, options: Options, out_dtype: torc
 def _choose(
     facts: InputFacts,
     options: Options,
-    asked: torch.dtype | None,
+    requested_dtype: torch.dtype | None,
     has_scale: bool,
     requested: str,
     world: World,
     autocast: bool,
 ) -> Route:
     check_tensors(facts, options, autocast)
-    torchs = dtype_of_loss(facts, autocast)
-    out_dtype = asked or torchs
+    torch_dtype = dtype_of_loss(facts, autocast)
+    out_dtype = requested_dtype or torch_dtype
     if requested == "reference":
         return Route("reference", "asked for by backend('reference') or FUSEDLOSS_BACKEND", out_dtype, world)
     device = facts.logits.device.type
@@ -111,7 +111,7 @@ def _choose(
     if name is None:
         uncovered = f"no kernel serves device {device!r}"
     else:
-        uncovered = _not_covered(name, facts, options, torchs)
+        uncovered = _not_covered(name, facts, options, torch_dtype)
         if world.kind is Kind.COMPOSED:
             uncovered = uncovered or world.reason
     if requested != "auto":
@@ -121,7 +121,7 @@ def _choose(
     if uncovered:
         if uncovered == cpu.MISSING and not torch.compiler.is_compiling():  # whose compiler makes PyTorch's loss as fast
             _warn_of_missing_kernel()
-        serves = out_dtype == torchs and _torch_serves(facts, options, has_scale)
+        serves = out_dtype == torch_dtype and _torch_serves(facts, options, has_scale)
         return Route("torch" if serves else "reference", uncovered, out_dtype, world)
     reason = "the logits are on a GPU" if name == "triton" else f"the logits are on the CPU ({cpu.ISA})"
     return Route(str(name), reason, out_dtype, world)
@@ -143,7 +143,7 @@ def _torch_serves(facts: InputFacts, options: Options, has_scale: bool) -> bool:
     return options.reduction in ("none", "sum", "mean")
 
 
-def _not_covered(name: str, facts: InputFacts, options: Options, torchs: torch.dtype) -> str | None:
+def _not_covered(name: str, facts: InputFacts, options: Options, torch_dtype: torch.dtype) -> str | None:
     logits, target, _, lam, weight, sample_weight = facts
     if name == "cpu":
         if cpu.MISSING is not None:
@@ -153,7 +153,7 @@ def _not_covered(name: str, facts: InputFacts, options: Options, torchs: torch.d
     if facts.has_probabilities():
         if target.needs_grad or (weight is not None and weight.needs_grad):
             return "the gradient to class probabilities, or to their weight, has no kernel"
-        if torchs == torch.float64 and logits.dtype != torch.float64:
+        if torch_dtype == torch.float64 and logits.dtype != torch.float64:
             return "class probabilities or weights in float64 have no kernel for other logits"
         if options.return_stats:
             return "statistics of class probabilities have no kernel"

@@ -139,7 +139,7 @@ def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Rou
     if not (varies or known.is_worth_remembering(key, logits, target)):
         return
     needs_grad = route.backend != "torch" and logits.requires_grad and torch.is_grad_enabled()
-    prepared: Any = reference.Torchs(options)
+    prepared: Any = reference.TorchLoss(options)
     if route.backend != "torch":
         taken = kernel_inputs(inputs, route.backend)
         prepared = ops.prepare(taken, options, route.out_dtype, needs_grad, route.backend, inputs, varies)
@@ -160,7 +160,7 @@ def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Rou
 def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, LossStats | None]:
     """The loss, and statistics where they are asked for, by the route chosen."""
     if route.backend == "torch":
-        return reference.torchs(inputs, options), None
+        return reference.torch_loss(inputs, options), None
     if route.backend == "sharded":
         from fusedloss import dtensor  # takes a second
 

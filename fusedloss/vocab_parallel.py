@@ -116,8 +116,8 @@ def _serve(
     world = world_of(*inputs)
     if world.kind is Kind.COMPOSED:
         raise NotImplementedError(f"the loss of sharded classes is the kernels' alone, and {world.reason}")
-    torchs = check_whole_rows(inputs, options, part)
-    loss, stats = sharded_cross_entropy(inputs, options, part, group, extras.out_dtype or torchs)
+    torch_dtype = check_whole_rows(inputs, options, part)
+    loss, stats = sharded_cross_entropy(inputs, options, part, group, extras.out_dtype or torch_dtype)
     return (loss, stats) if options.return_stats else loss
 
 

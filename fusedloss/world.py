@@ -1,4 +1,4 @@
-"""Which world a call is in: who, besides the caller, looks at it or takes it apart. Asked once for a call, here and nowhere else.
+"""Which world a call is in: who, besides the caller, looks at it or takes it apart. Decided once for a call, here.
 
 A kernel is one step that nobody can look into. In some worlds it may run, in others only PyTorch's operators will do:
 

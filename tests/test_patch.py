@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy as bound_before
 import fusedloss
 from fusedloss import known, serving
 
-TORCHS = F.cross_entropy
+TORCH_CROSS_ENTROPY = F.cross_entropy
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture(autouse=True)
 def _left_as_found() -> Iterator[None]:
     yield
-    assert F.cross_entropy is TORCHS
+    assert F.cross_entropy is TORCH_CROSS_ENTROPY
 
 
 def _problem() -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +102,7 @@ def test_errors_are_torchs(calls: list[str]) -> None:
 def test_an_exception_inside_the_block() -> None:
     with pytest.raises(ZeroDivisionError), fusedloss.patch_torch():
         _ = 1 / 0
-    assert F.cross_entropy is TORCHS
+    assert F.cross_entropy is TORCH_CROSS_ENTROPY
 
 
 def test_blocks_nest_and_overlap(calls: list[str]) -> None:
@@ -132,15 +132,15 @@ def test_somebody_else_patches_too(calls: list[str]) -> None:
             F.cross_entropy(*_problem())
         assert F.cross_entropy is theirs
     finally:
-        F.cross_entropy = TORCHS
+        F.cross_entropy = TORCH_CROSS_ENTROPY
     assert calls == ["mean"]
     with fusedloss.patch_torch():
         kept = F.cross_entropy
         F.cross_entropy = wrapped(kept)  # type: ignore[assignment]
     try:
-        torch.testing.assert_close(F.cross_entropy(*_problem()), 2 * TORCHS(*_problem()))
+        torch.testing.assert_close(F.cross_entropy(*_problem()), 2 * TORCH_CROSS_ENTROPY(*_problem()))
     finally:
-        F.cross_entropy = TORCHS
+        F.cross_entropy = TORCH_CROSS_ENTROPY
     assert calls == ["mean"]
 
 
@@ -180,7 +180,7 @@ def test_modules_stay_torchs(calls: list[str]) -> None:
         assert type(module) is nn.CrossEntropyLoss
     assert b"fusedloss" not in data
     loaded, function = pickle.loads(data)
-    assert function is TORCHS
+    assert function is TORCH_CROSS_ENTROPY
     torch.testing.assert_close(loaded(*_problem()), module(*_problem()))
     assert calls == []
 
@@ -218,9 +218,9 @@ def test_under_compile(calls: list[str]) -> None:
         loss = compiled(leaf)
         loss.backward()
     assert set(calls) == {"mean"}  # traced; how often is the compiler's affair
-    torch.testing.assert_close(loss, TORCHS(logits, target))
+    torch.testing.assert_close(loss, TORCH_CROSS_ENTROPY(logits, target))
     expected = logits.detach().clone().requires_grad_()
-    TORCHS(expected, target).backward()
+    TORCH_CROSS_ENTROPY(expected, target).backward()
     torch.testing.assert_close(leaf.grad, expected.grad)
 
 
@@ -231,10 +231,10 @@ def test_compiled_before(calls: list[str]) -> None:
     compiled(logits)
     assert calls == []
     with fusedloss.patch_torch():
-        torch.testing.assert_close(compiled(logits), TORCHS(logits, target))
+        torch.testing.assert_close(compiled(logits), TORCH_CROSS_ENTROPY(logits, target))
         assert calls
     n_calls = len(calls)
-    torch.testing.assert_close(compiled(logits), TORCHS(logits, target))
+    torch.testing.assert_close(compiled(logits), TORCH_CROSS_ENTROPY(logits, target))
     assert len(calls) == n_calls
 
 
@@ -243,7 +243,7 @@ def test_torchscript_compiles_torchs(calls: list[str]) -> None:
     logits, target = _problem()
     with fusedloss.patch_torch():
         scripted = torch.jit.script(nn.CrossEntropyLoss(label_smoothing=0.1))
-        torch.testing.assert_close(scripted(logits, target), TORCHS(logits, target, label_smoothing=0.1))
+        torch.testing.assert_close(scripted(logits, target), TORCH_CROSS_ENTROPY(logits, target, label_smoothing=0.1))
     assert calls == []
 
 

@@ -107,7 +107,7 @@ def as_read(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def converted(tensor: Tensor, dtype: torch.dtype, n_bytes: int) -> Tensor:
     """A contiguous tensor of this dtype. n_bytes: as `address` takes them."""
-    address(tensor, n_bytes)  # what converts it would not ask
+    address(tensor, n_bytes)  # Tensor.to() does not look whether the memory is there
     return tensor.to(dtype).contiguous()
 
 
@@ -185,7 +185,7 @@ def _kind(
     }
     kind = Kind(
         smoothing=options.label_smoothing,
-        plain=not options.asked(besides=("z_loss",)),
+        plain=not options.non_default_numbers(besides=("z_loss",)),
         ignore_index=options.ignore_index,
         top_k=options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS),
         top_k_is_fraction=options.top_k == 0,

@@ -41,9 +41,9 @@ class Prepared:
     backward_kind: Prepacked
     conversions: tuple[Conversion | None, ...] | None  # of logits, target and weight; None: all are read where they lie
     any_batch: bool  # calls with another number of examples are alike
-    n_examples: int  # if not
-    workers: tuple[int, Functions] | None  # if not, and one thread serves the call whatever torch's number of threads is
-    new_gradient: Callable[[], Tensor]  # if not
+    n_examples: int  # where any_batch is False, as the next two
+    workers: tuple[int, Functions] | None  # if one thread serves the call whatever torch's number of threads is
+    new_gradient: Callable[[], Tensor]
     new_loss: Callable[[], Tensor]  # 0-d
     losses: tuple[int, ...] | None  # of an example; None: the loss is 0-d
     loss_strides: tuple[int, ...]  # of losses

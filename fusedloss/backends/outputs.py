@@ -29,7 +29,7 @@ N_ROW_STATS, ENTROPY = 3, 2  # rows of Outputs.row_stats, and which is the entro
 
 
 class Sizes(NamedTuple):
-    """Of what a forward returns; None: it does not."""
+    """Sizes of a forward's outputs; None: this output is not made."""
 
     loss: tuple[int, ...]
     saved: int | None

@@ -147,7 +147,7 @@ def _scale_launch(shape: torch.Size, strides: tuple[int, ...], facts: DeviceFact
 
 def _asks(kind: Kind, saves: bool = False, top_k_is_fraction: bool = False, statistics: bool = False) -> Asks:
     options = kind.options
-    asked = options.asked()
+    asked = options.non_default_numbers()
     return Asks(
         options.reduction,
         options.ignore_index,
@@ -183,7 +183,7 @@ def _logits_launch(cut: Cut, kind: Kind, t: Operands, asks: Asks, numbers: dict[
 
 def _terms(asks: Asks, options: Options, in_float64: bool) -> Terms:
     """The numbers of the loss that are the same in calls alike, as kernels take them (groups.py)."""
-    asked = {name: getattr(options, name) for name in options.asked()}
+    asked = {name: getattr(options, name) for name in options.non_default_numbers()}
     if asks.smoothing:
         asked["smoothing"] = options.label_smoothing
     if in_float64:  # integers: Triton makes one kernel more where all of a number's last 4 bits are 0
