@@ -28,7 +28,7 @@ from fusedloss.known import KnownCall
 from fusedloss.plan import Inputs, Options, fuses_gradient
 from fusedloss.recover import KEPT_BYTES, recovered
 from fusedloss.rows import kernel_inputs
-from fusedloss.world import hooks_are_active, is_batched, nobody_watches
+from fusedloss.world import hooks_are_active, is_batched, n_dispatch_modes, nobody_watches
 
 Place = tuple[Tensor, int, Tensor | None]  # logits, their version at the forward; the gradient, where autograd does not save it
 
@@ -109,7 +109,7 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         known, scale = ctx.call
-        watched = torch.is_grad_enabled() or is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() != 0
+        watched = torch.is_grad_enabled() or is_dynamo_compiling() or n_dispatch_modes() != 0
         is_alike = not watched and known.takes_dloss(dloss)
         if is_alike and ctx.has_gradient and not keeps_graph():
             dlogits = _taken(ctx)
@@ -122,7 +122,8 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
         return _gradient(ctx, known.names, dloss, None, options, known.out_dtype, known.backend), None
 
 
-keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # retain_graph, or create_graph
+# Whether retain_graph or create_graph was asked for. Private: without it the gradient is copied as if it had been.
+keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def forgets_logits(options: Options, logits: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from fusedloss import backends
 from fusedloss.plan import Options
-from fusedloss.world import hooks_are_active
+from fusedloss.world import hooks_are_active, n_dispatch_modes
 
 MAX_KEYS = 256
 MAX_CALLS = 8  # of one key: each that is another costs a tenth of a microsecond
@@ -59,16 +59,16 @@ def find(
     # True and 1.0 would be found as the key 1 is.
     if type(scale) is not float or type(arguments[0]) is not int:
         return None, None
-    key = (
-        arguments,
-        weight is None,
-        backends.requested,
-        torch.is_grad_enabled(),
-        forward_ad._current_level,
-        torch._C._len_torch_function_stack(),
-        torch._C._len_torch_dispatch_stack(),
-    )
     try:
+        key = (
+            arguments,
+            weight is None,
+            backends.requested,
+            torch.is_grad_enabled(),
+            forward_ad._current_level,
+            torch._C._len_torch_function_stack(),
+            n_dispatch_modes(),
+        )
         calls = KNOWN.get(key)
         # Nested tensors end the process when they are asked for their strides; a torch.fx.Proxy has no answer.
         if calls is None or input.is_nested or target.is_nested or (weight is not None and weight.is_nested):
@@ -80,7 +80,10 @@ def find(
                 return None, None
             if call.lengths is None or (input.shape[0] == target.shape[0] and input.shape[0] in call.lengths):
                 return key, call
-    except (TypeError, AttributeError):  # what cannot be looked up: the checks take it, or say what it is
+    except (
+        TypeError,
+        AttributeError,
+    ):  # what cannot be looked up, which the checks see to; or a private name is missing
         return None, None
     return key, None
 
@@ -125,5 +128,8 @@ def same_kind(*tensors: Tensor, any_batch: bool = False) -> Callable[..., bool] 
     if any_batch:
         sizes[0][0] = sizes[1][0] = None
     strides = [list(tensor.stride()) for tensor in tensors]
-    check = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    return check if check(*tensors) else None
+    try:
+        check = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        return check if check(*tensors) else None
+    except (TypeError, AttributeError):  # other parameters, or methods
+        return None

@@ -164,9 +164,12 @@ def _not_covered(name: str, facts: InputFacts, options: Options, torch_dtype: to
     return None
 
 
+_some_autocast_is_on = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # private
+
+
 def autocast_is_on(tensor: Tensor | Facts) -> bool:
     """Whether autocast is active on its device."""
-    if not torch._C._is_any_autocast_enabled():  # the cheap question
+    if not _some_autocast_is_on():  # the cheap question
         return False
     device_type = tensor.device.type
     # The second would raise for a device without autocast, such as "meta".

@@ -33,6 +33,10 @@ class World(NamedTuple):
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _TRACING_TYPES = (*_PLAIN_TYPES, FakeTensor, FunctionalTensor)
 
+# Private: without them a mode is taken to be active, or hooks, which is slower and as right.
+n_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: True)
+
 PLAIN, WATCHED, COMPILED = World(Kind.PLAIN), World(Kind.WATCHED), World(Kind.COMPILED)
 
 
@@ -91,7 +95,7 @@ def nobody_watches(*tensors: Tensor | None) -> bool:
     Going around it saves about 10 us in a step that takes 70 (128 x 10 logits). Negative views and meta
     tensors are for it to resolve.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
+    if torch.compiler.is_compiling() or n_dispatch_modes() != 0:
         return False
     for tensor in tensors:  # a loop: any() of a generator takes twice as long
         if tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or tensor.is_meta):
@@ -101,10 +105,12 @@ def nobody_watches(*tensors: Tensor | None) -> bool:
 
 def hooks_are_active() -> bool:
     """Whether somebody else has the say over what autograd saves: a checkpoint, save_on_cpu, any saved_tensors_hooks."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return _top_hooks(False) is not None
+
+
+_is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 
 def is_batched(tensor: Tensor) -> bool:
     # torch.func.vmap has one kind of batched tensor, autograd.grad(is_grads_batched=True) another.
-    functorch = torch._C._functorch
-    return not torch.compiler.is_compiling() and (functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+    return not torch.compiler.is_compiling() and (torch._C._functorch.is_batchedtensor(tensor) or _is_legacy_batched(tensor))

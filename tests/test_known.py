@@ -279,8 +279,12 @@ def test_the_number_of_threads_is_no_part_of_it(calls: list[Any]) -> None:
     assert all(equal(each, found[0]) for each in found)
 
 
-def test_a_torch_without_the_guards_takes_the_long_way(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
-    monkeypatch.setattr(known, "_TensorGuards", None)
+@pytest.mark.parametrize("guards", [None, lambda *tensors: None, lambda *tensors, dynamic_dims_sizes, dynamic_dims_strides: None])
+def test_a_torch_without_these_guards_takes_the_long_way(
+    guards: Callable[..., Any] | None, monkeypatch: pytest.MonkeyPatch, calls: list[Any]
+) -> None:
+    """They are private: another PyTorch may have none, or with other parameters or methods."""
+    monkeypatch.setattr(known, "_TensorGuards", guards)
     logits, target = problem()
     results = [served(logits, target) for _ in range(3)]
     assert len(calls) == 3

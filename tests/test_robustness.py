@@ -1,5 +1,7 @@
-"""Threads, worker processes, and offsets beyond 2**31 elements."""
+"""Threads, worker processes, offsets beyond 2**31 elements, and a PyTorch without some of its private names."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -164,3 +166,51 @@ def test_plan_of_more_than_two_to_the_31_logits() -> None:
     assert pixels.forward is not None
     assert pixels.forward.n_programs * pixels.forward.shape.rows >= n_rows * 100 * 100
     assert pixels.forward.n_programs < FAR  # the grid of a launch
+
+
+WITHOUT_PRIVATE_NAMES = """
+import torch, torch.nn.functional as F
+import torch._dynamo  # which looks for them when it is imported
+
+for module, name in (
+    (torch._C, "_len_torch_function_stack"),
+    (torch._C, "_len_torch_dispatch_stack"),
+    (torch._C, "_is_any_autocast_enabled"),
+    (torch._C._autograd, "_get_current_graph_task_keep_graph"),
+    (torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    (torch._C._functorch, "is_legacy_batchedtensor"),
+    (torch._C._dynamo.guards, "TensorGuards"),
+):
+    delattr(module, name)
+
+import fusedloss
+
+weight, target = torch.randn(7, 5), torch.tensor([0, 3, 6, -100])
+
+def ours_of_a_layer(x, target, **options):
+    return fusedloss.linear_cross_entropy(x, weight, target, **options)
+
+def theirs_of_a_layer(x, target, **options):
+    return F.cross_entropy(x @ weight.T, target, **options)
+
+for ours, theirs, width in ((fusedloss.cross_entropy, F.cross_entropy, 7), (ours_of_a_layer, theirs_of_a_layer, 5)):
+    for reduction in ("mean", "none"):
+        for autocast in (False, True):
+            x = torch.randn(4, width, requires_grad=True)
+            results = []
+            for function in (ours, theirs):
+                for _ in range(3):
+                    with torch.autocast("cpu", enabled=autocast):
+                        loss = function(2 * x, target, reduction=reduction).sum()
+                    kept = torch.autograd.grad(3 * loss, x, retain_graph=True)[0].clone()
+                    (curved,) = torch.autograd.grad(loss, x, create_graph=True)
+                    found = loss.detach(), kept, curved.detach(), *torch.autograd.grad(loss, x)
+                results.append(found)
+            torch.testing.assert_close(*results, rtol=2e-2 if autocast else 1e-5, atol=2e-2 if autocast else 1e-6)
+"""
+
+
+def test_a_torch_without_some_private_names() -> None:
+    """What is missing makes calls slower, but no other (the table in CONTRIBUTING.md has the names that must be there)."""
+    result = subprocess.run([sys.executable, "-c", WITHOUT_PRIVATE_NAMES], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
