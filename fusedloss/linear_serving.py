@@ -41,12 +41,12 @@ def planned(device: DeviceFacts | None, **arguments: Any) -> LinearPlan:
     inputs, options, chunking, out_dtype = _checked(**arguments)
     dtype, route = _route(inputs, options, out_dtype)
     needs_grad = NeedsGrad(*map(_needs_grad, inputs[:3]))
-    shape = logits_shape(inputs.input, inputs.linear_weight)
+    shape, n_rows = logits_shape(inputs.input, inputs.linear_weight), inputs.input.shape[:-1].numel()
     if route.backend in ("torch", "reference"):
         held = shape.numel() * dtype.itemsize * (2 if any(needs_grad) else 1)
-        return LinearPlan(route.backend, route.reason, "unfused", len(inputs.input), 1, 1 + sum(needs_grad[:2]), held)
+        return LinearPlan(route.backend, route.reason, "unfused", n_rows, 1, 1 + sum(needs_grad[:2]), held)
     fused = fuses_gradient(options.reduction, dtype)
-    n_rows, n_classes = shape[:-1].numel(), shape[-1]
+    n_classes = shape[-1]
     soft = _as_rows(inputs).has_probabilities()
     cut = n_rows, n_classes, dtype, route.backend, chunking.chunk_rows
     backward = chunks_of(*cut)  # makes gradients, in the forward where it is fused

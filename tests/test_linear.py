@@ -330,3 +330,7 @@ def test_the_plan() -> None:
     assert unfused.strategy == "unfused"
     assert "(C, d1, ..., F)" in unfused.reason
     assert "3 per counted row" in str(fused)
+    for backend in ("auto", "reference"):
+        with fusedloss.backend(backend):
+            one_row = fusedloss.plan(torch.empty(8), torch.tensor(2), linear_weight=torch.empty(5, 8))
+        assert (one_row.chunk_rows, one_row.n_chunks) == (1, 1)
