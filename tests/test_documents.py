@@ -1,5 +1,6 @@
 """The README's code runs, block by block; its numbers are those of the files they come from; its links and names exist."""
 
+import ast
 import inspect
 import json
 import re
@@ -115,3 +116,29 @@ def test_the_readmes_times_are_those_that_were_written() -> None:
     assert f"({machine})" in README.replace("\n", " ")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in written.splitlines() if line.startswith("| ")]
     assert _table("logits | eager") == [[row[0], *row[2:7]] for row in cells[1:]]
+
+
+def test_imports_go_down_the_layout() -> None:
+    """CONTRIBUTING lists every file of fusedloss/, and each one imports from files behind it only."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    layout = text[text.index("    fusedloss/   ") : text.index("    tests/  benchmarks/")]
+    place = {name: at.start() for name in _modules() if (at := re.search(rf"(?<![\w.]){name}(\.py|/)", layout)) is not None}
+    assert _modules().keys() - place.keys() == {"__init__", "__main__", "_version"}
+    imported = {(name, other) for name in place for path in _modules()[name] for other in _imports(path) - {name, "kernels"}}
+    assert not [(name, other) for name, other in imported if place[other] < place[name]]
+
+
+def _modules() -> dict[str, list[Path]]:
+    """The files of each module of fusedloss, of a folder all."""
+    folder = ROOT / "fusedloss"
+    files = {path.stem: [path] for path in folder.glob("*.py")}
+    return {**files, **{path.name: sorted(path.rglob("*.py")) for path in folder.iterdir() if (path / "__init__.py").exists()}}
+
+
+def _imports(path: Path) -> set[str]:
+    """The modules of fusedloss that are imported at the head of a file."""
+    found = set()
+    for line in ast.parse(path.read_text()).body:
+        if isinstance(line, ast.ImportFrom) and line.module is not None and line.module.split(".")[0] == "fusedloss":
+            found |= {line.module.split(".")[1]} if "." in line.module else {name.name for name in line.names}
+    return found
