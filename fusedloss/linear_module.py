@@ -1,12 +1,14 @@
 """LinearCrossEntropyLoss: the last linear layer and its loss in one module, as torch.nn.LinearCrossEntropyLoss has them."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusedloss.linear import linear_cross_entropy
+from fusedloss.module import apply_to_scale
 from fusedloss.plan import EXTRAS, Reduction, Target
 
 
@@ -113,6 +115,11 @@ class LinearCrossEntropyLoss(nn.Module):
             chunk_rows=self.chunk_rows,
             compact=self.compact,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LinearCrossEntropyLoss":
+        super()._apply(fn, recurse)
+        apply_to_scale(self, fn)
+        return self
 
     def extra_repr(self) -> str:
         """What `torch.nn.LinearCrossEntropyLoss` shows, and the extras that are set."""

@@ -138,11 +138,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CrossEntropyLoss[Result]":
-        """A scale that is a tensor follows the buffers, as .to() moves them. It is none: a buffer cannot become a number."""
         super()._apply(fn, recurse)
-        if isinstance(self.__dict__.get("scale"), Tensor):  # else a number, or a parameter
-            with torch.no_grad():
-                self.scale = fn(self.scale)  # type: ignore[arg-type]
+        apply_to_scale(self, fn)
         return self
 
     def __prepare_scriptable__(self) -> nn.CrossEntropyLoss:
@@ -162,3 +159,11 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
         super().__setstate__(state)
         for name, default in _OWN_EXTRAS.items():
             self.__dict__.setdefault(name, default)
+
+
+def apply_to_scale(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """A scale that is a tensor follows the buffers, as .to() moves them. It is none: a buffer cannot become a number."""
+    scale = vars(module).get("scale")
+    if isinstance(scale, Tensor):  # else a number, or a parameter
+        with torch.no_grad():
+            module.scale = fn(scale)

@@ -4,6 +4,8 @@ import copy
 import io
 import pickle
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -49,16 +51,17 @@ def test_repr_shows_the_extras_that_are_set() -> None:
     assert repr(fusedloss.CrossEntropyLoss(reduction="sum", scale=2.0, softcap=None)) == "CrossEntropyLoss(scale=2.0)"
 
 
-def test_a_scale_that_is_a_tensor_follows_the_module() -> None:
-    module = fusedloss.CrossEntropyLoss(scale=torch.tensor(0.5))
+@pytest.mark.parametrize("new", [fusedloss.CrossEntropyLoss, partial(fusedloss.LinearCrossEntropyLoss, 2, 5)])
+def test_a_scale_that_is_a_tensor_follows_the_module(new: Callable[..., Any]) -> None:
+    module = new(scale=torch.tensor(0.5))
     assert module.double().scale.dtype == torch.float64
     module.scale = 2.0  # and a number may take its place, which no buffer allows
     assert module.to(torch.float32).scale == 2.0
     module.scale = torch.tensor(0.25)  # and it the number's
     container = nn.Sequential(module).to("meta")
     assert container[0].scale.is_meta
-    assert not container.state_dict()
-    learned = fusedloss.CrossEntropyLoss()
+    assert not any("scale" in name for name in container.state_dict())
+    learned = new()
     del learned.scale
     learned.scale = nn.Parameter(torch.tensor(3.0))
     assert isinstance(learned.double().scale, nn.Parameter)
