@@ -28,7 +28,7 @@ from .row import (
     whole_groups,
     with_known_total,
 )
-from .rowwise import has_largest, load_terms, row_entropy, row_loss, row_lse
+from .rowwise import class_weights, has_largest, load_terms, row_entropy, row_loss, row_lse
 from .slices import merge_slices, publish_shard, publish_slice
 from .tile import by_row, by_turn, load_held, load_turn_targets, tile_cols, tile_rows, tile_sources
 from .tile_softmax import tile_statistics
@@ -136,10 +136,6 @@ def forward_row_kernel(
             publish_shard(stats, out.saved, row, row < n_rows, n_rows, asks)
         else:
             stats = with_known_total(stats, problem, asks)
-            if asks.saves and asks.needs_total:
-                tl.store(out.saved + 3, stats.weight_total, mask=label.valid)  # every row that is read stores the same value
-            elif asks.saves:
-                tl.store(out.saved + 3, 0.0, mask=row == 0)
             loss = row_loss(stats, label, row, problem, asks)
             store_rows(out, row, row < n_rows, label.counted, loss, stats, terms.scale, n_rows, asks)
             tally = None
@@ -149,3 +145,20 @@ def forward_row_kernel(
                 tally = store_stats(out, row, row < n_rows, label.counted, correct, lse, loss, entropy, n_rows)
             count = label.weight if asks.weighs_the_mean else label.counted.to(dtype)
             reduce_batch(out, work, loss, count, tally, terms.scale, top_k, row, n_rows, n_rows, asks)
+    if asks.saves and tl.program_id(0) == 0:
+        tl.store(out.saved + 3, _sum_class_weights(problem, COLS, asks))
+
+
+@triton.jit
+def _sum_class_weights(problem, COLS: tl.constexpr, asks: tl.constexpr):
+    """W, for `saved`; 0 where the loss has none. Not a row's own: each adds up the weights from where its whole groups begin, and
+    two sums may differ in their last bit."""
+    dtype: tl.constexpr = problem.terms.scale.dtype
+    total = tl.zeros((), dtype)
+    if asks.needs_total and problem.inputs.weight is None:
+        total += problem.n_cols
+    elif asks.needs_total:
+        for start in range(0, problem.n_cols, COLS):
+            cols = start + tl.arange(0, COLS)
+            total += tl.sum(class_weights(None, cols, cols < problem.n_cols, problem, asks), 0)
+    return total

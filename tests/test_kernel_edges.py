@@ -102,6 +102,24 @@ def test_operators_return_no_memory_that_nobody_wrote(
             assert (tensor < shape[0] + 1).all(), name
 
 
+@pytest.mark.parametrize("shape", [(6, 10), (6, 1001), (3, 33001)], ids=str)
+def test_the_sum_of_the_class_weights_is_not_a_rows_own(kernels: Path, shape: tuple[int, int]) -> None:
+    """Ragged rows begin at other places of 32 bytes, and add up the weights in another order: `saved` has the same W whichever
+    row counts, were it none, or it would be that of the row which stores it last."""
+    # Not make_weight's, whose sum is the same in any order.
+    logits, weight = make_logits(*shape), torch.rand(shape[1], generator=torch.Generator().manual_seed(0))
+    totals = []
+    for row in (*range(shape[0]), None):
+        target = torch.full(shape[:1], -100)
+        if row is not None:
+            target[row] = 1
+        inputs = kernel_inputs(Inputs(logits, target, weight=weight))
+        saved = ops.forward(inputs, Options(reduction="none", label_smoothing=0.1), FP32, True, "triton").saved
+        totals.append(saved[3].cpu())
+    assert torch.equal(torch.stack(totals), totals[0].expand(len(totals)))
+    torch.testing.assert_close(totals[0].double(), weight.double().sum().cpu(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(2, 33001), (3, 46000)], ids=str)
 def test_rows_too_long_for_a_program_where_none_may_wait(
     kernels: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]

@@ -186,15 +186,18 @@ def test_the_gradient_may_take_the_place_of_the_logits(shape: tuple[int, int], o
             check_in_place(shape, BF16, in_place=True, reduction="mean", **options)
 
 
-@pytest.mark.parametrize("shape", [(300, 1003), (5, 40001)], ids=str)
-def test_order_does_not_change_a_bit(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("shape", [(300, 1001), (5, 40001)], ids=str)
+def test_order_does_not_change_a_bit(shape: tuple[int, int], options: dict[str, Any]) -> None:
+    # Of other bits than make_weight's, whose sum is the same in any order.
+    weight = torch.rand(shape[1], generator=torch.Generator().manual_seed(0)) if options else None
     logits = make_logits(*shape).requires_grad_()
     target = make_target(shape[0], n_classes=shape[1], ignored=-100)
     results = []
     for order in ("in-order", "reverse", 5):
         with emulated(order=order, resident=RESIDENT):
-            loss = fusedloss.cross_entropy(logits, target)
-            (gradient,) = torch.autograd.grad(loss, logits)
+            loss = fusedloss.cross_entropy(logits, target, weight, **options)
+            (gradient,) = torch.autograd.grad(loss.sum(), logits)
         results.append((loss.detach(), gradient))
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0])
