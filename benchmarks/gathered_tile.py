@@ -16,7 +16,7 @@ def _run(ptr, n_rows, n_cols, RUN: tl.constexpr, VECTOR: tl.constexpr, shape: tl
     """This program's rows as they lie, 16 bytes a line: (addresses, places from the first element, elements to the last)."""
     first = tl.program_id(0).to(tl.int64) * shape.rows * n_cols  # rows are so many that this is a multiple
     places = (tl.arange(0, RUN // VECTOR) * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
-    n_left = tl.minimum(n_rows - tl.program_id(0) * shape.rows, shape.rows) * n_cols
+    n_left = tl.maximum(tl.minimum(n_rows - tl.program_id(0) * shape.rows, shape.rows), 0) * n_cols  # as _packed_places has it
     return ptr + tl.multiple_of(first, VECTOR) + places, places, n_left
 
 

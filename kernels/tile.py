@@ -200,7 +200,8 @@ def _packed_places(ptr, n_rows, n_cols, shape: tl.constexpr):
     else:
         starts, places = line * LINE, lane
         inside = lane < LINE
-    n_left = tl.minimum(n_rows - first, ROWS) * n_cols
+    # None of a backward that reads none, whose n_rows is 0: -first * n_cols may pass -2**31.
+    n_left = tl.maximum(tl.minimum(n_rows - first, ROWS), 0) * n_cols
     return ptr + first.to(tl.int64) * n_cols + (starts + places), (starts, places), inside, n_left
 
 

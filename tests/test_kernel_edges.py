@@ -6,7 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from compare import check_against_torch
+from fusedloss.kernels.groups import TileShape
+from fusedloss.kernels.tile import _packed_places
 from paths import GPU, INTERPRETER, Path, entered
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor
@@ -14,7 +18,7 @@ from torch import Tensor
 import fusedloss
 from fusedloss import ops
 from fusedloss.autograd import kernel_inputs
-from fusedloss.backends import triton
+from fusedloss.backends import triton as backend
 from fusedloss.plan import Inputs, Options
 
 FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
@@ -120,11 +124,28 @@ def test_the_sum_of_the_class_weights_is_not_a_rows_own(kernels: Path, shape: tu
     torch.testing.assert_close(totals[0].double(), weight.double().sum().cpu(), rtol=1e-6, atol=0)
 
 
+@triton.jit
+def _elements_left(out, ptr, n_rows, n_cols, shape: tl.constexpr):
+    _, _, _, n_left = _packed_places(ptr, n_rows, n_cols, shape)
+    tl.store(out + tl.program_id(0), n_left)
+
+
+def test_packed_rows_that_nobody_reads_are_not_read_beyond_2_to_31_elements(kernels: Path) -> None:
+    """A backward without a gradient in a tile reads no rows there: as many as were before the tile were missing, whose elements
+    passed -2**31, and the tile was read, beyond its end perhaps."""
+    shape = TileShape(rows=2**20, cols=1, n_blocks=1024, row_group=2**20)
+    left = torch.full((4,), -1, dtype=torch.int32, device=kernels.device)
+    _elements_left[(4,)](left, left, 0, 1024, shape)
+    assert left.tolist() == [0] * 4
+    _elements_left[(4,)](left, left, 2**21 + 1, 1024, shape)
+    assert left.tolist() == [2**30, 2**30, 1024, 0]
+
+
 @pytest.mark.parametrize("shape", [(2, 33001), (3, 46000)], ids=str)
 def test_rows_too_long_for_a_program_where_none_may_wait(
     kernels: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
 ) -> None:
     """They are read twice."""
-    facts = triton.device_facts(torch.device(kernels.device))._replace(may_wait=False)
-    monkeypatch.setattr(triton, "device_facts", lambda _: facts)
+    facts = backend.device_facts(torch.device(kernels.device))._replace(may_wait=False)
+    monkeypatch.setattr(backend, "device_facts", lambda _: facts)
     check_against_torch(make_logits(*shape, dtype=torch.bfloat16), make_target(shape[0], n_classes=shape[1], ignored=-100))
