@@ -1,5 +1,6 @@
 """The errors of torch.nn.functional.cross_entropy about its tensors, in its order, for every backend; and those of the extras."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,10 @@ class InputFacts(NamedTuple):
     def has_probabilities(self) -> bool:
         logits, target = self.logits.shape, self.target.shape  # ranks first: a compiler may not know the sizes
         return len(logits) == len(target) and logits == target and self.target_b is None
+
+    def n_rows(self) -> int:
+        shape = self.logits.shape
+        return math.prod(shape[:1] + shape[2:]) if len(shape) > 1 else 1
 
     def n_classes(self) -> int:
         shape = self.logits.shape

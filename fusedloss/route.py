@@ -10,8 +10,11 @@ from torch import Tensor
 from fusedloss import backends
 from fusedloss.backends import cpu
 from fusedloss.checks import Facts, InputFacts, autocast_dtype, check_tensors
+from fusedloss.kernels.constants import MAX_ROWS
 from fusedloss.plan import Inputs, Options
 from fusedloss.world import PLAIN, Kind, World, is_dtensor, is_strided, world_of
+
+TOO_MANY_ROWS = f"the kernels for GPUs have 32 bits for the numbers of rows, which are more than {MAX_ROWS}"
 
 
 class Route(NamedTuple):
@@ -157,6 +160,8 @@ def _not_covered(name: str, facts: InputFacts, options: Options, torch_dtype: to
             return "class probabilities or weights in float64 have no kernel for other logits"
         if options.return_stats:
             return "statistics of class probabilities have no kernel"
+    if name == "triton" and _is_more(facts.n_rows(), MAX_ROWS):
+        return TOO_MANY_ROWS
     if any(value is not None and value.needs_grad for value in (lam, sample_weight)):
         return "the gradient to sample_weight, or to the share of two labels, has no kernel"
     if facts.n_classes() == 0:
@@ -165,6 +170,15 @@ def _not_covered(name: str, facts: InputFacts, options: Options, torch_dtype: to
 
 
 _some_autocast_is_on = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # private
+
+
+def _is_more(n: int, most: int) -> bool:
+    """Whether n is; not where a compiler knows n only when it runs, as of x[mask]."""
+    if not torch.compiler.is_compiling():
+        return n > most
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # loaded with a compiler only
+
+    return bool(guard_or_false(n > most))
 
 
 def autocast_is_on(tensor: Tensor | Facts) -> bool:

@@ -10,8 +10,9 @@ from fusedloss import backends, reference, slices
 from fusedloss.backends import cpu, triton
 from fusedloss.checks import Facts, InputFacts, check_class_indices, check_tensors
 from fusedloss.entropy import add_gradient
+from fusedloss.kernels.constants import MAX_ROWS
 from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
-from fusedloss.route import autocast_is_on, dtype_of_loss
+from fusedloss.route import TOO_MANY_ROWS, autocast_is_on, dtype_of_loss
 from fusedloss.rows import expanded_to_rows, kernel_inputs, rows_of
 from fusedloss.stats import LossStats
 from fusedloss.world import is_batched
@@ -186,13 +187,17 @@ def _make_up_rows(places: Tensor) -> Tensor:
 def _backend(inputs: Inputs) -> Any:
     """What makes a slice's statistics and gradient: a kernel, or PyTorch's operators.
 
-    Raises RuntimeError if the CPU kernel is asked for and cannot serve.
+    Raises RuntimeError if a kernel is asked for and cannot serve.
     """
     requested, device = backends.requested, inputs.logits.device.type
     if requested == "reference" or inputs.logits.shape[1] == 0:
         return slices
     if requested == "triton" or (requested == "auto" and device == "cuda"):
-        return triton
+        if inputs.logits.numel() // inputs.logits.shape[1] <= MAX_ROWS:
+            return triton
+        if requested == "triton":
+            raise RuntimeError(f"backend 'triton' was asked for, but {TOO_MANY_ROWS}")
+        return slices
     if device == "cpu" and cpu.MISSING is None:
         return cpu
     if requested == "cpu" and device != "meta":

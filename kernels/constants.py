@@ -10,6 +10,7 @@ N_SELECTION = 4  # integers that the launches of a selection hand on (selection.
 N_SELECTED_SUMS = 3
 HISTOGRAM = 512  # place among the counters of the digits' counts
 N_COUNTERS = 1024  # more than 1 + N_GROUPS, than 1 + the rows that a forward cuts, and than HISTOGRAM + 2**DIGIT_BITS
+MAX_ROWS = 2**31 // 6  # of a row up to 6 numbers are kept, each n_rows behind the one before: int32, as the rows themselves
 N_TALLY = 3  # integers that keep a Tally
 N_STATISTICS = 5  # of a slice (slices.py)
 FRACTION_BITS = 32  # a fraction of the rows counts in units of 2**-FRACTION_BITS, so that all agree on k to the last row

@@ -9,12 +9,19 @@ from typing import Any
 import pytest
 import torch
 from compiled import ALLOWED_SPILLS, TARGETS, compile_for, launches, report
+from fusedloss.kernels.constants import MAX_ROWS
 from paths import CPU, GPU, INTERPRETER, REFERENCE, Path, entered
 from problems import make_logits, make_target, make_weight
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import fusedloss
+from fusedloss import sharded
+from fusedloss.backends import triton
+from fusedloss.checks import Facts, InputFacts
+from fusedloss.plan import Inputs, Options
+from fusedloss.route import TOO_MANY_ROWS, route_with
+from fusedloss.world import PLAIN
 
 FAR = 2**31  # elements; a signed 32-bit offset ends one before
 
@@ -158,14 +165,40 @@ def test_plan_of_more_than_two_to_the_31_logits() -> None:
     assert logits.numel() > FAR
     with fusedloss.backend("triton"):
         plan = fusedloss.plan(logits, torch.empty(n_rows, dtype=torch.long, device="meta"))
-        one_pixel_each = torch.empty(n_rows, 4, 100, 100, dtype=torch.bfloat16, device="meta")
-        pixels = fusedloss.plan(one_pixel_each, torch.empty(n_rows, 100, 100, dtype=torch.long, device="meta"))
+        one_pixel_each = torch.empty(n_rows, 7, 100, 50, dtype=torch.bfloat16, device="meta")
+        pixels = fusedloss.plan(one_pixel_each, torch.empty(n_rows, 100, 50, dtype=torch.long, device="meta"))
     assert plan.write_bytes == 2 * n_rows * n_cols
     assert plan.forward is not None
     assert plan.forward.n_programs == n_rows * plan.forward.n_slices
     assert pixels.forward is not None
-    assert pixels.forward.n_programs * pixels.forward.shape.rows >= n_rows * 100 * 100
+    assert pixels.forward.n_programs * pixels.forward.shape.rows >= n_rows * 100 * 50
     assert pixels.forward.n_programs < FAR  # the grid of a launch
+
+
+def test_rows_too_many_for_the_kernels_of_gpus() -> None:
+    """Of a row they keep up to 6 numbers, each n_rows behind the one before, in 32 bits: PyTorch's operators serve more."""
+    n_rows = MAX_ROWS + 1
+    assert 6 * MAX_ROWS < FAR <= 6 * n_rows
+    logits = torch.empty(n_rows, 2, dtype=torch.bfloat16, device="meta")
+    target = torch.empty(n_rows, dtype=torch.int64, device="meta")
+    refused = pytest.raises(RuntimeError, match="backend 'triton' was asked for, but the kernels for GPUs have 32 bits")
+    with fusedloss.backend("triton"):
+        assert fusedloss.plan(logits[1:], target[1:]).backend == "triton"
+        assert sharded._backend(Inputs(logits[1:], target[1:])) is triton
+        with refused:
+            fusedloss.cross_entropy(logits, target)
+        with refused:
+            fusedloss.cross_entropy(logits.t().unsqueeze(0), target.unsqueeze(0))  # one image
+        with refused:
+            fusedloss.linear_cross_entropy(logits, logits[:7], target)
+        with refused:
+            sharded._backend(Inputs(logits, target))
+
+    cuda = torch.device("cuda")
+    facts = InputFacts(Facts(logits.shape, logits.dtype, cuda, True), Facts(target.shape, torch.int64, cuda, False), *[None] * 4)
+    for options, backend in ((Options(), "torch"), (Options(z_loss=0.1), "reference")):
+        route = route_with(facts, options, None, False, PLAIN, "auto")
+        assert (route.backend, route.reason) == (backend, TOO_MANY_ROWS)
 
 
 WITHOUT_PRIVATE_NAMES = """
