@@ -1,6 +1,6 @@
 """The hard cases of the loss, ours and PyTorch's, against 50 digits. Prints a Markdown page, and writes it to runs/ACCURACY.md.
 
-    make accuracy
+    make accuracy                              # takes minutes
     make accuracy ARGS=--update                # to benchmarks/ACCURACY.md instead
 
 The exact values are mpmath's for the logits as they are in the dtype, so that an error is the computation's own:
@@ -148,6 +148,7 @@ def interpreted(names: list[str]) -> dict[tuple[str, str], Result]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "results.pt")
         command = [sys.executable, __file__, "--interpreted", str(file), *names]
+        print("first, for minutes: the Triton kernels under the interpreter", file=sys.stderr)
         subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
         return torch.load(file, weights_only=False)
 
@@ -233,6 +234,8 @@ def main() -> None:
     where.add_argument("--update", action="store_const", dest="output", const=PAGE, help=f"write {PAGE.name} beside this file")
     arguments = parser.parse_args()
     chosen = [case for case in cases() if not arguments.cases or case.name in arguments.cases]
+    if unknown := set(arguments.cases) - {case.name for case in chosen}:
+        parser.error(f"no case {', '.join(map(repr, sorted(unknown)))}; there are: {'; '.join(case.name for case in cases())}")
     if arguments.interpreted:
         if not INTERPRETED:
             parser.error("--interpreted needs TRITON_INTERPRET=1")

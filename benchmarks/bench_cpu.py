@@ -1,6 +1,7 @@
 """The loss on the CPU: PyTorch's, torch.compile of it, and ours.
 
-    make bench                                   # all; ARGS=--quick in under a minute
+    make bench                                   # this and the other benchmarks of a CPU; ARGS=--quick: the first rows alone
+    python benchmarks/bench_cpu.py --quick       # three rows, in a minute where nothing else runs
     pytest benchmarks --benchmark-only           # forward, backward and both apart, by pytest-benchmark
     pytest benchmarks --benchmark-only --benchmark-save=before
     pytest benchmarks --benchmark-only --benchmark-compare
@@ -200,7 +201,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three rows in under a minute")
+    parser.add_argument("--quick", action="store_true", help="three rows")
     parser.add_argument("--seconds", type=float, help="measuring time per row of the table")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: as many as PyTorch takes)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of bench_cpu.md and bench_cpu.png")

@@ -36,6 +36,14 @@ def test_fifty_digits(case: accuracy.Case) -> None:
 
 
 @pytest.mark.skipif(cpu.LIBRARY is None, reason="no C++ kernel")
+def test_a_case_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not a page without rows, in the place of one with all."""
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "128 x 11"])
+    with pytest.raises(SystemExit):
+        accuracy.main()
+    assert "no case '128 x 11'" in capsys.readouterr().err
+
+
 def test_the_page(tmp_path: Path) -> None:
     file = tmp_path / "page.md"
     command = [sys.executable, str(ROOT / "benchmarks" / "accuracy.py"), "a sure row: [40, 0]", "--output", str(file)]
