@@ -45,7 +45,7 @@ class Facts(NamedTuple):
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> "Facts":
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"cross_entropy(): argument '{name}' must be Tensor, not {type(tensor).__name__}")
+            raise TypeError(f"argument '{name}' must be Tensor, not {type(tensor).__name__}")
         return cls(tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad and torch.is_grad_enabled())
 
 
@@ -200,11 +200,14 @@ def _same_sizes(sizes: torch.Size, others: torch.Size) -> bool:
     return True
 
 
-def check_class_indices(target: Tensor, n_classes: int, ignore_index: int) -> None:
-    """Raises IndexError naming the first class index out of range and its position. Reads the values: on a GPU this waits."""
-    target = target.long()  # -100 is 156 to bytes, and 256 classes are none
-    outside = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
-    if outside.any():
-        position = outside.nonzero()[0].tolist()
-        value = target[tuple(position)].item()
-        raise IndexError(f"Target {value} is out of bounds. (n_classes {n_classes}, at position {position})")
+def check_class_indices(target: Tensor, n_classes: int, ignore_index: int, target_b: Tensor | None = None) -> None:
+    """Raises IndexError naming the first class index out of range, of a row that counts, and its position. Reads the values: on a
+    GPU this waits."""
+    every = [label.long() for label in (target, target_b) if label is not None]  # -100 is 156 to bytes, and 256 classes are none
+    counted = torch.stack([label != ignore_index for label in every]).all(0)
+    for label in every:
+        outside = ((label < 0) | (label >= n_classes)) & counted
+        if outside.any():
+            position = outside.nonzero()[0].tolist()
+            value = label[tuple(position)].item()
+            raise IndexError(f"Target {value} is out of bounds. (n_classes {n_classes}, at position {position})")

@@ -18,7 +18,7 @@ def check_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
     """Raises where the layer does not fit its input."""
     for name, tensor in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if not isinstance(tensor, Tensor) and not (name == "linear_bias" and tensor is None):
-            raise TypeError(f"linear_cross_entropy(): argument '{name}' must be Tensor, not {type(tensor).__name__}")
+            raise TypeError(f"argument '{name}' must be Tensor, not {type(tensor).__name__}")
     if input.dim() < 1:
         raise RuntimeError(f"expected input with dimensionality 1 or more, (..., in_features), got {input.dim()}")
     if linear_weight.numel() == 0:
@@ -69,7 +69,7 @@ def check_targets(
 ) -> None:
     """Raises where what has a value per row has other rows than the input, or probabilities are to be ignored."""
     if not isinstance(target, Tensor):
-        raise TypeError(f"linear_cross_entropy(): argument 'target' must be Tensor, not {type(target).__name__}")
+        raise TypeError(f"argument 'target' must be Tensor, not {type(target).__name__}")
     rows, has_probabilities = input.shape[:-1], target_b is None and target.shape == logits_shape(input, linear_weight)
     if has_probabilities and ignore_index is not None:
         raise RuntimeError(f"ignore_index cannot be specified when target contains probabilities, but got {ignore_index}")
@@ -93,7 +93,7 @@ def logits_shape(input: Tensor, linear_weight: Tensor) -> torch.Size:
 def check_chunking(options: Any, chunk_rows: int | None, compact: bool) -> Chunking:
     """options: a torch.nn.LinearCrossEntropyOptions, whose class PyTorch has from 2.13 on."""
     if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int)):
-        raise TypeError(f"linear_cross_entropy(): argument 'chunk_rows' must be int, not {type(chunk_rows).__name__}")
+        raise TypeError(f"argument 'chunk_rows' must be int, not {type(chunk_rows).__name__}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, but got {chunk_rows}")
     if options is None:
@@ -101,9 +101,7 @@ def check_chunking(options: Any, chunk_rows: int | None, compact: bool) -> Chunk
     try:
         asked, accurate = options.batch_chunk_size, options.acc_policy == "accurate" or options.acc_dtype == torch.float32
     except AttributeError:
-        raise TypeError(
-            f"linear_cross_entropy(): argument 'options' must be LinearCrossEntropyOptions, not {type(options).__name__}"
-        ) from None
+        raise TypeError(f"argument 'options' must be LinearCrossEntropyOptions, not {type(options).__name__}") from None
     if asked is not None and chunk_rows is not None and asked != chunk_rows:
         raise ValueError(f"options.batch_chunk_size ({asked}) and chunk_rows ({chunk_rows}) differ: pass only one")
     return Chunking(asked if chunk_rows is None else chunk_rows, accurate, bool(compact))

@@ -12,14 +12,16 @@ upstream gradient: max and topk select few. Rows without one, and ignored rows, 
 host would have to wait for their number, only if the caller says compact; else they are multiplied as zeros).
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fusedloss import ops
 from fusedloss.backends.outputs import N_ROW_STATS
+from fusedloss.checks import check_class_indices
 from fusedloss.entropy import add_gradient
 from fusedloss.linear_blocks import losses_of_blocks, multiply
 from fusedloss.plan import Inputs, Options, accumulation_dtype
@@ -101,6 +103,25 @@ class RowPass(NamedTuple):
     n_correct: Tensor | None
 
 
+Passed = TypeVar("Passed", GradientPass, RowPass)
+
+
+def _names_rows(run: Callable[..., Passed]) -> Callable[..., Passed]:
+    """The same pass, whose IndexError names a row of the call: the kernel knows that of its chunk."""
+
+    @functools.wraps(run)
+    def named(inputs: LinearInputs, options: Options, *rest: Any, **keywords: Any) -> Passed:
+        try:
+            return run(inputs, options, *rest, **keywords)
+        except IndexError as error:
+            found = error
+        check_class_indices(inputs.target, len(inputs.linear_weight), options.ignore_index, inputs.target_b)
+        raise found
+
+    return named
+
+
+@_names_rows
 @torch.no_grad()
 def gradient_pass(
     inputs: LinearInputs,
@@ -137,6 +158,7 @@ def gradient_pass(
     return GradientPass(torch.stack(losses).sum(), *sums.result(), passed.row_stats, passed.n_correct)
 
 
+@_names_rows
 @torch.no_grad()
 def row_pass(inputs: LinearInputs, options: Options, settings: Settings, keeps_workspace: bool = True) -> RowPass:
     """A loss per row, 0 of ignored rows."""

@@ -75,16 +75,14 @@ def _options(
 def check_out_dtype(out_dtype: Any) -> None:
     """Raises where it is no dtype of a loss."""
     if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
-        raise TypeError(
-            f"cross_entropy(): argument 'out_dtype' must be torch.dtype, not {type(out_dtype).__name__}: {out_dtype!r}"
-        )
+        raise TypeError(f"argument 'out_dtype' must be torch.dtype, not {type(out_dtype).__name__}: {out_dtype!r}")
     if out_dtype is not None and out_dtype not in FLOATING:
         raise ValueError(f"out_dtype must be one of {', '.join(map(str, FLOATING))}, but got {out_dtype}")
 
 
 def integer(name: str, value: Any) -> int:
     if isinstance(value, (bool, float, str)) or not hasattr(value, "__index__"):
-        raise TypeError(f"cross_entropy(): argument '{name}' must be int, not {type(value).__name__}")
+        raise TypeError(f"argument '{name}' must be int, not {type(value).__name__}")
     return operator.index(value)
 
 
@@ -94,14 +92,14 @@ def _float(name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.dim() == 0:
         return float(value.item())
     if isinstance(value, (str, bytes, Tensor)) or not hasattr(value, "__float__"):
-        raise TypeError(f"cross_entropy(): argument '{name}' must be float, not {type(value).__name__}")
+        raise TypeError(f"argument '{name}' must be float, not {type(value).__name__}")
     return float(value)
 
 
 def _smoothing(value: Any) -> float:
     """What PyTorch takes for a number: no array, and of the tensors those whose gradient would not be lost."""
     if hasattr(value, "__setitem__") and (not isinstance(value, Tensor) or value.requires_grad):
-        raise TypeError(f"cross_entropy(): argument 'label_smoothing' must be float, not {type(value).__name__}")
+        raise TypeError(f"argument 'label_smoothing' must be float, not {type(value).__name__}")
     return _float("label_smoothing", value)
 
 
@@ -112,7 +110,7 @@ def _number(name: str, value: Any) -> float | None:
     if value is None and getattr(EXTRAS, name) is None:
         return None
     if isinstance(value, Tensor):  # whose gradient would be lost, and which would have to be waited for
-        raise TypeError(f"cross_entropy(): argument '{name}' must be float, not Tensor")
+        raise TypeError(f"argument '{name}' must be float, not Tensor")
     return _float(name, value)
 
 

@@ -203,9 +203,7 @@ def _loss_stats(stats: RowStats, logits: Tensor) -> LossStats:
 def check_if_asked(target: Tensor, target_b: Tensor | None, n_classes: int, options: Options, route: Route) -> None:
     """Raises IndexError for a class index out of range, if FUSEDLOSS_CHECK_TARGETS says so; the CPU always checks."""
     if _CHECK_TARGETS and route.backend != "cpu":
-        for labels in (target, target_b):
-            if labels is not None:
-                check_class_indices(labels, n_classes, options.ignore_index)
+        check_class_indices(target, n_classes, options.ignore_index, target_b)
 
 
 def with_scale_apart(inputs: Any) -> tuple[Any, Tensor | None]:

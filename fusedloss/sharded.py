@@ -43,9 +43,7 @@ def check_whole_rows(inputs: Inputs, options: Options, part: Slice) -> torch.dty
         if fact is not None and fact.needs_grad:
             raise NotImplementedError(f"the loss of sharded classes has no gradient with respect to {name}")
     if not found.has_probabilities() and inputs.logits.device.type == "cpu":
-        for labels in (inputs.target, inputs.target_b):
-            if labels is not None:
-                check_class_indices(labels, part.n_classes, options.ignore_index)
+        check_class_indices(inputs.target, part.n_classes, options.ignore_index, inputs.target_b)
     return dtype_of_loss(found, autocast)
 
 

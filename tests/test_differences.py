@@ -102,3 +102,20 @@ def test_the_check_names_row_and_class() -> None:
     with pytest.raises(IndexError, match=r"Target 9 is out of bounds\..*position \[1, 1\]"):
         check_class_indices(target, 5, -100)
     check_class_indices(target, 5, 9)
+    ignored = torch.tensor([[0, 1], [2, -100]])  # and so is the row whose other label is out of range, as the kernels ignore it
+    for labels in ((target, ignored), (ignored, target)):
+        check_class_indices(labels[0], 5, -100, labels[1])
+
+
+def test_errors_of_arguments_name_no_other_function() -> None:
+    logits, target, weight = make_logits(4, 5), torch.zeros(4, dtype=torch.long), make_logits(5, 5)
+    for function, tensors in (
+        (fusedloss.cross_entropy, (logits, target)),
+        (fusedloss.distributed.vocab_parallel_cross_entropy, (logits, target)),
+        (fusedloss.linear_cross_entropy, (logits, weight, target)),
+        (fusedloss.cross_entropy_overwriting_logits, (logits.requires_grad_(), target)),
+    ):
+        with pytest.raises(TypeError, match=r"^argument 'ignore_index' must be int, not str$"):
+            function(*tensors, ignore_index="a")
+        with pytest.raises(TypeError, match=r"^argument 'target' must be Tensor, not int$"):
+            function(*tensors[:-1], 3)

@@ -242,7 +242,7 @@ def test_every_rank_raises_the_same(results: list[dict[Any, Any]]) -> None:
         assert messages["reduction"] == "ValueError: average is not a valid value for reduction"
         assert "has no second derivative" in messages["second derivative"]
         assert "is_grads_batched" in messages["batch of gradients"]
-        assert messages["number"] == "TypeError: cross_entropy(): argument 'n_classes' must be int, not float"
+        assert messages["number"] == "TypeError: argument 'n_classes' must be int, not float"
         places = "5 from 0 on of 21, 5 from 5 on of 21, 5 from 10 on of 21, 5 from 15 on of 21"
         assert f"ValueError: the shards do not make up the rows: the ranks hold {places};" in messages["gap"]
         for name in ("overlap", "unequal"):

@@ -57,7 +57,8 @@ def _forward(outputs: Outputs, dlogits: Tensor | None, inputs: Inputs, options: 
 
 def raise_out_of_bounds(row: int, n_classes: int, *labels: Tensor | None) -> NoReturn:
     values = [label.reshape(-1)[row].item() for label in labels if label is not None]
-    raise IndexError(f"Target {next(t for t in values if not 0 <= t < n_classes)} is out of bounds.")
+    value = next(value for value in values if not 0 <= value < n_classes)
+    raise IndexError(f"Target {value} is out of bounds. (n_classes {n_classes}, in row {row})")
 
 
 def backward(
