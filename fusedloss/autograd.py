@@ -28,7 +28,7 @@ from fusedloss.known import KnownCall
 from fusedloss.plan import Inputs, Options, fuses_gradient
 from fusedloss.recover import KEPT_BYTES, recovered
 from fusedloss.rows import kernel_inputs
-from fusedloss.world import hooks_are_active, is_batched, n_dispatch_modes, nobody_watches
+from fusedloss.world import has_memory, hooks_are_active, is_batched, n_dispatch_modes, nobody_watches
 
 Place = tuple[Tensor, int, Tensor | None]  # logits, their version at the forward; the gradient, where autograd does not save it
 
@@ -193,14 +193,14 @@ def _gradient(
         assert dentropy is not None
         dloss = torch.zeros_like(dentropy, dtype=out_dtype)
     if ctx.has_gradient and not torch.is_grad_enabled():
-        if torch.compiler.is_compiling() or is_batched(dloss):
+        if torch.compiler.is_compiling() or not has_memory(dloss):
             return _read(ctx, lambda dlogits: ops.scaled(dlogits, dloss))
         dlogits = _read(ctx, torch.clone) if keeps_graph() else _taken(ctx)
         ops.scale_gradient(dlogits, dloss, backend)
         return dlogits
     tensors = ctx.saved_tensors
     by_name = dict(zip(names, tensors[: len(names)], strict=True))
-    if torch.is_grad_enabled() or is_batched(dloss) or (dentropy is not None and is_batched(dentropy)):
+    if torch.is_grad_enabled() or not has_memory(dloss) or not (dentropy is None or has_memory(dentropy)):
         place = vars(ctx).get("place")
 
         def from_made(made: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from fusedloss.autograd import keeps_graph
 from fusedloss.backends.outputs import ENTROPY
 from fusedloss.linear_passes import LinearInputs, NeedsGrad
 from fusedloss.plan import Inputs, Options, accumulation_dtype
-from fusedloss.world import is_batched
+from fusedloss.world import has_memory
 
 _N_TENSORS = len(LinearInputs._fields)
 
@@ -46,7 +46,7 @@ class SummedLoss(torch.autograd.Function):
         options, settings = ctx.call
         tensors = ctx.saved_tensors
         inputs, gradients = LinearInputs(*tensors[:_N_TENSORS]), tensors[_N_TENSORS:]
-        if torch.is_grad_enabled() or is_batched(dloss):
+        if torch.is_grad_enabled() or not has_memory(dloss):
             return _differentiable(inputs, options, settings.needs_grad, dloss)
         if torch.compiler.is_compiling():  # which owns the buffers of its graphs, and may have to run the backward again
             return _padded(None if gradient is None else dloss * gradient for gradient in gradients)
@@ -84,7 +84,7 @@ class RowLosses(torch.autograd.Function):
             dloss = torch.zeros_like(dentropy) if dloss is None else dloss
         if dloss is None:
             return _padded([None] * 3)
-        if torch.is_grad_enabled() or is_batched(dloss) or (dentropy is not None and is_batched(dentropy)):
+        if torch.is_grad_enabled() or not has_memory(dloss) or not (dentropy is None or has_memory(dentropy)):
             return _differentiable(inputs, options, settings.needs_grad, dloss, dentropy)
         options = options._replace(reduction="sum", return_stats=False)
         return _padded(linear_ops.gradient_pass(inputs, options, settings, dloss, dentropy).gradients())

@@ -51,13 +51,16 @@ def world_of(*tensors: Tensor | None) -> World:
             return World(Kind.COMPOSED, f"{type(tensor).__name__} has a __torch_dispatch__ that knows PyTorch's operators only")
     if torch.compiler.is_compiling():
         return COMPILED
-    if any(tensor is not None and tensor._is_zerotensor() for tensor in tensors):
-        return World(Kind.COMPOSED, "a tensor of zeros has no memory")
+    plain = nobody_watches(*tensors)
+    if not plain and not all(tensor is None or has_memory(tensor) for tensor in tensors):
+        return World(Kind.COMPOSED, "a tensor has no memory: zeros, or one that outlived its torch.func transform")
     if forward_ad._current_level >= 0:
         return World(Kind.COMPOSED, "forward-mode differentiation is active")
     if torch.jit.is_tracing():
         return World(Kind.COMPOSED, "torch.jit.trace is recording, which sees no kernel")
-    return PLAIN if nobody_watches(*tensors) else WATCHED
+    if torch.is_grad_enabled() and torch.is_inference_mode_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return World(Kind.COMPOSED, "a torch.autograd.Function knows no inference_mode() around enable_grad()")
+    return PLAIN if plain else WATCHED
 
 
 def _is_exporting() -> bool:
@@ -98,9 +101,22 @@ def nobody_watches(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or n_dispatch_modes() != 0:
         return False
     for tensor in tensors:  # a loop: any() of a generator takes twice as long
-        if tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or tensor.is_meta):
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or tensor.is_meta or not has_memory(tensor)
+        ):
             return False
     return True
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a kernel finds its values at an address. Not those of a tensor of zeros, nor of one that stands for others, as
+    torch.func and is_grads_batched make them and some code keeps them; asked for its address, some end the process."""
+    return torch.compiler.is_compiling() or not (
+        tensor._is_zerotensor()
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or _is_legacy_batched(tensor)
+        or torch._is_functional_tensor(tensor)
+    )
 
 
 def hooks_are_active() -> bool:

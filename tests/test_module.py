@@ -258,6 +258,20 @@ def test_inference_mode(path: Path) -> None:
     torch.testing.assert_close(loss.clone(), nn.functional.cross_entropy(logits, target))
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_enable_grad_inside_inference_mode(any_path: Path, reduction: str) -> None:
+    """Makes no gradient, as the mode around it says."""
+    logits, target = _problem()
+    logits.requires_grad_()
+    for _ in range(3):
+        with torch.inference_mode(), torch.enable_grad():
+            ours = fusedloss.cross_entropy(logits, target, reduction=reduction)
+            layer = fusedloss.linear_cross_entropy(logits, torch.eye(logits.shape[1]), target, reduction=reduction)
+            theirs = nn.functional.cross_entropy(logits, target, reduction=reduction)
+        assert [(loss.requires_grad, loss.is_inference()) for loss in (ours, layer, theirs)] == [(False, True)] * 3
+        torch.testing.assert_close((ours.clone(), layer.clone()), (theirs.clone(),) * 2)
+
+
 def test_no_gradient_is_asked_of_detached_logits(path: Path) -> None:
     logits, target = _problem()
     assert not fusedloss.cross_entropy(logits, target).requires_grad

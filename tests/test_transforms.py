@@ -11,7 +11,7 @@ from paths import Path
 from problems import make_logits, make_probabilities, make_weight
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import fusedloss
 
@@ -157,3 +157,52 @@ def test_double_backward_through_a_gradient_penalty(path: Path) -> None:
         (slope,) = torch.autograd.grad(loss, inputs, create_graph=True)
         results.append(torch.autograd.grad(loss + slope.square().sum(), weight)[0])
     torch.testing.assert_close(*results)
+
+
+def _kept(transform: Callable[..., Any], tensor: Tensor) -> Tensor:
+    """What code inside a transform computed, and somebody kept, for a log for instance."""
+    kept: list[Tensor] = []
+
+    def function(x: Tensor) -> Tensor:
+        kept.append(x * 1)
+        return x.sum()
+
+    transform(function)(tensor)
+    return kept[0]
+
+
+# Neither has memory of its own; of the last two the address ends the process.
+WITHOUT_MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
+    "grad": lambda tensor: _kept(grad, tensor),
+    "jvp": lambda tensor: _kept(lambda function: lambda x: jvp(function, (x,), (x,)), tensor),
+    "functionalize": lambda tensor: _kept(functionalize, tensor),
+    "zeros": lambda tensor: torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype),
+}
+
+
+def _layer(x: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return fusedloss.linear_cross_entropy(x, torch.eye(5, dtype=x.dtype), target, **options)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("without_memory", WITHOUT_MEMORY.values(), ids=WITHOUT_MEMORY)
+@pytest.mark.parametrize("call", [fusedloss.cross_entropy, _layer])
+def test_tensors_that_outlived_their_transform(
+    any_path: Path, call: Callable[..., Tensor], without_memory: Callable[[Tensor], Tensor], reduction: str
+) -> None:
+    logits, target, _ = _problem()
+
+    def results(call: Callable[..., Tensor]) -> list[Tensor]:
+        leaf = logits.clone().requires_grad_()
+        soft = without_memory(logits.softmax(1).detach())
+        upstream = without_memory(torch.full((4,) if reduction == "none" else (), 2.0, dtype=logits.dtype))
+        found = [call(without_memory(logits), target, reduction=reduction)]
+        for loss in (call(leaf, target, reduction=reduction), call(leaf, soft, reduction=reduction)):
+            found += torch.autograd.grad(loss, leaf, upstream, retain_graph=True)
+            found += torch.autograd.grad(loss, leaf, upstream, create_graph=True)
+        # A functional tensor is a value as it is to PyTorch, too.
+        return [torch._from_functional_tensor(one) if torch._is_functional_tensor(one) else one for one in found]
+
+    for _ in range(3):  # the later ones are calls like an earlier one
+        for ours, theirs in zip(results(call), results(F.cross_entropy), strict=True):
+            torch.testing.assert_close(ours, theirs)
