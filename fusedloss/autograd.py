@@ -54,11 +54,12 @@ class CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, inputs: Inputs, options: Options, out_dtype: torch.dtype, backend: str) -> Any:
         fused = fuses_gradient(options.reduction, logits.dtype)
-        outputs = ops.forward(kernel_inputs(inputs, backend), options, out_dtype, not (fused and hooks_are_active()), backend)
+        needs_grad = not (fused and hooks_are_active())
+        outputs = ops.forward(kernel_inputs(inputs, backend), options, out_dtype, needs_grad, backend)
         loss, dlogits = outputs.loss, outputs.dlogits
         if logits.dim() > 2 and options.reduction == "none":
             loss = loss.view(_rows_shape(logits))
-        has_gradient = fused and dlogits is not None and dlogits.numel() == logits.numel()
+        has_gradient = fused and needs_grad
         ctx.call, ctx.has_gradient = (options, out_dtype, backend), has_gradient
         if has_gradient:
             ctx.place = None if forgets_logits(options, logits) else (logits, logits._version, None)
@@ -226,16 +227,11 @@ def _differentiable_gradient(
 ) -> Tensor:
     """From PyTorch's operators: under create_graph the gradient must be differentiable itself, under vmap (is_grads_batched) no
     kernel serves dloss."""
-    version: int | None
-    if dlogits is None:
-        place, version = by_name["logits"], by_name["logits"]._version
-    else:
-        place, version, _ = kept or (by_name["logits"], None, None)
+    place, version, _ = kept or (by_name["logits"], None, None)
     inputs = Inputs(**{**by_name, "logits": place})
     if place.dim() == 1:
         inputs, dlogits = inputs.as_one_row(), dlogits if dlogits is None else dlogits.unsqueeze(0)
-    if version != place._version:  # forgotten, or edited since, as it may be
-        assert dlogits is not None
+    if dlogits is not None and version != place._version:  # forgotten, or edited since, as it may be
         inputs = inputs._replace(logits=recovered(inputs, options, dlogits))
     if dentropy is None and affine.is_affine(options):
         dloss = dloss.view(_rows_shape(inputs.logits)) if options.reduction == "none" else dloss

@@ -14,7 +14,7 @@ from problems import make_logits, make_target, make_weight
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fusedloss
 from fusedloss import recover
@@ -134,6 +134,36 @@ def test_save_on_cpu_and_a_backward_of_second_order() -> None:
             loss = call(2.0 * logits, target)
         (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
         results.append((gradient.detach(), *torch.autograd.grad(gradient.square().sum(), logits)))
+    close(*results)
+
+
+def test_hooks_that_copy_and_a_gradient_under_inference_mode() -> None:
+    """What hooks unpack there has no version; nor has the gradient a derivative, though create_graph asks for one."""
+    results = []
+    for call in BOTH:
+        logits, target = make_logits(9, 32).requires_grad_(), make_target(9, n_classes=32)
+        with saved_tensors_hooks(lambda tensor: tensor, torch.clone):
+            loss = call(2.0 * logits, target)
+        with torch.inference_mode():
+            (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        results.append(gradient.clone())
+    close(*results)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_no_examples_under_a_selective_checkpoint(reduction: str) -> None:
+    """Which lets a backward unpack once."""
+    results = []
+    for call in BOTH:
+        logits, target = torch.empty(0, 5).requires_grad_(), torch.empty(0, dtype=torch.int64)
+        loss = checkpoint(
+            lambda x, t, call=call: call(x, t, reduction=reduction).sum(),
+            logits,
+            target,
+            use_reentrant=False,
+            context_fn=lambda: create_selective_checkpoint_contexts([]),
+        )
+        results.append(torch.autograd.grad(loss, logits, create_graph=True)[0].detach())
     close(*results)
 
 
