@@ -103,6 +103,28 @@ def test_what_is_exported_trains(options: dict[str, Any], strict: bool) -> None:
     close(*results)
 
 
+HOW: dict[str, Callable[[nn.Module, tuple[Tensor, Tensor]], Call]] = {
+    "plain": lambda model, arguments: model,
+    "compiled": lambda model, arguments: compiled(model),
+    "exported": lambda model, arguments: torch.export.export(model, arguments).module(),
+}
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_a_single_example(reduction: str, how: Callable[[nn.Module, tuple[Tensor, Tensor]], Call]) -> None:
+    """(C,) and (), whose loss is 0-d under every reduction; and whose class may be ignored."""
+    for label in (3, 3, 3, -100):  # the later ones are calls like an earlier one
+        results = []
+        for call in BOTH:
+            model, arguments = Model(call, reduction=reduction, label_smoothing=0.1), (make_logits(5), torch.tensor(label))
+            loss = how(model, arguments)(*arguments)
+            assert loss.shape == ()
+            (gradient,) = torch.autograd.grad(loss, list(model.parameters()), torch.tensor(2.0))
+            results.append((loss.detach(), gradient))
+        torch.testing.assert_close(*results, equal_nan=True)  # a mean of none
+
+
 LOADED = """
 import sys, torch
 path, *problem = sys.argv[1], *torch.load(sys.argv[1] + ".problem")
