@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from fusedloss import backends
 from fusedloss.plan import Options
-from fusedloss.world import hooks_are_active, n_dispatch_modes
+from fusedloss.world import PLAIN_TYPES, hooks_are_active, n_dispatch_modes
 
 MAX_KEYS = 256
 MAX_CALLS = 8  # of one key: each that is another costs a tenth of a microsecond
@@ -70,8 +70,10 @@ def find(
             n_dispatch_modes(),
         )
         calls = KNOWN.get(key)
-        # Nested tensors end the process when they are asked for their strides; a torch.fx.Proxy has no answer.
-        if calls is None or input.is_nested or target.is_nested or (weight is not None and weight.is_nested):
+        # What is no plain tensor is not known, and might see a question; nested ones end the process if asked for their strides.
+        if calls is None or type(input) not in PLAIN_TYPES or type(target) not in PLAIN_TYPES:
+            return key, None
+        if input.is_nested or target.is_nested or (weight is not None and (type(weight) not in PLAIN_TYPES or weight.is_nested)):
             return key, None
         for call in calls:
             if not (call.takes(input, target) if weight is None else call.takes(input, target, weight)):
@@ -80,10 +82,8 @@ def find(
                 return None, None
             if call.lengths is None or (input.shape[0] == target.shape[0] and input.shape[0] in call.lengths):
                 return key, call
-    except (
-        TypeError,
-        AttributeError,
-    ):  # what cannot be looked up, which the checks see to; or a private name is missing
+    except (TypeError, AttributeError):
+        # What cannot be looked up, which the checks see to; or a private name of torch is missing.
         return None, None
     return key, None
 

@@ -30,8 +30,8 @@ class World(NamedTuple):
     reason: str = ""  # why only PyTorch's operators will do
 
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_TRACING_TYPES = (*_PLAIN_TYPES, FakeTensor, FunctionalTensor)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_TRACING_TYPES = (*PLAIN_TYPES, FakeTensor, FunctionalTensor)
 
 # Private: without them a mode is taken to be active, or hooks, which is slower and as right.
 n_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -102,7 +102,7 @@ def nobody_watches(*tensors: Tensor | None) -> bool:
         return False
     for tensor in tensors:  # a loop: any() of a generator takes twice as long
         if tensor is not None and (
-            type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or tensor.is_meta or not has_memory(tensor)
+            type(tensor) not in PLAIN_TYPES or tensor.is_neg() or tensor.is_meta or not has_memory(tensor)
         ):
             return False
     return True

@@ -1,10 +1,11 @@
 """Calls that are not like a known one, though they look like it: each is served as if none were known (fusedloss/known.py)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from known_calls import C, N, equal, none_known, outcome, problem, served, without_known
 from problems import make_weight
 from torch import Tensor, nn
@@ -129,3 +130,33 @@ def test_another_call_is_served_as_if_none_were_known(calls: list[Any], other: C
             assert torch.equal(found, expected)
         else:
             assert found == expected
+
+
+class _Recorded(Tensor):
+    """Notes what it is asked."""
+
+    asked: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.asked.append(function)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, fusedloss.cross_entropy])
+@pytest.mark.parametrize("place", range(3))
+def test_a_subclass_sees_the_function_first(loss: Callable[..., Any], place: int) -> None:
+    arguments = [*problem(), make_weight(C)]
+    for _ in range(3):
+        loss(*arguments)
+    arguments[place] = arguments[place].detach().as_subclass(_Recorded)
+    _Recorded.asked.clear()
+    loss(*arguments)
+    assert _Recorded.asked[0] is loss
+
+
+def test_fx_traces_what_is_known() -> None:
+    for _ in range(3):
+        served(*problem())
+    traced = torch.fx.symbolic_trace(lambda logits, target: fusedloss.cross_entropy(logits, target))
+    assert [node.target for node in traced.graph.nodes][2] is fusedloss.cross_entropy
