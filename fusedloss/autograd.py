@@ -28,7 +28,7 @@ from fusedloss.known import KnownCall
 from fusedloss.plan import Inputs, Options, fuses_gradient
 from fusedloss.recover import KEPT_BYTES, recovered
 from fusedloss.rows import kernel_inputs
-from fusedloss.world import has_memory, hooks_are_active, is_batched, n_dispatch_modes, nobody_watches
+from fusedloss.world import has_memory, hooks_are_active, n_dispatch_modes, nobody_watches
 
 Place = tuple[Tensor, int, Tensor | None]  # logits, their version at the forward; the gradient, where autograd does not save it
 
@@ -116,7 +116,7 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
             dlogits = _taken(ctx)
             known.prepared.scale_gradient(dlogits, dloss)
             return dlogits, None
-        if not ctx.has_gradient and (is_alike or (not watched and nobody_watches(dloss) and not is_batched(dloss))):
+        if not ctx.has_gradient and (is_alike or (not watched and nobody_watches(dloss))):
             logits, target, *weight, saved = ctx.saved_tensors
             return known.prepared.backward(dloss, logits, target, weight[0] if weight else None, saved), None
         options = known.options._replace(scale=scale)
@@ -153,8 +153,9 @@ def _present(inputs: Inputs) -> tuple[str, ...]:
 
 def _made(ctx: Any, place: Place | None) -> Tensor:
     """The gradient that the forward made."""
+    saved = ctx.saved_tensors  # raises if one was edited since, although the gradient needs it no more: as PyTorch, always
     dlogits = None if place is None else place[2]
-    return ctx.saved_tensors[-1] if dlogits is None else dlogits
+    return saved[-1] if dlogits is None else dlogits
 
 
 def _taken(ctx: Any) -> Tensor:

@@ -1,9 +1,11 @@
 """Backwards of calls like one served before (fusedloss/known.py): of every kind, and of graphs that others hold or free."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from known_calls import C, kernel_path, none_known, problem, served, without_known
 from paths import Path
 from problems import make_weight
@@ -114,3 +116,17 @@ def test_saved_tensor_hooks_see_a_known_call(path: Path) -> None:
         for n_calls in range(1, 4):
             fusedloss.cross_entropy(logits, target)
             assert packed.count(logits.data_ptr()) == n_calls
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, fusedloss.cross_entropy])
+@pytest.mark.parametrize("n_rows", [6, 600])  # of which large logits are forgotten
+@pytest.mark.parametrize("edited", ["target", "weight"])
+def test_what_was_edited_is_noticed_in_every_call(loss: Callable[..., Any], n_rows: int, edited: str) -> None:
+    logits, weight = torch.randn(n_rows, 1000, requires_grad=True), torch.ones(1000)
+    target = torch.randint(1000, (n_rows,))
+    for _ in range(4):
+        value = loss(logits, target, weight)
+        (target if edited == "target" else weight).add_(0)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                value.backward()
