@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.option_checks import FLOATING
-from fusedloss.plan import Options
+from fusedloss.plan import Options, are_probabilities
 
 _TORCH_NAMES = {
     torch.int32: "Int",
@@ -60,8 +60,7 @@ class InputFacts(NamedTuple):
     sample_weight: Facts | None
 
     def has_probabilities(self) -> bool:
-        logits, target = self.logits.shape, self.target.shape  # ranks first: a compiler may not know the sizes
-        return len(logits) == len(target) and logits == target and self.target_b is None
+        return are_probabilities(self.target.shape, self.logits.shape, self.target_b is not None)
 
     def n_rows(self) -> int:
         shape = self.logits.shape

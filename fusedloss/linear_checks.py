@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedloss.plan import are_probabilities
+
 
 class Chunking(NamedTuple):
     """How the caller wants the rows to be taken."""
@@ -70,7 +72,8 @@ def check_targets(
     """Raises where what has a value per row has other rows than the input, or probabilities are to be ignored."""
     if not isinstance(target, Tensor):
         raise TypeError(f"argument 'target' must be Tensor, not {type(target).__name__}")
-    rows, has_probabilities = input.shape[:-1], target_b is None and target.shape == logits_shape(input, linear_weight)
+    rows = input.shape[:-1]
+    has_probabilities = are_probabilities(target.shape, logits_shape(input, linear_weight), target_b is not None)
     if has_probabilities and ignore_index is not None:
         raise RuntimeError(f"ignore_index cannot be specified when target contains probabilities, but got {ignore_index}")
     if input.dim() <= 2:

@@ -44,6 +44,7 @@ class LinearInputs(NamedTuple):
     scale: Tensor | None = None  # 0-d
 
     def has_probabilities(self) -> bool:
+        """Of tensors that were checked, and have one row of the input per row."""
         return self.target.dim() == 2
 
     def counted(self, ignore_index: int) -> Tensor | None:

@@ -16,7 +16,7 @@ from fusedloss.linear_autograd import RowLosses, SummedLoss
 from fusedloss.linear_checks import Chunking, check_chunking, check_dtypes, check_layer, check_targets, logits_shape
 from fusedloss.linear_passes import LinearInputs, NeedsGrad, Settings
 from fusedloss.option_checks import check_options
-from fusedloss.plan import ROW_REDUCTIONS, Extras, Inputs, Options, fuses_gradient
+from fusedloss.plan import ROW_REDUCTIONS, Extras, Inputs, Options, are_probabilities, fuses_gradient
 from fusedloss.plan_linear import LinearPlan, chunks_of, leaves_rows_out, overwrites, sums_in_float32
 from fusedloss.route import Route, autocast_is_on, facts_of, route_with, without_strides
 from fusedloss.serving import check_if_asked, labels_of, serve_checked, with_scale_apart, without_numbers
@@ -128,14 +128,14 @@ def _needs_grad(tensor: Tensor | None) -> bool:
 
 def _as_rows(inputs: LinearInputs) -> LinearInputs:
     """With input (F,) or (N, d1, ..., F) as (n_rows, F), and one value per row of all that goes with it."""
-    x, target, n_classes = inputs.input.reshape(-1, inputs.input.shape[-1]), inputs.target, len(inputs.linear_weight)
-    has_probabilities = inputs.target_b is None and target.shape == (*inputs.input.shape[:-1], n_classes)
+    x, target = inputs.input.reshape(-1, inputs.input.shape[-1]), inputs.target
+    soft = are_probabilities(target.shape, logits_shape(inputs.input, inputs.linear_weight), inputs.target_b is not None)
     lam, sample_weight = (
         None if values is None else values.reshape(-1).expand(len(x)) for values in (inputs.lam, inputs.sample_weight)
     )
     return inputs._replace(
         input=x,
-        target=target.reshape(-1, target.shape[-1]) if has_probabilities else target.reshape(-1),
+        target=target.reshape(-1, target.shape[-1]) if soft else target.reshape(-1),
         target_b=None if inputs.target_b is None else inputs.target_b.reshape(-1),
         lam=lam,
         sample_weight=sample_weight,

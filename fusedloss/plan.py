@@ -114,14 +114,21 @@ class Inputs(NamedTuple):
         )
 
     def has_probabilities(self) -> bool:
+        """Of tensors that were checked, but of no single row (C,): by the ranks, as the logits may be a slice of the classes."""
         return self.target.dim() == self.logits.dim()
 
     def as_one_row(self) -> "Inputs":
         """(C,) as (1, C)."""
         logits, target = self.logits, self.target
-        has_probabilities = self.target_b is None and target.shape == logits.shape
+        soft = are_probabilities(target.shape, logits.shape, self.target_b is not None)
         rows = self.with_rows_flat()
-        return rows._replace(logits=logits.unsqueeze(0), target=target.reshape(1, -1) if has_probabilities else target.reshape(1))
+        return rows._replace(logits=logits.unsqueeze(0), target=target.reshape(1, -1) if soft else target.reshape(1))
+
+
+def are_probabilities(target: torch.Size, logits: torch.Size, two_labels: bool) -> bool:
+    """PyTorch's rule, whatever the dtypes: class probabilities have the shape of the logits. Ranks first: a compiler may not know
+    the sizes."""
+    return not two_labels and len(target) == len(logits) and target == logits
 
 
 class Block(NamedTuple):
