@@ -3,15 +3,18 @@
 // Every buffer has exactly the size that the problem describes, so that one element too far is caught. Each problem runs on every
 // instruction set of the machine, with one thread and with three, which must agree to the last bit and write all that they return;
 // a class index out of range must be reported and nothing written; rows that do not count must get a gradient of exactly zero
-// although their logits are NaN.
+// although their logits are NaN; and a class index that somebody changes after the kernel looked at it must not be an address.
 // What is computed is tested in Python (tests/test_values.py and others).
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "../kernels/cpu/problem.h"
@@ -96,6 +99,41 @@ void require(bool condition, const char* what, int problem) {
   if (condition) return;
   std::fprintf(stderr, "problem %d: %s\n", problem, what);
   std::abort();
+}
+
+// Labels that change between the kernel's first look at them and its rows: it starts the threads for those in between.
+Buffer* changing_labels;
+int64_t changing_kind;
+void change_labels(void (*share)(void*), void* job, unsigned, unsigned) {
+  static const int64_t others[] = {-1, -100, 0, 10, 100, 255, 9000, INT64_MAX, INT64_MIN};
+  const size_t n = changing_labels->size / (changing_kind == kUint8 ? 1 : 8);
+  for (size_t row = 0; row < n; ++row) {
+    if (coin()) continue;
+    const int64_t label = pick(others);
+    changing_kind == kUint8 ? void(changing_labels->as<uint8_t>()[row] = uint8_t(label))
+                            : void(changing_labels->as<int64_t>()[row] = label);
+  }
+  share(job);
+}
+
+// And labels that change during the first look, which reads them twice for the sum of their weights, or to tell which is bad.
+void one_label_changes_all_the_time() {
+  Problem p = {};
+  p.n_cols = 2, p.n_examples = 1, p.rows_per_example = 20000, p.n_middle = 1, p.one_block = 1, p.n_outer = 1, p.n_inner = 20000;
+  p.target_kind = kInt64, p.reduction = kMean, p.scale = p.logit_scale = 1, p.plain = 1, p.ignore_index = -100, p.n_threads = 1;
+  p.logits_strides = {0, 0, 2, 1};
+  Buffer logits(size_t(p.n_inner) * 8, 0), target(size_t(p.n_inner) * 8, 0), weight(8, 0), loss(4);
+  p.logits = logits.bytes.get(), p.target = target.bytes.get(), p.weight = weight.bytes.get(), p.loss = loss.bytes.get();
+  std::atomic<bool> done{false};
+  std::thread writer([&] {
+    for (int64_t i = 0; !done; ++i) {
+      *(target.as<volatile int64_t>() + p.n_inner / 2) = i % 2 ? INT64_MAX : 0;
+      std::this_thread::sleep_for(std::chrono::microseconds(i % 300));
+    }
+  });
+  for (int i = 0; i < 300; ++i) fusedloss_forward(&p, &p);
+  done = true;
+  writer.join();
 }
 
 void one_problem(int number) {
@@ -222,6 +260,15 @@ void one_problem(int number) {
     }
     for (size_t i = 0; i < results[0].size(); ++i)
       require(results[0][i] == results[1][i], "all is written, and the number of threads does not change a bit", number);
+    if (soft) continue;
+    changing_labels = two_labels && coin() ? &target_b : &target, changing_kind = p.target_kind;
+    const std::vector<unsigned char> before(changing_labels->bytes.get(), changing_labels->bytes.get() + changing_labels->size);
+    Problem forward = p, backward = p;
+    forward.gomp_parallel = change_labels;
+    forward.dlogits = fused ? p.dlogits : nullptr, forward.dloss = nullptr, backward.loss_dtype = dloss_dtype;
+    fusedloss_forward(&forward, &forward);
+    fusedloss_backward(&backward, &backward);
+    std::copy(before.begin(), before.end(), changing_labels->bytes.get());
   }
 }
 
@@ -230,5 +277,6 @@ void one_problem(int number) {
 int main(int argc, char** argv) {
   const int n = argc > 1 ? std::atoi(argv[1]) : 1000;
   for (int i = 0; i < n; ++i) one_problem(i);
+  one_label_changes_all_the_time();
   std::printf("%d problems, instruction sets up to %d: clean\n", n, int(fusedloss_best_isa()));
 }

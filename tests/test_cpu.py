@@ -4,6 +4,7 @@ Values, gradients and semantics are tested with all other paths in test_values.p
 `make sanitize` (fuzz_cpu_kernel.cpp).
 """
 
+import ctypes
 import os
 import re
 import subprocess
@@ -145,6 +146,46 @@ def test_an_index_that_changed_since_the_forward_is_no_address() -> None:
     assert outputs.loss.isfinite().all()
     assert gradient[1].isnan().all()
     assert gradient[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("two_labels", [False, True])
+@pytest.mark.parametrize("shape", [(600, 100), (600, 200), (2, 21, 3000)])
+def test_an_index_that_changes_during_the_forward_is_no_address(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], two_labels: bool
+) -> None:
+    """Its row becomes NaN, and no other. The labels change when the kernel starts threads for its rows: it has looked at them."""
+    rows = (shape[0], *shape[2:])
+    logits, target = make_logits(*shape), make_target(*rows, n_classes=shape[1])
+    target_b = make_target(*rows, n_classes=shape[1]).roll(1) if two_labels else None
+    inputs = Inputs(logits, target, target_b, weight=make_weight(shape[1]))
+    expected = [cpu.forward(inputs, Options(reduction), torch.float32, reduction == "sum") for reduction in ("none", "sum")]
+    row = torch.arange(target.numel()) == 7
+    changing = target if target_b is None else target_b
+    before = changing.clone()
+
+    @ctypes.CFUNCTYPE(None, ctypes.CFUNCTYPE(None, ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def gomp_parallel(share: Any, job: int, n_threads: int, flags: int) -> None:
+        changing.view(-1)[row] = 10**12
+        share(job)
+
+    assert cpu.LIBRARY is not None
+    address = ctypes.cast(gomp_parallel, ctypes.c_void_p).value
+    monkeypatch.setattr(cpu, "LIBRARY", replace(cpu.LIBRARY, gomp_parallel=address))
+    loss = cpu.forward(inputs, Options("none"), torch.float32, False).loss
+    changing.copy_(before)
+    fused = cpu.forward(inputs, Options("sum"), torch.float32, True)
+    assert changing.view(-1)[row] == 10**12
+    assert loss[row].isnan()
+    assert fused.loss.isnan()
+    assert torch.equal(loss[~row], expected[0].loss[~row])
+    gradient, before_change = (outputs.dlogits.movedim(1, -1).flatten(0, -2) for outputs in (fused, expected[1]))
+    assert gradient[row].isnan().all()
+    assert torch.equal(gradient[~row], before_change[~row])
+
+
+def test_an_index_that_changes_after_it_was_found_out_of_range() -> None:
+    with pytest.raises(IndexError, match="Target 3 is out of bounds"):
+        cpu.raise_out_of_bounds(1, 10, torch.tensor([1, 3]))
 
 
 def test_strategies_agree() -> None:

@@ -57,7 +57,7 @@ def _forward(outputs: Outputs, dlogits: Tensor | None, inputs: Inputs, options: 
 
 def raise_out_of_bounds(row: int, n_classes: int, *labels: Tensor | None) -> NoReturn:
     values = [label.reshape(-1)[row].item() for label in labels if label is not None]
-    value = next(value for value in values if not 0 <= value < n_classes)
+    value = next((value for value in values if not 0 <= value < n_classes), values[0])  # values[0]: it has changed since
     raise IndexError(f"Target {value} is out of bounds. (n_classes {n_classes}, in row {row})")
 
 

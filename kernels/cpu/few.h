@@ -68,7 +68,7 @@ struct FewRows {
   }
 
   // The class indices: -1 where a row is ignored; n_cols, the index of no class, for probabilities, and for what somebody put there
-  // since the forward.
+  // since they were looked at.
   INLINE I targets() const {
     if constexpr (SOFT) return iota<A>() < Int(n) ? I{} + Int(problem.n_cols) : I{} - 1;
     using Part = Simd<double>::I;
@@ -88,11 +88,8 @@ struct FewRows {
     __builtin_memcpy(&all, parts, sizeof all);
     return __builtin_convertvector(all, I);
   }
-  // Those whose gradient is sought, of rows that count.
-  INLINE I live(I target, V g) const {
-    const I is_class = I(target < Int(problem.n_cols));
-    return I(target >= 0) & I(g != V{}) & (SOFT ? I{} - 1 : is_class);
-  }
+  // What the targets' logits are until they are found: NaN where there is no class, and with it loss and gradient.
+  INLINE V not_found(I target) const { return !SOFT && target >= Int(problem.n_cols) ? broadcast(kNaN<A>) : V{}; }
   // q of a class, of all rows.
   INLINE V q(const Terms<A>& terms, int64_t c) const {
     return terms.q(V(load(probabilities + c * W)), broadcast(terms.weight ? terms.weight[c] : A(1)));
@@ -107,13 +104,13 @@ struct FewRows {
   INLINE V of_rows(const A* values) const { return load_rows<A>(values, 0, n); }  // values: that of the first
   INLINE void keep(A* values, V v) const { n == W ? store(values, v) : store_partial<A, A>(values, n, v); }
 
-  // Overwrites the exponentials with the gradients, `dead` in rows that are not live, and copies them out.
-  INLINE void store_gradients(T* dx, const Terms<A>& terms, RowFactors<A> f, I target, I live, V dead) {
+  // Overwrites the exponentials with the gradients, 0 in rows that are not live, and copies them out.
+  INLINE void store_gradients(T* dx, const Terms<A>& terms, RowFactors<A> f, I target, I live) {
     const int64_t n_cols = problem.n_cols;  // here and below: a store might change what is read through a reference
     for (int64_t c = 0; c < n_cols; ++c) {
       const V p = V(load(tile + c * W)) * f.p;
       const V d = SOFT ? p - q(terms, c) * f.q : target == Int(c) ? f.at_t : p - f.constant;
-      store(tile + c * W, live ? d : dead);  // not times 0: a statistic may be infinite
+      store(tile + c * W, live ? d : V{});  // not times 0: a statistic may be infinite
     }
     store_few<T, A>(dx, tile, problem.dlogits_strides, n, n_cols);
   }
@@ -154,7 +151,7 @@ RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double c
     const I target = rows.targets(), counted = I(target >= 0);
     const int64_t n_cols = problem.n_cols;
     const bool uniform = terms.uniform;
-    V max = broadcast(-kInfinity<A>), x_t{}, e_t{}, rest{}, q_sum{}, q_total{};
+    V max = broadcast(-kInfinity<A>), x_t = rows.not_found(target), e_t = x_t, rest{}, q_sum{}, q_total{};
     for (int64_t c = 0; c < n_cols; ++c) max = max_(V(load(rows.tile + c * Rows::W)), max);
     const V shift = finite_max_vector<A>(max);
     for (int64_t flush = 0; flush < n_cols; flush += kFlush) {
@@ -192,7 +189,7 @@ RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double c
       rows.keep(saved + 2 * n_rows + row, V(counted ? losses : broadcast(-kInfinity<A>)));
       if (SOFT) rows.keep(saved + 3 * n_rows + row, q_total);
     }
-    if (dx) rows.store_gradients(dx, terms, row_factors<A>(s, terms, g), target, counted, V{});
+    if (dx) rows.store_gradients(dx, terms, row_factors<A>(s, terms, g), target, counted);
   });
   return {sum.total(), 0};
 }
@@ -211,13 +208,13 @@ void backward_few(const Problem& problem, int64_t begin, int64_t end) {
     V g = head[0] * load_dloss<T, A>(problem, row, 0, rows.n);
     if (terms.sample_weight) g *= rows.of_rows(terms.sample_weight + row);
     g = counted ? g : V{};  // not times 0: the upstream gradient may be infinite
-    const I live = rows.live(target, g);
+    const I live = counted & I(g != V{});
     const V max = live ? rows.of_rows(saved + row) : V{}, shift = finite_max_vector<A>(max);
     const V rest = live ? rows.of_rows(saved + problem.n_rows() + row) : broadcast(A(1));
     V q_total{};
     if constexpr (SOFT) q_total = live ? rows.of_rows(saved + 3 * problem.n_rows() + row) : V{};
     const int64_t n_cols = problem.n_cols;
-    V x_t{}, e_t{};
+    V x_t = rows.not_found(target), e_t = x_t;
     for (int64_t c = 0; c < n_cols; ++c) {
       const I is_target = I(target == typename Rows::Int(c));
       const V z = load(rows.tile + c * Rows::W), e = exp_nonpositive(z - shift);
@@ -226,6 +223,6 @@ void backward_few(const Problem& problem, int64_t begin, int64_t end) {
     }
     const RowStats<A> s = few_stats<A>(max, rest, x_t, e_t, rows.weights(terms, target), shift, V{}, q_total);
     const RowFactors<A> f = row_factors<A>(s, terms, g);
-    rows.store_gradients(dx, terms, f, target, live, g != V{} ? broadcast(kNaN<A>) : V{});
+    rows.store_gradients(dx, terms, f, target, live);
   });
 }

@@ -54,10 +54,8 @@ struct GroupState {
       factor = counted != V{} ? factor : V{};  // not times 0: the upstream gradient may be infinite
       store(g + lane, factor), store(live + lane, factor != V{} ? counted : V{});
     }
-    for (int lane = 0; lane < lanes && !terms.soft; ++lane) {  // an index that changed since the forward is never an address
-      if (!is_class(problem, target[lane]) || (terms.two_labels && !is_class(problem, target_b[lane]))) live[lane] = 0;
+    for (int lane = 0; lane < lanes; ++lane)
       if (live[lane] == 0) target[lane] = target_b[lane] = kNoCol;
-    }
     for (int lane = 0; lane < lanes; lane += W) {
       const auto is_live = V(load(live + lane)) != V{};
       store(max + lane, is_live ? load_rows<A>(saved, lane, n) : V{});
@@ -65,12 +63,14 @@ struct GroupState {
       if (terms.soft) store(q_total + lane, is_live ? load_rows<A>(saved + 3 * n_rows, lane, n) : V{});
     }
     weigh_targets(terms, row, lanes);
-    if (whole_rows && !terms.soft) {
-      copy(x_t, saved + 2 * n_rows, n);
-      if (terms.two_labels) copy(x_b, saved + 5 * n_rows, n);
+    if (terms.soft) return;
+    if (whole_rows) {
+      for (int lane = 0; lane < n; ++lane) {
+        if (target[lane] != kNoCol) x_t[lane] = saved[2 * n_rows + lane];
+        if (terms.two_labels && target_b[lane] != kNoCol) x_b[lane] = saved[5 * n_rows + lane];
+      }
       return;
     }
-    if (terms.soft) return;
     gather_logits(problem, terms, x, n, target, x_t);
     if (terms.two_labels) gather_logits(problem, terms, x, n, target_b, x_b);
   }
@@ -103,8 +103,8 @@ struct GroupState {
     copy(row_stats, lse, n), copy(row_stats + problem.n_rows(), loss, n), copy(row_stats + 2 * problem.n_rows(), gap_sum, n);
     for (int lane = 0; lane < n; ++lane) sums.n_correct += live[lane] != 0 && is_correct(terms, lane, row + lane);
   }
-  // Factors of all gradients. Of rows that are not live at_t is the whole gradient: 0, or NaN for an index that changed.
-  void factors(const Problem& problem, const Terms<A>& terms, int n) {
+  // Factors of all gradients. Of rows that are not live at_t is the whole gradient, 0.
+  void factors(const Terms<A>& terms, int n) {
     for (int lane = 0; lane < n; lane += Simd<A>::W) {
       RowStats<A> s = stats(terms, lane);
       if (terms.focal_gamma != 0) s.k_t *= Focal<A>(s, terms, log_sum(s, terms)).of_gradient;
@@ -115,9 +115,8 @@ struct GroupState {
         f.p *= terms.logit_scale, f.constant *= terms.logit_scale, f.q *= terms.logit_scale;
         f.at_t *= terms.logit_scale, f.at_b *= terms.logit_scale;
       }
-      const V dead = problem.dloss ? (V(load(g + lane)) != V{} ? broadcast(kNaN<A>) : V{}) : V{};
       store(p + lane, f.p), store(constant + lane, f.constant), store(q + lane, f.q);
-      store(at_t + lane, V(load(live + lane)) != V{} ? f.at_t : dead);
+      store(at_t + lane, V(load(live + lane)) != V{} ? f.at_t : V{});
       if (terms.two_labels) store(at_b + lane, f.at_b);
     }
   }
@@ -140,9 +139,6 @@ struct GroupState {
     return factor;
   }
 
-  static bool is_class(const Problem& problem, int64_t col) {
-    return uint64_t(col) + uint64_t(problem.first_class) < uint64_t(problem.n_row_cols());
-  }
   // The transformed logits of columns that this slice has; x: the first row.
   template <class T>
   static void gather_logits(const Problem& problem, const Terms<A>& terms, const T* x, int n, const int64_t* cols, A* to) {
@@ -157,6 +153,8 @@ struct GroupState {
 
   // The labels, and which rows count; zeros where statistics are added up, or are not known.
   void read_targets(const Problem& problem, const Terms<A>& terms, int64_t row, int n, int lanes) {
+    for (int lane = 0; lane < lanes; lane += W)
+      store(q_sum + lane, V{}), store(q_total + lane, V{}), store(x_t + lane, V{}), store(shift + lane, V{});
     if (terms.soft) {
       const Longs none = Longs{} + kNoCol;
       for (int lane = 0; lane < lanes; lane += Simd<double>::W) __builtin_memcpy(target + lane, &none, sizeof none);
@@ -165,24 +163,20 @@ struct GroupState {
       problem.target_kind == kUint8 ? read_labels<uint8_t>(problem, row, n) : read_labels<int64_t>(problem, row, n);
       for (int lane = n; lane < lanes; ++lane) target[lane] = target_b[lane] = kNoCol, live[lane] = 0;
     }
-    for (int lane = 0; lane < lanes; lane += W)
-      store(q_sum + lane, V{}), store(q_total + lane, V{}), store(x_t + lane, V{}), store(shift + lane, V{});
   }
+  // An index that is of no class any more, since it was looked at, is no address: its logit is NaN, and with it loss and gradient.
   template <class Label>
   void read_labels(const Problem& problem, int64_t row, int n) {
     const Label* a = static_cast<const Label*>(problem.target) + row;
+    const Label* b = problem.target_b ? static_cast<const Label*>(problem.target_b) + row : a;
     const int64_t ignored = problem.ignore_index, first = problem.first_class;
+    const uint64_t n_classes = uint64_t(problem.n_row_cols());
     for (int lane = 0; lane < n; ++lane) {
-      const int64_t t = int64_t(a[lane]);
-      target[lane] = t == ignored ? kNoCol : t - first, live[lane] = A(t != ignored);
-    }
-    if (!problem.target_b) return;
-    const Label* b = static_cast<const Label*>(problem.target_b) + row;
-    for (int lane = 0; lane < n; ++lane) {
-      const int64_t t = int64_t(b[lane]);
-      target_b[lane] = t - first;
-      if (t == ignored) live[lane] = 0;
-      if (live[lane] == 0) target[lane] = target_b[lane] = kNoCol;
+      const int64_t t = int64_t(a[lane]), u = int64_t(b[lane]);
+      const bool counts = t != ignored && u != ignored, are_classes = uint64_t(t) < n_classes && uint64_t(u) < n_classes;
+      live[lane] = A(counts), x_t[lane] = counts && !are_classes ? kNaN<A> : A(0);
+      target[lane] = counts && are_classes ? t - first : kNoCol;
+      target_b[lane] = counts && are_classes ? u - first : kNoCol;
     }
   }
   // The labels' class weights and shares.

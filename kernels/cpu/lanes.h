@@ -267,7 +267,7 @@ RowSums forward_lanes(const Problem& problem, int64_t begin, int64_t end, double
     }
     s.finish_forward(problem, terms, row, n_lanes, sums);
     if (!problem.dlogits) return;
-    s.factors(problem, terms, tile.lanes);
+    s.factors(terms, tile.lanes);
     lane_gradients<T, A>(problem, terms, tile, at, n_lanes, problem.n_cols <= tile.cols, s);
   });
   return sums.total();
@@ -283,7 +283,7 @@ void backward_lanes(const Problem& problem, int64_t begin, int64_t end) {
     const GroupPointers<T, A> at(problem, row);
     shape_tile(tile, n_lanes);
     s.begin_backward(problem, terms, at.x, row, n_lanes, tile.lanes);
-    s.factors(problem, terms, tile.lanes);
+    s.factors(terms, tile.lanes);
     lane_gradients<T, A>(problem, terms, tile, at, n_lanes, false, s);
   });
 }

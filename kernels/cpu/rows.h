@@ -162,7 +162,7 @@ RowSums forward_rows(const Problem& problem, int64_t begin, int64_t end, double 
       if (s.live[lane] != 0) row_stats<T, A>(problem, terms, s, lane, scratch, at.row(lane));  // else its logits may be NaN
     s.finish_forward(problem, terms, row, n, sums);
     if (!problem.dlogits) return;
-    s.factors(problem, terms, n);
+    s.factors(terms, n);
     group_gradients<T, A>(problem, terms, s, n, scratch, at);
   });
   return sums.total();
@@ -178,7 +178,7 @@ void backward_rows(const Problem& problem, int64_t begin, int64_t end) {
   for_groups(problem, begin, end, rows_per_group<A>(problem), [&](int64_t row, int n) {
     const GroupPointers<T, A> at(problem, row);
     s.begin_backward(problem, terms, at.x, row, n, Simd<A>::W);
-    s.factors(problem, terms, n);
+    s.factors(terms, n);
     group_gradients<T, A>(problem, terms, s, n, scratch, at);
   });
 }

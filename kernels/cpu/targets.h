@@ -1,4 +1,5 @@
-// The class indices of rows, looked at before anything is written.
+// The class indices of rows, looked at before anything is written. Somebody may change them meanwhile, as a copy to this device does
+// that has not ended: what is read again may be anything, and is compared again before it is an address.
 //
 // Included once per instruction set, like simd.h.
 
@@ -42,13 +43,14 @@ TargetSummary summarise_as(const Problem& problem, int64_t begin, int64_t end) {
   for (; row < end; ++row) n_counted += problem.is_counted(row), any_bad |= is_bad(row);
 
   TargetSummary summary = {-1, n_counted, double(n_counted)};
-  if (any_bad) {
-    for (row = begin; summary.first_bad < 0; ++row)
-      if (is_bad(row)) summary.first_bad = row;
-  } else if (weight) {
+  for (row = begin; any_bad && row < end && summary.first_bad < 0; ++row)
+    if (is_bad(row)) summary.first_bad = row;
+  if (weight) {
     summary.weight = 0;
-    for (row = begin; row < end; ++row)
-      if (int64_t(a[row]) != ignored) summary.weight += double(weight[int64_t(a[row])]);
+    for (row = begin; row < end; ++row) {
+      const int64_t t = int64_t(a[row]);
+      if (t != ignored && uint64_t(t) < uint64_t(n_cols)) summary.weight += double(weight[t]);
+    }
   }
   return summary;
 }
