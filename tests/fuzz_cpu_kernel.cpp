@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
@@ -24,6 +25,17 @@ using namespace fusedloss;
 extern "C" int64_t fusedloss_forward(const Call*, const Rest*);
 extern "C" void fusedloss_backward(const Call*, const Rest*);
 extern "C" int64_t fusedloss_best_isa();
+
+// Allocations that succeed before one fails; negative: all do. Of the kernel's thread: it allocates nothing but its threads.
+thread_local int64_t n_allocations = -1;
+void* operator new(size_t size) {
+  void* memory = n_allocations == 0 ? nullptr : std::malloc(size);
+  if (n_allocations > 0) --n_allocations;
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -224,9 +236,11 @@ void one_problem(int number) {
       p.loss = loss.bytes.get(), p.saved = saved.bytes.get(), p.dloss = nullptr;
       p.dlogits = fused ? gradient.bytes.get() : nullptr;
       p.fresh = fused, p.statistics = has_stats;
+      n_allocations = round == 1 && coin(0.3) ? uniform(0, 3) : -1;  // fewer threads
       const int64_t status = fusedloss_forward(&p, &p);
       require((status != 0) == bad, "an index out of range is reported, and only that", number);
       if (bad) {
+        n_allocations = -1;
         require(loss == untouched_loss && saved == untouched_saved && gradient == untouched_gradient &&
                     row_stats == untouched_stats && counts == untouched_counts,
                 "nothing is written before the error", number);
@@ -236,6 +250,7 @@ void one_problem(int number) {
       Problem backward = p;
       backward.loss_dtype = dloss_dtype;
       fusedloss_backward(&backward, &backward);
+      n_allocations = -1;
       int64_t n_counted = 0;
       for (size_t row = 0; row < n_rows; ++row) {
         n_counted += !ignored[row];

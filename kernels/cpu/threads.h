@@ -18,7 +18,7 @@
 #include <atomic>
 #include <cfenv>
 #include <cstdint>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -61,9 +61,10 @@ void parallel_for(const Problem& problem, int64_t n_chunks, const Body& body) {
   } else {
     std::vector<std::thread> threads;
     try {
+      threads.reserve(size_t(n_threads - 1));
       for (int64_t i = 1; i < n_threads; ++i) threads.emplace_back(Job<Body>::share, &job);
-    } catch (const std::system_error&) {
-      // fewer threads than asked for: the chunks are shared out among those that started, and this one
+    } catch (const std::exception&) {
+      // No more threads, or no memory for them: the chunks are shared out among those that started, and this one.
     }
     Job<Body>::run(&job);
     for (std::thread& thread : threads) thread.join();
