@@ -115,32 +115,6 @@ const Kernels& kernels_for(const Problem& problem) {
   return baseline_kernels;
 }
 
-uint16_t bfloat16_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-uint16_t float16_bits(float x) {  // once per call: plain arithmetic, rounding to nearest even
-  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-  const double a = std::fabs(double(x));
-  if (x != x) return 0x7e00;
-  if (a >= 65520.0) return sign | 0x7c00;
-  if (a < 0x1p-14) return sign | uint16_t(std::nearbyint(a * 0x1p24));
-  int exponent;
-  const double mantissa = std::frexp(a, &exponent);  // a = mantissa 2^exponent, mantissa in [0.5, 1)
-  return uint16_t(sign + ((exponent + 13) << 10) + int(std::nearbyint(mantissa * 2048.0)));
-}
-
-void store_loss(const Problem& problem, double loss) {
-  switch (problem.loss_dtype) {
-    case kFloat32: *static_cast<float*>(problem.loss) = float(loss); break;
-    case kFloat64: *static_cast<double*>(problem.loss) = loss; break;
-    case kBfloat16: *static_cast<uint16_t*>(problem.loss) = bfloat16_bits(float(loss)); break;
-    default: *static_cast<uint16_t*>(problem.loss) = float16_bits(float(loss)); break;
-  }
-}
-
 template <class A>
 int64_t forward(const Problem& problem) {
   const Kernels& kernels = kernels_for(problem);
@@ -173,8 +147,8 @@ int64_t forward(const Problem& problem) {
     problem.counts[2] = worst_row(problem, static_cast<const A*>(problem.row_stats) + problem.n_rows());
   }
   if (problem.reduction == kNone) return 0;
-  store_loss(problem, problem.selects_rows() ? select_rows<A>(problem, targets.n_counted)
-                                             : problem.scale * (total.loss.value() / denominator));
+  kernels.store_loss(problem, problem.selects_rows() ? select_rows<A>(problem, targets.n_counted)
+                                                     : problem.scale * (total.loss.value() / denominator));
   return 0;
 }
 

@@ -68,8 +68,18 @@ void backward(const Problem& problem, int64_t begin, int64_t end) {
 #endif
 }
 
+// Of the batch.
+void store_loss(const Problem& problem, double loss) {
+  switch (problem.loss_dtype) {
+    case kFloat32: return store1(static_cast<float*>(problem.loss), float(loss));
+    case kFloat64: return store1(static_cast<double*>(problem.loss), loss);
+    case kBfloat16: return store1(static_cast<bfloat16*>(problem.loss), float(loss));
+    default: return store1(static_cast<float16*>(problem.loss), float(loss));
+  }
+}
+
 }  // namespace
 
-extern const Kernels FUSEDLOSS_KERNELS = {summarise, forward, backward};
+extern const Kernels FUSEDLOSS_KERNELS = {summarise, forward, backward, store_loss};
 
 }  // namespace fusedloss

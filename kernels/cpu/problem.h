@@ -175,11 +175,13 @@ struct TargetSummary {
 using SummariseRows = TargetSummary (*)(const Problem&, int64_t begin, int64_t end);
 using ForwardRows = RowSums (*)(const Problem&, int64_t begin, int64_t end, double coefficient, double weight_total);
 using BackwardRows = void (*)(const Problem&, int64_t begin, int64_t end);
+using StoreLoss = void (*)(const Problem&, double loss);
 
 struct Kernels {
   SummariseRows summarise;
   ForwardRows forward;
   BackwardRows backward;
+  StoreLoss store_loss;  // of the batch
 };
 
 extern const Kernels baseline_kernels;

@@ -76,7 +76,8 @@ INLINE S float_from_half_bits(U h) {
 
 template <class U, class S>
 INLINE U half_bits_from_float(S x) {
-  // After M. Dukhan's FP16 library: the additions round to nearest even at the half's last bit, subnormals included.
+  // After M. Dukhan's FP16 library: the addition rounds at the half's last bit, subnormals included; to nearest even, but in a
+  // thread that rounds otherwise.
   U bits = bit_cast<U>(x);
   U sign = bits & 0x80000000u;
   S base = bit_cast<S>(U(bits & 0x7fffffffu)) * 0x1p112f * 0x1p-110f;
