@@ -8,9 +8,9 @@
 
 // Where they are transposed in registers, the forward of 64 to 127 float32 classes takes a tenth to a third less time than rows.h,
 // and the gradient none more; of float64, and of vectors of 16 bytes, it takes more. A last vector of a few rows costs as much as
-// a whole one, so that the most classes want some.
-template <class A, bool SOFT>
-constexpr int64_t kMaxFewCols = FUSEDLOSS_VECTOR_BYTES >= 32 && sizeof(A) == sizeof(float) && !SOFT ? 127 : 63;
+// a whole one: NARROW, with fewer classes, are blocks of few rows; and probabilities, which take a tile of their own.
+template <class A, bool NARROW>
+constexpr int64_t kMaxFewCols = FUSEDLOSS_VECTOR_BYTES >= 32 && sizeof(A) == sizeof(float) && !NARROW ? 127 : 63;
 // With AVX-512, a vector is a cache line of every class, and 24 classes of it stay in L1: a quarter less time than lanes.h takes
 // at 10 to 16 classes, none at 32. With half a line it is lanes.h that is as fast or faster.
 constexpr int64_t kMaxFewColsOfPixels = FUSEDLOSS_VECTOR_BYTES == 64 ? 24 : 8;

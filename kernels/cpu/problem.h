@@ -1,6 +1,7 @@
-// The C ABI between fusedloss/backends/cpu.py and the kernel: packed structs of 8-byte fields, all pointers owned by the caller.
+// The C ABI between fusedloss/backends/cpu_abi.py, cpu_call.py and the kernel: packed structs of 8-byte fields, all pointers owned
+// by the caller.
 // What shapes, dtypes and options decide are Numbers and a Kind, packed once for all calls alike. What every call has of its own is
-// a Call, and what few calls have besides is Extras, all zeros for the others: it is passed with the first two, as one.
+// a Call, and what few calls have besides is Extras, null pointers for the others: it is passed with the first two, as one.
 //
 // The fields, the enumerators and kAbi stand in cpu_abi.py in the same order; tests/test_cpu.py compares the two files.
 //

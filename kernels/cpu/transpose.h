@@ -86,7 +86,7 @@ INLINE void load_transposed(float*, int, const T*, int64_t, int64_t) {}
 template <class T>
 INLINE void store_transposed(T*, const float*, int, int64_t, int64_t) {}
 #endif
-// Of these there are none.
+// float64 has no transposing load or store; never called.
 template <class T>
 INLINE void load_transposed(double*, int, const T*, int64_t, int64_t) {}
 template <class T>
