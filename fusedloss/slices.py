@@ -6,21 +6,15 @@ A row's classes lie in slices; each slice s publishes of its transformed logits 
     rest_s = sum exp(z - max_s) over its classes, but for the target where it lies here
     x_t                         the target's logit where it lies here, else 0 (x_b: the second of two labels'; of class
                                 probabilities see logits_of_likeliest)
-    Q_s = sum q_c,  S_s = sum q_c (max_s - z_c)      with label smoothing or class probabilities; q_c as below
-    G_s = sum exp(z - max_s) (max_s - z), as rest_s  for statistics; always the last
+    weight_total_s, smooth_sum_s = sum a_c, sum a_c (max_s - z_c)    with class probabilities; of w_c with label smoothing
+    G_s = sum exp(z - max_s) (max_s - z), as rest_s                  for statistics; always the last
 
 and with m = max of max_s the whole row has
 
-    rest = sum_s rest_s exp(max_s - m),   x_t = sum_s x_t,   Q = sum_s Q_s,   S = sum_s S_s + Q_s (m - max_s)
-    G = sum_s (G_s + rest_s (m - max_s)) exp(max_s - m)
+    rest = sum_s rest_s exp(max_s - m),   x_t = sum_s x_t,   weight_total = sum_s weight_total_s
+    smooth_sum = sum_s smooth_sum_s + weight_total_s (m - max_s),   G = sum_s (G_s + rest_s (m - max_s)) exp(max_s - m)
 
-from which follow, exactly as from one slice, with d = rest + exp(x_t - m) (d = rest for probabilities),
-
-    index:          loss = w_t (m - x_t + log d)                                  dloss/dz_c = w_t (exp(z_c - m) / d - [c = t])
-    smoothing eps:  loss = (1 - eps) of that + eps/C (Q log d + S),  q_c = w_c
-    probabilities:  loss = Q log d + S,  q_c = w_c ((1 - eps) p_c + eps/C)        dloss/dz_c = Q exp(z_c - m) / d - q_c
-
-    entropy:        log d + (G + exp(x_t - m) (m - x_t)) / d
+from which loss, gradient and entropy follow exactly as from one slice: kernels/rowwise.py has the derivation, and the letters.
 
 The kernels make the statistics of a slice and its gradient; this file has both in PyTorch's operators too, for devices without a
 kernel, and what is done with a row's statistics, which is a negligible part of the work.
@@ -45,8 +39,8 @@ class SliceStats(NamedTuple):
     max: Tensor
     rest: Tensor
     x_t: Tensor
-    q_total: Any = None  # Tensor | None: with label smoothing or class probabilities
-    q_sum: Any = None
+    weight_total: Any = None  # Tensor | None: with label smoothing or class probabilities
+    smooth_sum: Any = None
     x_b: Any = None  # Tensor | None: of two labels
     gap_sum: Any = None  # Tensor | None: for the entropy
 
@@ -99,9 +93,10 @@ def merge(slices: Tensor, has_entropy: bool, is_soft: bool = False) -> SliceStat
     if stats.gap_sum is not None:
         gaps = stats.gap_sum + stats.rest * (shift - _finite(stats.max))
         merged = merged._replace(gap_sum=torch.where(factors == 0, 0, gaps * factors).sum(0))
-    if stats.q_total is not None and stats.q_sum is not None:
-        moved = torch.where(stats.q_total == 0, 0, stats.q_total * (shift - _finite(stats.max)))
-        merged = merged._replace(q_total=stats.q_total.sum(0), q_sum=(stats.q_sum + moved).sum(0))
+    if stats.weight_total is not None and stats.smooth_sum is not None:
+        moved = torch.where(stats.weight_total == 0, 0, stats.weight_total * (shift - _finite(stats.max)))
+        smooth_sum = (stats.smooth_sum + moved).sum(0)
+        merged = merged._replace(weight_total=stats.weight_total.sum(0), smooth_sum=smooth_sum)
     return merged if stats.x_b is None else merged._replace(x_b=stats.x_b.sum(0))
 
 
@@ -124,8 +119,8 @@ def row_losses(stats: SliceStats, rows: Rows, options: Options, part: Slice) -> 
     log_d = log_sum(stats, rows.k_t is None)
     lse = stats.max + log_d
     every: Any = None
-    if stats.q_sum is not None and stats.q_total is not None:
-        every = stats.q_total * ((stats.max - _finite(stats.max)) + log_d) + stats.q_sum
+    if stats.smooth_sum is not None and stats.weight_total is not None:
+        every = stats.weight_total * ((stats.max - _finite(stats.max)) + log_d) + stats.smooth_sum
     if rows.k_t is None:
         losses = every
     else:
@@ -186,7 +181,7 @@ def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
         return empty
     largest = z.amax(1)
     shift = _finite(largest).unsqueeze(1)
-    e, q = torch.exp(z - shift), _per_class(inputs, options, part, z.dtype)
+    e, a = torch.exp(z - shift), _per_class(inputs, options, part, z.dtype)
     found = [largest, e.sum(1), z.new_zeros(shape)]
     positions = _positions(inputs, options, part)
     logits_of = [torch.where(here, z.gather(1, at).squeeze(1), 0) for here, at in positions]
@@ -194,8 +189,8 @@ def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
         here, at = positions[0]
         found[1] = e.scatter(1, at, e.gather(1, at).masked_fill(here.unsqueeze(1), 0)).sum(1)
         found[2] = logits_of[0]
-    if q is not None:
-        found += [q.expand_as(z).sum(1), (q * (shift - z)).sum(1)]
+    if a is not None:
+        found += [a.expand_as(z).sum(1), (a * (shift - z)).sum(1)]
     elif inputs.target_b is not None:
         found += [z.new_zeros(shape)] * 2
     found += logits_of[1:]
@@ -226,7 +221,7 @@ def slice_gradient(
     is_soft = rows.k_t is None
     d = stats.rest if is_soft else stats.rest + torch.exp(stats.x_t - _finite(stats.max))
     keep = 1 - options.label_smoothing if not is_soft else 1.0
-    others = torch.zeros_like(g) if stats.q_total is None else stats.q_total
+    others = torch.zeros_like(g) if stats.weight_total is None else stats.weight_total
     if not is_soft:
         others = others * (options.label_smoothing / part.n_classes)
         if rows.k_b is not None:
@@ -234,16 +229,16 @@ def slice_gradient(
     if options.z_loss != 0:
         others = others + 2 * options.z_loss * (stats.max + log_sum(stats, is_soft))
     live = rows.counted & (g != 0)
-    k_t = torch.zeros_like(g) if rows.k_t is None else keep * rows.k_t
+    g_t = torch.zeros_like(g) if rows.k_t is None else g * (keep * rows.k_t)
     p = torch.exp(z - per_row(_finite(stats.max))) / per_row(d)
     without_target = per_row(g * others) * p
-    q = _per_class(inputs, options, part, z.dtype)
-    if q is not None:
-        without_target = without_target - per_row(g) * (q if is_soft else q * (options.label_smoothing / part.n_classes))
-    dz = without_target + per_row(g * k_t) * p
+    a = _per_class(inputs, options, part, z.dtype)
+    if a is not None:
+        without_target = without_target - per_row(g) * (a if is_soft else a * (options.label_smoothing / part.n_classes))
+    dz = without_target + per_row(g_t) * p
     for label, (here, at) in enumerate(_positions(inputs, options, part)):
         if label == 0:  # the target's probability less 1 is -rest / d, without cancellation
-            own = without_target.gather(1, at) - per_row(g * k_t * (stats.rest / d))
+            own = without_target.gather(1, at) - per_row(g_t * (stats.rest / d))
         else:
             own = dz.gather(1, at) - per_row(g * keep * rows.k_b)
         dz = dz.scatter(1, at, torch.where(here.unsqueeze(1), own, dz.gather(1, at)))
@@ -262,15 +257,15 @@ def transformed(logits: Tensor, options: Options) -> tuple[Tensor, Tensor | floa
 
 
 def _per_class(inputs: Inputs, options: Options, part: Slice, dtype: torch.dtype) -> Tensor | None:
-    """q of this slice's classes, broadcasting with its logits; None where no class but the target's counts."""
+    """a of this slice's classes, or w for labels, broadcasting with its logits; None where no class but the target's counts."""
     logits = inputs.logits
     weight = None
     if inputs.weight is not None:
         weight = inputs.weight[part.first_class : part.first_class + logits.shape[1]].to(dtype)
         weight = weight.view(1, -1, *[1] * (logits.dim() - 2))
     if inputs.has_probabilities():
-        q = inputs.target.to(dtype) * (1 - options.label_smoothing) + options.label_smoothing / part.n_classes
-        return q if weight is None else q * weight
+        a = inputs.target.to(dtype) * (1 - options.label_smoothing) + options.label_smoothing / part.n_classes
+        return a if weight is None else a * weight
     if options.label_smoothing == 0:
         return None
     return (

@@ -21,6 +21,8 @@ smoothing does with eps/C w_c. There is no t, and rest is d:
 
     loss = sum_c a_c nll_c = A log d + sum_c a_c (m - x_c)          dloss/dx_c = A p_c - a_c
 
+In statistics weight_total is A, with smoothing W; smooth_sum is sum_c a_c (m - x_c), with smoothing sum_c w_c (m - x_c).
+
 Statistics have the entropy of a row's probabilities, H = -sum_c p_c log p_c. With G = sum_{c != t} exp(x_c - m) (m - x_c),
 
     H = log d + (G + e_t (m - x_t)) / d
@@ -32,13 +34,13 @@ Three choices keep it exact. The loss is (m - x_t) + log d, never lse - x_t: a c
 leave no digits of the difference. The target is kept out of the sum: log1p(rest) is right down to 1e-38 where log(d) is 0.
 The gradient of the target is -rest / d for the same reason, where p_t - 1 would be 0.
 
-The gradient, with g the upstream gradient times the row's coefficient, A = g (1 - eps) w_t, s_c = g eps/C w_c, S = sum_c s_c:
+The gradient, with g the upstream gradient times the row's coefficient, g_t = g (1 - eps) w_t, s_c = g eps/C w_c, S = sum_c s_c:
 
-    dlogits_c = (A + S) p_c - s_c           for c != t
-    dlogits_t = S p_t - s_t - A rest / d    since p_t - 1 = -rest / d without cancellation
+    dlogits_c = (g_t + S) p_c - s_c           for c != t
+    dlogits_t = S p_t - s_t - g_t rest / d    since p_t - 1 = -rest / d without cancellation
 
-A z_loss adds 2 g z_loss lse to S where it multiplies p_c. Of two labels the first is t; the second, with its own A_b, adds that
-to S in the same way, and has dlogits_b = (A + A_b + S) p_b - s_b - A_b. Class probabilities have no t: s_c = g a_c, whose sum S
+A z_loss adds 2 g z_loss lse to S where it multiplies p_c. Of two labels the first is t; the second, with its own g_b, adds that
+to S in the same way, and has dlogits_b = (g_t + g_b + S) p_b - s_b - g_b. Class probabilities have no t: s_c = g a_c, whose sum S
 the forward has saved for every row. A transform of the logits multiplies all by its derivative.
 
 The buffer `saved` links the kernels. It has the accumulation dtype (float32; float64 for float64 logits), 4 + 3 n_rows values,
@@ -302,31 +304,31 @@ def gradient_factors(stats, label, g, problem, asks: tl.constexpr):
     live = label.valid & (g != 0)
     e_t = target_exp(stats, asks)
     d = stats.rest + e_t
-    a, b, smooth, everywhere = g * label.weight, g * 0.0, g * 0.0, g * 0.0  # everywhere: S, what the target has, too
+    g_t, g_b, smooth, everywhere = g * label.weight, g * 0.0, g * 0.0, g * 0.0  # everywhere: S, what the target has, too
     if asks.focal_gamma:
         odds = e_t / stats.rest
         # Where p_t is 1 the limit, and where it is 0, not 0 times infinity.
         slope = tl.where(odds == float("inf"), 1.0, tl.where(odds == 0.0, 0.0, odds * _row_nll(stats, e_t)))
-        a *= _focal_power(stats, e_t, terms) * (1.0 + terms.focal_gamma * slope)
+        g_t *= _focal_power(stats, e_t, terms) * (1.0 + terms.focal_gamma * slope)
     if asks.two_labels:
-        b = g * label.weight_b
+        g_b = g * label.weight_b
     if asks.probabilities:
-        a, smooth, everywhere = g * 0.0, g, g * stats.weight_total
+        g_t, smooth, everywhere = g * 0.0, g, g * stats.weight_total
     elif asks.smoothing:
-        a, b = a * (1.0 - terms.smoothing), b * (1.0 - terms.smoothing)
+        g_t, g_b = g_t * (1.0 - terms.smoothing), g_b * (1.0 - terms.smoothing)
         smooth = g * (terms.smoothing / all_classes(problem, asks))
         everywhere = smooth * stats.weight_total
     if asks.z_loss:
         everywhere += 2.0 * g * terms.z_loss * (stats.max + tl.log(d))
-    everywhere += b
-    p = (a + everywhere) / d
+    everywhere += g_b
+    p = (g_t + everywhere) / d
     if asks.every_class or asks.z_loss or asks.two_labels:
         everywhere *= e_t / d
     # Else S is 0, or NaN of an infinite g, and so is its product with a probability, which would take a division.
-    at_target = everywhere - a * (stats.rest / d)
+    at_target = everywhere - g_t * (stats.rest / d)
     at_b = missing
     if asks.two_labels:
-        at_b = tl.where(live, p * tl.exp(stats.x_b - stats.max) - b, missing)
+        at_b = tl.where(live, p * tl.exp(stats.x_b - stats.max) - g_b, missing)
     return Factors(
         live=live,
         p=tl.where(live, p, missing),

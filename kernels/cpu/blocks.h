@@ -94,32 +94,32 @@ A exp_block(A* e, const A* z, int64_t n, A m, const Prefetch& next, A* gap_sum =
   return horizontal_sum<A>(sum);
 }
 
-// q of the classes of a block, 0 from n on; p: probabilities, which may be where q goes, or null. Returns the sum.
+// a of the classes of a block, 0 from n on; q: probabilities, which may lie where a goes, or null. Returns the sum.
 template <class A>
-A load_q(A* q, const A* p, const A* w, int64_t n, const Terms<A>& terms) {
+A load_class_weights(A* a, const A* q, const A* w, int64_t n, const Terms<A>& terms) {
   using V = Vector<A>;
   const int64_t whole = n / Simd<A>::W * Simd<A>::W, rest = n - whole;
   V sum = sum_whole<A>(n, [&](int64_t i) {
-    const V v = terms.q(p ? V(load(p + i)) : V{}, w ? V(load(w + i)) : V{});
-    store(q + i, v);
+    const V v = terms.class_weight(q ? V(load(q + i)) : V{}, w ? V(load(w + i)) : V{});
+    store(a + i, v);
     return v;
   });
   if (rest > 0) {
-    const V v = terms.q(p ? load_partial<A, A>(p + whole, rest) : V{}, w ? load_partial<A, A>(w + whole, rest) : V{});
+    const V v = terms.class_weight(q ? load_partial<A, A>(q + whole, rest) : V{}, w ? load_partial<A, A>(w + whole, rest) : V{});
     const V present = iota<A>() < typename Simd<A>::Int(rest) ? v : V{};
-    store(q + whole, present), sum += present;
+    store(a + whole, present), sum += present;
   }
   return horizontal_sum<A>(sum);
 }
 
-// sum of q_c (shift - z_c); without PER_CLASS: of shift - z_c.
+// sum of a_c (shift - z_c); without PER_CLASS: of shift - z_c.
 template <class A, bool PER_CLASS>
-A sum_q(const A* z, const A* q, int64_t n, A shift) {
+A weighted_sum(const A* z, const A* a, int64_t n, A shift) {
   using V = Vector<A>;
   const int64_t whole = n / Simd<A>::W * Simd<A>::W;
   auto vector = [&](int64_t i) {
     const V d = shift - V(load(z + i));
-    return PER_CLASS ? d * V(load(q + i)) : d;
+    return PER_CLASS ? d * V(load(a + i)) : d;
   };
   V sum = sum_whole<A>(n, vector);
   if (whole < n) sum += iota<A>() < typename Simd<A>::Int(n - whole) ? vector(whole) : V{};  // there z is filled up with -inf
@@ -145,12 +145,12 @@ void derivative_block(A* dz, const A* z, int64_t n, const Terms<A>& terms) {
   for (int64_t i = 0; i < n; i += Simd<A>::W) store(dz + i, terms.derivative(load(z + i)));
 }
 
-// e = (e p - constant - q q_c) dz, whole vectors; without q_c or dz as if they were 0 and 1.
+// e = (e p - constant - smooth a_c) dz, whole vectors; without a or dz as if they were 0 and 1.
 template <class A>
-void gradient_block(A* e, const A* q_c, const A* dz, int64_t n, A p, A constant, A q) {
+void gradient_block(A* e, const A* a, const A* dz, int64_t n, A p, A constant, A smooth) {
   for (int64_t i = 0; i < n; i += Simd<A>::W) {
     Vector<A> d = Vector<A>(load(e + i)) * p - constant;
-    if (q_c) d -= Vector<A>(load(q_c + i)) * q;
+    if (a) d -= Vector<A>(load(a + i)) * smooth;
     if (dz) d *= Vector<A>(load(dz + i));
     store(e + i, d);
   }

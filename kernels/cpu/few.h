@@ -63,8 +63,8 @@ struct FewRows {
   INLINE FewRows(const Problem& problem, int64_t row, int n, const GroupPointers<T, A>& at) : problem(problem), row(row), n(n) {
     load_few<T, A>(tile, at.x, problem.logits_strides, n, problem.n_cols);
     if constexpr (SOFT)
-      at.p ? load_few<A, A>(probabilities, at.p, problem.target_strides, n, problem.n_cols)
-           : load_few<T, A>(probabilities, at.p_as_logits, problem.target_strides, n, problem.n_cols);
+      at.q ? load_few<A, A>(probabilities, at.q, problem.target_strides, n, problem.n_cols)
+           : load_few<T, A>(probabilities, at.q_as_logits, problem.target_strides, n, problem.n_cols);
   }
 
   // The class indices: -1 where a row is ignored; n_cols, the index of no class, for probabilities, and for what somebody put there
@@ -90,9 +90,9 @@ struct FewRows {
   }
   // What the targets' logits are until they are found: NaN where there is no class, and with it loss and gradient.
   INLINE V not_found(I target) const { return !SOFT && target >= Int(problem.n_cols) ? broadcast(kNaN<A>) : V{}; }
-  // q of a class, of all rows.
-  INLINE V q(const Terms<A>& terms, int64_t c) const {
-    return terms.q(V(load(probabilities + c * W)), broadcast(terms.weight ? terms.weight[c] : A(1)));
+  // a of a class, of all rows.
+  INLINE V class_weight(const Terms<A>& terms, int64_t c) const {
+    return terms.class_weight(V(load(probabilities + c * W)), broadcast(terms.weight ? terms.weight[c] : A(1)));
   }
   // The targets' class weights; 1 without weights, and where there is no class.
   INLINE V weights(const Terms<A>& terms, I target) const {
@@ -109,7 +109,7 @@ struct FewRows {
     const int64_t n_cols = problem.n_cols;  // here and below: a store might change what is read through a reference
     for (int64_t c = 0; c < n_cols; ++c) {
       const V p = V(load(tile + c * W)) * f.p;
-      const V d = SOFT ? p - q(terms, c) * f.q : target == Int(c) ? f.at_t : p - f.constant;
+      const V d = SOFT ? p - class_weight(terms, c) * f.smooth : target == Int(c) ? f.at_t : p - f.constant;
       store(tile + c * W, live ? d : V{});  // not times 0: a statistic may be infinite
     }
     store_few<T, A>(dx, tile, problem.dlogits_strides, n, n_cols);
@@ -118,9 +118,9 @@ struct FewRows {
 
 template <class A>
 INLINE RowStats<A> few_stats(Vector<A> max, Vector<A> rest, Vector<A> x_t, Vector<A> e_t, Vector<A> w_t, Vector<A> shift,
-                             Vector<A> q_sum, Vector<A> q_total) {
+                             Vector<A> smooth_sum, Vector<A> weight_total) {
   const Vector<A> zero{};
-  return {max, rest, x_t, zero, e_t, w_t, zero, w_t, zero, shift, q_sum, q_total};
+  return {max, rest, x_t, zero, e_t, w_t, zero, w_t, zero, shift, smooth_sum, weight_total};
 }
 
 // Calls body for rows [begin, end), a vector at a time, with where its gradients go.
@@ -151,11 +151,11 @@ RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double c
     const I target = rows.targets(), counted = I(target >= 0);
     const int64_t n_cols = problem.n_cols;
     const bool uniform = terms.uniform;
-    V max = broadcast(-kInfinity<A>), x_t = rows.not_found(target), e_t = x_t, rest{}, q_sum{}, q_total{};
+    V max = broadcast(-kInfinity<A>), x_t = rows.not_found(target), e_t = x_t, rest{}, smooth_sum{}, row_total{};
     for (int64_t c = 0; c < n_cols; ++c) max = max_(V(load(rows.tile + c * Rows::W)), max);
     const V shift = finite_max_vector<A>(max);
     for (int64_t flush = 0; flush < n_cols; flush += kFlush) {
-      V part{}, q_part{}, total_part{};
+      V part{}, smooth_part{}, total_part{};
       for (int64_t c = flush; c < n_cols && c < flush + kFlush; ++c) {
         const V z = load(rows.tile + c * Rows::W);
         const I is_target = I(target == typename Rows::Int(c));
@@ -163,18 +163,18 @@ RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double c
         x_t = is_target ? z : x_t, e_t = is_target ? exp_z : e_t;
         part += e;
         if constexpr (SOFT) {
-          const V q = rows.q(terms, c);
-          q_part += q * (shift - z), total_part += q;
+          const V a = rows.class_weight(terms, c);
+          smooth_part += a * (shift - z), total_part += a;
         } else if (uniform) {
-          q_part += shift - z;
+          smooth_part += shift - z;
         }
         store(rows.tile + c * Rows::W, e);
       }
-      rest += part, q_sum += q_part, q_total += total_part;
+      rest += part, smooth_sum += smooth_part, row_total += total_part;
     }
 
     const int64_t row = rows.row;
-    const RowStats<A> s = few_stats<A>(max, rest, x_t, e_t, rows.weights(terms, target), shift, q_sum, q_total);
+    const RowStats<A> s = few_stats<A>(max, rest, x_t, e_t, rows.weights(terms, target), shift, smooth_sum, row_total);
     V g = broadcast(A(coefficient)), losses = row_loss<A>(s, terms, log_sum(s, terms));
     if (terms.sample_weight) {
       const V factor = rows.of_rows(terms.sample_weight + row);
@@ -187,7 +187,7 @@ RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double c
       const int64_t n_rows = problem.n_rows();
       rows.keep(saved + row, max), rows.keep(saved + n_rows + row, rest);
       rows.keep(saved + 2 * n_rows + row, V(counted ? losses : broadcast(-kInfinity<A>)));
-      if (SOFT) rows.keep(saved + 3 * n_rows + row, q_total);
+      if (SOFT) rows.keep(saved + 3 * n_rows + row, row_total);
     }
     if (dx) rows.store_gradients(dx, terms, row_factors<A>(s, terms, g), target, counted);
   });
@@ -211,8 +211,8 @@ void backward_few(const Problem& problem, int64_t begin, int64_t end) {
     const I live = counted & I(g != V{});
     const V max = live ? rows.of_rows(saved + row) : V{}, shift = finite_max_vector<A>(max);
     const V rest = live ? rows.of_rows(saved + problem.n_rows() + row) : broadcast(A(1));
-    V q_total{};
-    if constexpr (SOFT) q_total = live ? rows.of_rows(saved + 3 * problem.n_rows() + row) : V{};
+    V row_total{};
+    if constexpr (SOFT) row_total = live ? rows.of_rows(saved + 3 * problem.n_rows() + row) : V{};
     const int64_t n_cols = problem.n_cols;
     V x_t = rows.not_found(target), e_t = x_t;
     for (int64_t c = 0; c < n_cols; ++c) {
@@ -221,7 +221,7 @@ void backward_few(const Problem& problem, int64_t begin, int64_t end) {
       x_t = is_target ? z : x_t, e_t = is_target ? e : e_t;
       store(rows.tile + c * Rows::W, e);
     }
-    const RowStats<A> s = few_stats<A>(max, rest, x_t, e_t, rows.weights(terms, target), shift, V{}, q_total);
+    const RowStats<A> s = few_stats<A>(max, rest, x_t, e_t, rows.weights(terms, target), shift, V{}, row_total);
     const RowFactors<A> f = row_factors<A>(s, terms, g);
     rows.store_gradients(dx, terms, f, target, live);
   });

@@ -20,8 +20,8 @@ struct GroupState {
   using Int = typename Simd<A>::Int;
   using Longs = typename Simd<double>::I;
 
-  alignas(64) A max[N], rest[N], x_t[N], x_b[N], w_t[N], w_b[N], k_t[N], k_b[N], shift[N], q_sum[N], q_total[N];
-  alignas(64) A g[N], loss[N], lse[N], p[N], constant[N], q[N], at_t[N], at_b[N];
+  alignas(64) A max[N], rest[N], x_t[N], x_b[N], w_t[N], w_b[N], k_t[N], k_b[N], shift[N], smooth_sum[N], weight_total[N];
+  alignas(64) A g[N], loss[N], lse[N], p[N], constant[N], smooth[N], at_t[N], at_b[N];
   alignas(64) A gap_sum[N], gap_max[N];  // for the entropy; lanes.h: the maximum that the sum is relative to
   alignas(64) A live[N];           // 1: the row counts, and in the backward has a coefficient other than 0; else 0
   // Columns of the labels, which may lie outside a slice; kNoCol: none, for soft targets and lanes that are not live.
@@ -60,7 +60,7 @@ struct GroupState {
       const auto is_live = V(load(live + lane)) != V{};
       store(max + lane, is_live ? load_rows<A>(saved, lane, n) : V{});
       store(rest + lane, is_live ? load_rows<A>(saved + n_rows, lane, n) : broadcast(A(1)));
-      if (terms.soft) store(q_total + lane, is_live ? load_rows<A>(saved + 3 * n_rows, lane, n) : V{});
+      if (terms.soft) store(weight_total + lane, is_live ? load_rows<A>(saved + 3 * n_rows, lane, n) : V{});
     }
     weigh_targets(terms, row, lanes);
     if (terms.soft) return;
@@ -82,7 +82,7 @@ struct GroupState {
     auto of_b = [&](const A* values) { return terms.two_labels ? Vector<A>(load(values + lane)) : Vector<A>{}; };
     const V m = load(max + lane), x = load(x_t + lane), e = terms.soft ? V{} : exp_nonpositive(x - m);
     return {m,         load(rest + lane), x,         of_b(x_b),          e, load(w_t + lane),
-            of_b(w_b), load(k_t + lane),  of_b(k_b), load(shift + lane), load(q_sum + lane), load(q_total + lane)};
+            of_b(w_b), load(k_t + lane),  of_b(k_b), load(shift + lane), load(smooth_sum + lane), load(weight_total + lane)};
   }
   // Losses of all rows from their statistics, and what else the caller wants to know of them.
   void finish_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n, GroupSums<A>& sums) {
@@ -112,10 +112,10 @@ struct GroupState {
       if (terms.capped) {
         f.at_t *= terms.derivative(s.x_t), f.at_b *= terms.derivative(s.x_b);
       } else if (terms.transformed) {
-        f.p *= terms.logit_scale, f.constant *= terms.logit_scale, f.q *= terms.logit_scale;
+        f.p *= terms.logit_scale, f.constant *= terms.logit_scale, f.smooth *= terms.logit_scale;
         f.at_t *= terms.logit_scale, f.at_b *= terms.logit_scale;
       }
-      store(p + lane, f.p), store(constant + lane, f.constant), store(q + lane, f.q);
+      store(p + lane, f.p), store(constant + lane, f.constant), store(smooth + lane, f.smooth);
       store(at_t + lane, V(load(live + lane)) != V{} ? f.at_t : V{});
       if (terms.two_labels) store(at_b + lane, f.at_b);
     }
@@ -154,7 +154,7 @@ struct GroupState {
   // The labels, and which rows count; zeros where statistics are added up, or are not known.
   void read_targets(const Problem& problem, const Terms<A>& terms, int64_t row, int n, int lanes) {
     for (int lane = 0; lane < lanes; lane += W)
-      store(q_sum + lane, V{}), store(q_total + lane, V{}), store(x_t + lane, V{}), store(shift + lane, V{});
+      store(smooth_sum + lane, V{}), store(weight_total + lane, V{}), store(x_t + lane, V{}), store(shift + lane, V{});
     if (terms.soft) {
       const Longs none = Longs{} + kNoCol;
       for (int lane = 0; lane < lanes; lane += Simd<double>::W) __builtin_memcpy(target + lane, &none, sizeof none);
@@ -210,21 +210,22 @@ struct GroupState {
         A* to = saved + 2 * n_rows + lane;
         lane + W <= n ? store(to, losses) : store_partial<A, A>(to, n - lane, losses);
       }
-      if (problem.has_probabilities()) copy(saved + 3 * n_rows, q_total, n);
+      if (problem.has_probabilities()) copy(saved + 3 * n_rows, weight_total, n);
     }
     if (problem.reduction == kNone) store_losses(problem, row, loss, n);
   }
-  // The statistics of a slice, q_sum around its own maximum, as fusedloss/slices.py merges them.
+  // The statistics of a slice, smooth_sum around its own maximum, as fusedloss/slices.py merges them.
   void store_slice(const Problem& problem, const Terms<A>& terms, int64_t row, int n) {
     const int64_t n_rows = problem.n_rows();
     A* to = static_cast<A*>(problem.slice_stats) + row;
     for (int lane = 0; lane < n; lane += W) {
-      const V total = terms.uniform ? broadcast(A(problem.n_cols)) : V(load(q_total + lane));
-      store(q_total + lane, total);
-      store(q_sum + lane, V(load(q_sum + lane)) + total * (finite_max_vector<A>(load(max + lane)) - V(load(shift + lane))));
+      const V total = terms.uniform ? broadcast(A(problem.n_cols)) : V(load(weight_total + lane));
+      store(weight_total + lane, total);
+      store(smooth_sum + lane, V(load(smooth_sum + lane)) + total * (finite_max_vector<A>(load(max + lane)) - V(load(shift + lane))));
     }
     copy(to, max, n), copy(to + n_rows, rest, n), copy(to + 2 * n_rows, x_t, n);
-    if (terms.uniform || terms.per_class || terms.two_labels) copy(to + 3 * n_rows, q_total, n), copy(to + 4 * n_rows, q_sum, n);
+    if (terms.uniform || terms.per_class || terms.two_labels)
+      copy(to + 3 * n_rows, weight_total, n), copy(to + 4 * n_rows, smooth_sum, n);
     if (terms.two_labels) copy(to + 5 * n_rows, x_b, n);
     const int64_t n_of_loss = terms.two_labels ? 6 : terms.uniform || terms.per_class ? 5 : 3;
     if (terms.entropy) copy(to + n_of_loss * n_rows, gap_sum, n);
@@ -255,25 +256,25 @@ template <class T, class A>
 struct GroupPointers {
   const T* x;
   T* dx;                 // null without a gradient
-  const A* p;            // probabilities, or
-  const T* p_as_logits;  // probabilities in the logits' type; both null for class indices
-  int64_t x_stride, dx_stride, p_stride;
+  const A* q;            // probabilities, or
+  const T* q_as_logits;  // probabilities in the logits' type; both null for class indices
+  int64_t x_stride, dx_stride, q_stride;
 
   GroupPointers(const Problem& problem, int64_t row)
       : x(static_cast<const T*>(problem.logits) + problem.offset(problem.logits_strides, row)),
         dx(problem.dlogits ? static_cast<T*>(problem.dlogits) + problem.offset(problem.dlogits_strides, row) : nullptr),
-        p(probabilities<A>(problem, kProbabilities, row)),
-        p_as_logits(probabilities<T>(problem, kProbabilitiesAsLogits, row)),
+        q(probabilities<A>(problem, kProbabilities, row)),
+        q_as_logits(probabilities<T>(problem, kProbabilitiesAsLogits, row)),
         x_stride(problem.logits_strides.row),
         dx_stride(problem.dlogits_strides.row),
-        p_stride(problem.target_strides.row) {}
+        q_stride(problem.target_strides.row) {}
 
   GroupPointers row(int lane) const {  // beginning at that row
     GroupPointers other = *this;
     other.x += lane * x_stride;
     if (dx) other.dx += lane * dx_stride;
-    if (p) other.p += lane * p_stride;
-    if (p_as_logits) other.p_as_logits += lane * p_stride;
+    if (q) other.q += lane * q_stride;
+    if (q_as_logits) other.q_as_logits += lane * q_stride;
     return other;
   }
 

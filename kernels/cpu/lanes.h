@@ -22,7 +22,7 @@ struct Tile {
   A& at(int64_t c, int lane) { return z[c * lanes + lane]; }
   static bool has(int64_t col, int64_t start, int64_t n) { return col >= start && col < start + n; }
 
-  alignas(64) A z[kTile], q[kTile], dz[kTile];
+  alignas(64) A z[kTile], a[kTile], dz[kTile];
   GroupState<A> state;
 };
 
@@ -99,19 +99,19 @@ void store_tile(T* to, const A* from, int lanes, int64_t row, int64_t col, int n
   }
 }
 
-// Fills tile.q with q of classes [start, start + n).
+// Fills tile.a with a of classes [start, start + n).
 template <class T, class A>
-void load_tile_q(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const GroupPointers<T, A>& at, int n_lanes,
+void load_tile_weights(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const GroupPointers<T, A>& at, int n_lanes,
                  int64_t start, int64_t n) {
   const Strides& strides = problem.target_strides;
   const int64_t first = start * strides.col;
-  if (at.p) load_tile<A, A>(tile.q, tile.lanes, at.p + first, strides.row, strides.col, n_lanes, n);
-  if (at.p_as_logits) load_tile<T, A>(tile.q, tile.lanes, at.p_as_logits + first, strides.row, strides.col, n_lanes, n);
+  if (at.q) load_tile<A, A>(tile.a, tile.lanes, at.q + first, strides.row, strides.col, n_lanes, n);
+  if (at.q_as_logits) load_tile<T, A>(tile.a, tile.lanes, at.q_as_logits + first, strides.row, strides.col, n_lanes, n);
   for (int64_t c = 0; c < n; ++c) {
     const Vector<A> w = broadcast(terms.weight ? terms.weight[start + c] : A(1));
     for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
-      A* q = tile.q + c * tile.lanes + lane;
-      store(q, terms.q(terms.soft ? Vector<A>(load(q)) : Vector<A>{}, w));
+      A* a = tile.a + c * tile.lanes + lane;
+      store(a, terms.class_weight(terms.soft ? Vector<A>(load(a)) : Vector<A>{}, w));
     }
   }
 }
@@ -185,10 +185,10 @@ void tile_stats(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t n, 
     store(s.max + lane, m), store(s.rest + lane, V(load(s.rest + lane)) * exp_nonpositive(before - finite));
   }
   auto difference = [&](int64_t at, int lane) { return V(load(s.shift + lane)) - V(load(tile.z + at)); };
-  if (terms.uniform) add_classes(s.q_sum, tile, n, difference);
+  if (terms.uniform) add_classes(s.smooth_sum, tile, n, difference);
   if (terms.per_class) {
-    add_classes(s.q_total, tile, n, [&](int64_t at, int) { return V(load(tile.q + at)); });
-    add_classes(s.q_sum, tile, n, [&](int64_t at, int lane) { return V(load(tile.q + at)) * difference(at, lane); });
+    add_classes(s.weight_total, tile, n, [&](int64_t at, int) { return V(load(tile.a + at)); });
+    add_classes(s.smooth_sum, tile, n, [&](int64_t at, int lane) { return V(load(tile.a + at)) * difference(at, lane); });
   }
   for (int lane = 0; lane < tile.lanes && !terms.soft; ++lane) {
     if (terms.two_labels && tile.has(s.target_b[lane], start, n)) s.x_b[lane] = tile.at(s.target_b[lane] - start, lane);
@@ -205,11 +205,11 @@ template <class A>
 void tile_gradient(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t n, const GroupState<A>& s) {
   using V = Vector<A>;
   for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
-    const V p = load(s.p + lane), constant = load(s.constant + lane), q = load(s.q + lane), dead = load(s.at_t + lane);
+    const V p = load(s.p + lane), constant = load(s.constant + lane), smooth = load(s.smooth + lane), dead = load(s.at_t + lane);
     const auto live = V(load(s.live + lane)) != V{};
     for (int64_t at = lane; at < n * tile.lanes; at += tile.lanes) {
       V d = V(load(tile.z + at)) * p - constant;
-      if (terms.per_class) d -= V(load(tile.q + at)) * q;
+      if (terms.per_class) d -= V(load(tile.a + at)) * smooth;
       if (terms.capped) d *= V(load(tile.dz + at));
       store(tile.z + at, live ? d : dead);  // 0 times an infinite or NaN statistic would be NaN
     }
@@ -220,7 +220,7 @@ void tile_gradient(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t 
   }
 }
 
-// The gradients of a group. has_exp: all its classes are in the tile, as exponentials, and their q.
+// The gradients of a group. has_exp: all its classes are in the tile, as exponentials, and their a.
 template <class T, class A>
 void lane_gradients(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const GroupPointers<T, A>& at, int n_lanes,
                     bool has_exp, const GroupState<A>& s) {
@@ -229,7 +229,7 @@ void lane_gradients(const Problem& problem, const Terms<A>& terms, Tile<A>& tile
     const int64_t n = problem.n_cols - start < tile.cols ? problem.n_cols - start : tile.cols;
     if (!has_exp) {
       load_logits(problem, terms, tile, at.x, n_lanes, start, n);
-      if (terms.per_class) load_tile_q(problem, terms, tile, at, n_lanes, start, n);
+      if (terms.per_class) load_tile_weights(problem, terms, tile, at, n_lanes, start, n);
       exp_tile(tile, n, s);
     }
     tile_gradient(terms, tile, start, n, s);
@@ -262,7 +262,7 @@ RowSums forward_lanes(const Problem& problem, int64_t begin, int64_t end, double
     for (int64_t start = 0; start < problem.n_cols; start += tile.cols) {
       const int64_t n = problem.n_cols - start < tile.cols ? problem.n_cols - start : tile.cols;
       load_logits(problem, terms, tile, at.x, n_lanes, start, n);
-      if (terms.per_class) load_tile_q(problem, terms, tile, at, n_lanes, start, n);
+      if (terms.per_class) load_tile_weights(problem, terms, tile, at, n_lanes, start, n);
       tile_stats(terms, tile, start, n, s);
     }
     s.finish_forward(problem, terms, row, n_lanes, sums);

@@ -1,33 +1,20 @@
-// What the kernels do with one row's statistics: loss, coefficient, gradient factors. Derivation in kernels/rowwise.py.
+// What the kernels do with one row's statistics: loss, coefficient, gradient factors. kernels/rowwise.py has the derivation, whose
+// letters are those here. smooth_sum is kept around a logit of the row that is the same to the end, its `shift`:
 //
-// For class probabilities p, with q_c = w_c ((1 - eps) p_c + eps/C) and Q = sum_c q_c:
+//     sum_c a_c (m - x_c) = sum_c a_c (shift - x_c) + (m - shift) sum_c a_c        or w_c for a_c
 //
-//     loss = sum_c q_c (shift - x_c) + Q ((m - shift) + log d)        d = rest, the sum over all classes
-//     dloss/dx_c = Q exp(x_c - m) / d - q_c
-//
-// Two labels a and b with shares lam and 1 - lam: each with its part of the loss and of the gradient, `rest` excluding a alone.
-// With k_a = lam (1 - eps) w_a, k_b likewise and Z = 2 z_loss lse:
-//
-//     loss = k_a nll_a + k_b nll_b + eps/C sum_c w_c nll_c + z_loss lse^2
-//     dloss/dx_c = (k_a + k_b + eps/C W + Z) p_c - eps/C w_c - k_a [c = a] - k_b [c = b]
-//
-// A focal loss has k_t u^gamma for k_t, u = 1 - p_t, and in the gradient what rowwise.py says.
-//
-// Statistics have the entropy of a row, log d + G' / d with G' = sum_c exp(x_c - m) (m - x_c), summed without the target as `rest` is.
-//
-// All of it is of the transformed logits, z = cap tanh(logit_scale x / cap): the loops see no others, but for the gradient's
-// factor dz/dx = logit_scale (1 - (z / cap)^2).
+// The loops see transformed logits, z, only.
 //
 // Included once per instruction set, like simd.h.
 
 // What the loss has besides the logarithm of the target's probability, the same for all rows of a problem.
 //
-// Every class c has a factor q_c: it is 0 for plain index targets; 1, times smoothing / C, for smoothing; the class weight w_c,
-// times the same, for both; and for probabilities as above. The loops know three cases: none, all alike, one per class.
+// What smooth_sum multiplies a class by is w_c with smoothing, and a_c for probabilities. The loops know three cases: nothing to sum,
+// 1 for every class, and one number per class.
 template <class A>
 struct Terms {
   bool soft;       // class probabilities as target
-  bool uniform;    // the same q for every class
+  bool uniform;    // smoothing without class weights
   bool per_class;
   bool two_labels;
   bool transformed;  // the logits are scaled or capped
@@ -70,11 +57,11 @@ struct Terms {
     return logit_scale * (A(1) - t * t);
   }
 
-  // q of class c where it is one per class; p: its probability, for soft targets.
+  // w_c, or for soft targets a_c; q: the probability.
   template <class X>
-  INLINE X q(X p, X w) const {
+  INLINE X class_weight(X q, X w) const {
     if (!soft) return w;
-    const X mixed = p * (A(1) - smoothing) + smoothing_per_class;
+    const X mixed = q * (A(1) - smoothing) + smoothing_per_class;
     return weight ? mixed * w : mixed;
   }
 };
@@ -83,21 +70,21 @@ struct Terms {
 template <class A>
 struct RowStats {
   Vector<A> max, rest;
-  Vector<A> x_t, x_b;  // the targets' logits; soft: undefined
-  Vector<A> e_t;       // exp(x_t - m)
-  Vector<A> w_t, w_b;  // the targets' class weights, 1 without weights
-  Vector<A> k_t, k_b;  // the same times the label's share
-  Vector<A> shift;     // a fixed finite logit of the row, for q_sum
-  Vector<A> q_sum;     // sum_c q_c (shift - x_c)
-  Vector<A> q_total;   // soft: Q
+  Vector<A> x_t, x_b;      // the targets' logits; soft: undefined
+  Vector<A> e_t;           // exp(x_t - m)
+  Vector<A> w_t, w_b;      // the targets' class weights, 1 without weights
+  Vector<A> k_t, k_b;      // the same times the label's share
+  Vector<A> shift;         // a fixed finite logit of the row, for smooth_sum
+  Vector<A> smooth_sum;    // sum_c a_c (shift - x_c), or w_c for a_c
+  Vector<A> weight_total;  // soft: sum_c a_c
 };
 
 template <class A>
 struct RowFactors {
-  Vector<A> p;            // of exp(x_c - m)
-  Vector<A> constant;     // subtracted
-  Vector<A> q;            // of q_c, subtracted
-  Vector<A> at_t, at_b;   // the whole gradient of the target classes
+  Vector<A> p;           // of exp(x_c - m)
+  Vector<A> constant;    // subtracted: smooth, where every w_c is 1
+  Vector<A> smooth;      // of a_c or w_c, subtracted
+  Vector<A> at_t, at_b;  // the whole gradient of the target classes
 };
 
 // log of the sum over all classes of exp(x_c - m).
@@ -131,7 +118,7 @@ template <class A>
 INLINE Vector<A> row_loss(const RowStats<A>& s, const Terms<A>& terms, Vector<A> log_d) {
   Vector<A> loss;
   if (terms.soft) {
-    loss = s.q_sum + s.q_total * ((s.max - s.shift) + log_d);
+    loss = s.smooth_sum + s.weight_total * ((s.max - s.shift) + log_d);
   } else {
     // (m - x_t) is added at the maximum too: it is 0 there, and NaN where both are infinite, as PyTorch has it.
     const Vector<A> nll = (s.max - s.x_t) + log_d;
@@ -142,7 +129,7 @@ INLINE Vector<A> row_loss(const RowStats<A>& s, const Terms<A>& terms, Vector<A>
       loss += ((s.k_b == A(0)) & (nll_b == kInfinity<A>)) ? Vector<A>{} : s.k_b * nll_b;
     }
     if (terms.smoothing > 0) {
-      Vector<A> all = terms.weight_total * ((s.max - s.shift) + log_d) + s.q_sum;
+      Vector<A> all = terms.weight_total * ((s.max - s.shift) + log_d) + s.smooth_sum;
       loss = (A(1) - terms.smoothing) * loss + terms.smoothing_per_class * all;
     }
   }
@@ -154,15 +141,15 @@ template <class A>
 INLINE RowFactors<A> row_factors(const RowStats<A>& s, const Terms<A>& terms, Vector<A> g) {
   Vector<A> z_factor{};
   if (terms.z_loss != 0) z_factor = g * (A(2) * terms.z_loss) * (s.max + log_sum(s, terms));
-  if (terms.soft) return {(g * s.q_total + z_factor) / s.rest, Vector<A>{}, g, Vector<A>{}, Vector<A>{}};
+  if (terms.soft) return {(g * s.weight_total + z_factor) / s.rest, Vector<A>{}, g, Vector<A>{}, Vector<A>{}};
   const Vector<A> d = s.rest + s.e_t;
   Vector<A> keep = g * (A(1) - terms.smoothing), smooth = g * terms.smoothing_per_class;
-  Vector<A> k_t = keep * s.k_t, others = smooth * terms.weight_total + z_factor, k_b{};
-  if (terms.two_labels) k_b = keep * s.k_b, others += k_b;
+  Vector<A> g_t = keep * s.k_t, others = smooth * terms.weight_total + z_factor, g_b{};
+  if (terms.two_labels) g_b = keep * s.k_b, others += g_b;
   // The target's probability less 1 is -rest / d, without cancellation.
-  RowFactors<A> f = {(k_t + others) / d, terms.uniform ? smooth : Vector<A>{}, smooth,
-                     others / d * s.e_t - k_t * (s.rest / d) - smooth * s.w_t, Vector<A>{}};
-  if (terms.two_labels) f.at_b = f.p * exp_nonpositive(s.x_b - s.max) - k_b - smooth * s.w_b;
+  RowFactors<A> f = {(g_t + others) / d, terms.uniform ? smooth : Vector<A>{}, smooth,
+                     others / d * s.e_t - g_t * (s.rest / d) - smooth * s.w_t, Vector<A>{}};
+  if (terms.two_labels) f.at_b = f.p * exp_nonpositive(s.x_b - s.max) - g_b - smooth * s.w_b;
   return f;
 }
 

@@ -13,7 +13,7 @@ struct Scratch {
   // Of the rows of a group, for the gradient: exp(x - the running maximum of its block), or with a cap, whose derivative is one
   // of the transformed logits, those. Null: not kept.
   A* kept;
-  alignas(64) A z[kBlock], q[kBlock], dz[kBlock];
+  alignas(64) A z[kBlock], a[kBlock], dz[kBlock];
   A block_maxima[kKeptCols<A> / kBlock];  // of one row: a group of several has one block each, whose maximum is the row's
   GroupState<A> state;
   alignas(64) A kept_rows[kKeptCols<A>];
@@ -35,12 +35,12 @@ INLINE Prefetch ahead(const T* logits, T* dlogits) {
   return {reinterpret_cast<uintptr_t>(logits), reinterpret_cast<uintptr_t>(dlogits), sizeof(T)};
 }
 
-// The probabilities of a block; those in the logits' type are widened into q. Null for class indices.
+// The probabilities of a block; those in the logits' type are widened into a. Null for class indices.
 template <class T, class A>
-const A* block_probabilities(A* q, const GroupPointers<T, A>& at, const Columns<A>& columns) {
-  if (!at.p_as_logits) return columns.of(at.p);
-  load_block<T, A>(q, at.p_as_logits + columns.start, columns.n);
-  return q;
+const A* block_probabilities(A* a, const GroupPointers<T, A>& at, const Columns<A>& columns) {
+  if (!at.q_as_logits) return columns.of(at.q);
+  load_block<T, A>(a, at.q_as_logits + columns.start, columns.n);
+  return a;
 }
 
 // z = the transformed logits of a block, -inf from columns.n to whole vectors; returns the maximum.
@@ -57,7 +57,7 @@ void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, 
                const GroupPointers<T, A>& at) {
   A* kept = scratch.kept_row(problem, lane);
   A m = -kInfinity<A>, shift = 0;
-  double rest = 0, q_sum = 0, q_total = 0, gap_sum = 0;
+  double rest = 0, smooth_sum = 0, weight_total = 0, gap_sum = 0;
   for (int64_t start = 0; start < problem.n_cols; start += kBlock) {
     const Columns<A> columns(problem, start);
     A* z = kept ? kept + start : scratch.z;
@@ -69,11 +69,11 @@ void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, 
       if (terms.entropy) gap_sum = factor == 0 ? 0 : (gap_sum + rest * double(finite - finite_max(m))) * factor;
       rest *= factor;
     }
-    if (terms.uniform) q_sum += double(sum_q<A, false>(z, nullptr, columns.n, shift));
+    if (terms.uniform) smooth_sum += double(weighted_sum<A, false>(z, nullptr, columns.n, shift));
     if (terms.per_class) {
-      const A* p = block_probabilities(scratch.q, at, columns);
-      q_total += double(load_q<A>(scratch.q, p, columns.of(terms.weight), columns.n, terms));
-      q_sum += double(sum_q<A, true>(z, scratch.q, columns.n, shift));
+      const A* q = block_probabilities(scratch.a, at, columns);
+      weight_total += double(load_class_weights<A>(scratch.a, q, columns.of(terms.weight), columns.n, terms));
+      smooth_sum += double(weighted_sum<A, true>(z, scratch.a, columns.n, shift));
     }
     if (terms.two_labels && columns.has(s.target_b[lane])) s.x_b[lane] = z[s.target_b[lane] - start];
     if (columns.has(s.target[lane])) {
@@ -90,7 +90,8 @@ void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, 
     m = larger;
     if (kept) scratch.block_maxima[start / kBlock] = m;
   }
-  s.max[lane] = m, s.rest[lane] = A(rest), s.shift[lane] = shift, s.q_sum[lane] = A(q_sum), s.q_total[lane] = A(q_total);
+  s.max[lane] = m, s.rest[lane] = A(rest), s.shift[lane] = shift;
+  s.smooth_sum[lane] = A(smooth_sum), s.weight_total[lane] = A(weight_total);
   if (terms.entropy) s.gap_sum[lane] = A(gap_sum);
 }
 
@@ -113,11 +114,11 @@ void row_gradient(const Problem& problem, const Terms<A>& terms, const GroupStat
       factor *= exp_nonpositive1(scratch.block_maxima[start / kBlock] - m);
     }
     if (terms.per_class) {
-      load_q<A>(scratch.q, block_probabilities(scratch.q, at, columns), columns.of(terms.weight), columns.n, terms);
+      load_class_weights<A>(scratch.a, block_probabilities(scratch.a, at, columns), columns.of(terms.weight), columns.n, terms);
     }
     if (terms.per_class || terms.capped) {
-      gradient_block<A>(e, terms.per_class ? scratch.q : nullptr, terms.capped ? scratch.dz : nullptr, padded<A>(columns.n),
-                        factor, constant, s.q[lane]);
+      gradient_block<A>(e, terms.per_class ? scratch.a : nullptr, terms.capped ? scratch.dz : nullptr, padded<A>(columns.n),
+                        factor, constant, s.smooth[lane]);
       factor = 1, constant = 0;
     }
     store_gradient<T, A>(at.dx + start, e, columns.n, factor, constant);

@@ -141,7 +141,7 @@ def slice_gradient(
     drows: Tensor, inputs: Inputs, merged: Tensor, weight_total: float | Tensor, options: Options, part: Slice
 ) -> Tensor:
     """The gradient of a slice's logits, as `slices.slice_gradient` has it."""
-    del weight_total  # it is merged's q_total, where it is needed
+    del weight_total  # it is merged's weight_total, where it is needed
     inputs = given.laid_out(inputs)
     logits = inputs.logits
     dlogits = allocate_gradient(logits)
