@@ -3,10 +3,10 @@
 //
 // Included once per instruction set, like simd.h.
 
-constexpr int64_t kBlock = 2048;  // 8 KB of float, twice with factors per class: an L1 of 32 KB has room for what comes next
+constexpr int64_t kBlock = 2048;  // 8 KB of float, or 16 with a_c: an L1 of 32 KB has room for what is prefetched
 
-// Vectors added to one partial sum before it goes to the sum of the block: a lane that holds a large value rounds every small one
-// added to it, which over a whole block would be 30 roundings more.
+// Vectors added to one partial sum before it goes to the sum of the block: to add a small value to a large sum rounds it, and in
+// one sum of the whole block that would happen 30 times more often.
 constexpr int64_t kFlushVectors = 16;
 
 // Columns of the longest row whose exponentials are kept, in fp32 for 16-bit logits too, rather than computed again.
@@ -18,7 +18,7 @@ INLINE int64_t padded(int64_t n) {
   return (n + Simd<A>::W - 1) / Simd<A>::W * Simd<A>::W;
 }
 
-// The sum over i = 0, W, 2 W, ... of vectors, as many as lie below n whole.
+// The sum of vector(i) for i = 0, W, 2 W, ..., as long as i + W <= n.
 template <class A, class Vectors>
 INLINE Vector<A> sum_whole(int64_t n, const Vectors& vector) {
   constexpr int W = Simd<A>::W;
@@ -61,7 +61,7 @@ A load_block(A* z, const T* x, int64_t n) {
 }
 
 // Memory that the caches fetch while exp_block computes: without, a thread would alternate between waiting for it and computing.
-// 4096 x 1000 float32: 25% less time in the forward, the same again with the gradient's place.
+// 4096 x 1000 float32: 25% less time in the forward, and another 25% with the place of the gradient.
 struct Prefetch {
   uintptr_t logits, dlogits;  // read next; written next, or null
   uintptr_t item;             // bytes of one value
@@ -94,7 +94,7 @@ A exp_block(A* e, const A* z, int64_t n, A m, const Prefetch& next, A* gap_sum =
   return horizontal_sum<A>(sum);
 }
 
-// a of the classes of a block, 0 from n on; q: probabilities, which may lie where a goes, or null. Returns the sum.
+// a_c of a block, 0 from n on, or w_c without probabilities q, which may lie where a goes. Returns the sum.
 template <class A>
 A load_class_weights(A* a, const A* q, const A* w, int64_t n, const Terms<A>& terms) {
   using V = Vector<A>;

@@ -99,8 +99,8 @@ template <class A>
 INLINE Vector<A> log_(Vector<A> x) {
   return log_(x, LogParts<A>(x));
 }
-// log(1 + x) for x >= 0 to the last bits: log(u) + lost / u, where lost is what rounding took from u = 1 + x (Knuth's TwoSum). Of 1 / u
-// three terms of 1 / (1 + f) = 1 - f + f^2 - ... do: the fourth is a twentieth, and lost half a unit in the last place of u.
+// log(1 + x) for x >= 0 to the last bits: log(u) + lost / u, where lost is what rounding took from u = 1 + x (Knuth's TwoSum). For
+// 1 / u three terms of 1 / (1 + f) = 1 - f + f^2 - ... are enough: the fourth is below 1/10, and lost half a last unit.
 template <class A>
 INLINE Vector<A> log1p_(Vector<A> x) {
   const Vector<A> u = x + A(1), one = u - x, lost = (A(1) - one) + (x - (u - one));

@@ -7,8 +7,8 @@
 // Included once per instruction set, like simd.h.
 
 // Where they are transposed in registers, the forward of 64 to 127 float32 classes takes a tenth to a third less time than rows.h,
-// and the gradient none more; of float64, and of vectors of 16 bytes, it takes more. A last vector of a few rows costs as much as
-// a whole one: NARROW, with fewer classes, are blocks of few rows; and probabilities, which take a tile of their own.
+// and the gradient no more; of float64, and of vectors of 16 bytes, it takes more. NARROW: fewer classes, where there are few rows,
+// as a vector with a few of them costs as much as a full one; and of probabilities, which need a second tile.
 template <class A, bool NARROW>
 constexpr int64_t kMaxFewCols = FUSEDLOSS_VECTOR_BYTES >= 32 && sizeof(A) == sizeof(float) && !NARROW ? 127 : 63;
 // With AVX-512, a vector is a cache line of every class, and 24 classes of it stay in L1: a quarter less time than lanes.h takes
@@ -25,7 +25,7 @@ INLINE bool takes_few(const Problem& problem) {
          !problem.selects_rows() && problem.plain;
 }
 
-// The logits of up to a vector of rows, into a tile of W lanes; and a tile of gradients, out of it.
+// Copies logits of at most W rows into a tile of W lanes; and a tile of gradients out of it.
 template <class T, class A>
 INLINE void load_few(A* tile, const T* from, const Strides& strides, int n_rows, int64_t n_cols) {
   constexpr int W = Simd<A>::W;
@@ -46,7 +46,7 @@ INLINE void store_few(T* to, const A* tile, const Strides& strides, int n_rows, 
   }
 }
 
-// Rows [row, row + n), one per lane. Lanes without a row compute something harmless.
+// Rows [row, row + n), one per lane. What lanes without a row compute is not used.
 template <class T, class A, bool SOFT>
 struct FewRows {
   static constexpr int W = Simd<A>::W;
@@ -67,13 +67,13 @@ struct FewRows {
            : load_few<T, A>(probabilities, at.q_as_logits, problem.target_strides, n, problem.n_cols);
   }
 
-  // The class indices: -1 where a row is ignored; n_cols, the index of no class, for probabilities, and for what somebody put there
-  // since they were looked at.
+  // The class indices: -1 where a row is ignored; n_cols, the index of no class, for probabilities, and for an index that was
+  // changed to one out of range since the first look.
   INLINE I targets() const {
     if constexpr (SOFT) return iota<A>() < Int(n) ? I{} + Int(problem.n_cols) : I{} - 1;
     using Part = Simd<double>::I;
     typename Simd<A>::Longs all;
-    Part parts[sizeof all / sizeof(Part)];  // of vectors wider than the machine's, GCC makes scalars
+    Part parts[sizeof all / sizeof(Part)];  // not one vector wider than the machine's: GCC would make scalars of it
     if (problem.target_kind == kInt64 && n == W) {
       __builtin_memcpy(parts, static_cast<const int64_t*>(problem.target) + row, sizeof parts);
     } else {
@@ -88,7 +88,7 @@ struct FewRows {
     __builtin_memcpy(&all, parts, sizeof all);
     return __builtin_convertvector(all, I);
   }
-  // What the targets' logits are until they are found: NaN where there is no class, and with it loss and gradient.
+  // x_t and e_t before a class is the target: NaN where none will be, so that loss and gradient are NaN.
   INLINE V not_found(I target) const { return !SOFT && target >= Int(problem.n_cols) ? broadcast(kNaN<A>) : V{}; }
   // a of a class, of all rows.
   INLINE V class_weight(const Terms<A>& terms, int64_t c) const {
@@ -101,7 +101,7 @@ struct FewRows {
     for (int64_t c = 0; c < problem.n_cols; ++c) w = target == Int(c) ? broadcast(terms.weight[c]) : w;
     return w;
   }
-  INLINE V of_rows(const A* values) const { return load_rows<A>(values, 0, n); }  // values: that of the first
+  INLINE V of_rows(const A* values) const { return load_rows<A>(values, 0, n); }  // values: of the first row
   INLINE void keep(A* values, V v) const { n == W ? store(values, v) : store_partial<A, A>(values, n, v); }
 
   // Overwrites the exponentials with the gradients, 0 in rows that are not live, and copies them out.

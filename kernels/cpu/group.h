@@ -1,5 +1,5 @@
-// Some rows at a time, one per lane, and what row_math.h makes of their statistics: what rows.h and lanes.h share. Lanes without a
-// row, or whose row does not count, compute something harmless.
+// Some rows at a time, one per lane, and what row_math.h makes of their statistics: what rows.h and lanes.h share. What lanes
+// without a row compute, and those whose row does not count, is not used.
 //
 // Included once per instruction set, like simd.h.
 
@@ -22,7 +22,7 @@ struct GroupState {
 
   alignas(64) A max[N], rest[N], x_t[N], x_b[N], w_t[N], w_b[N], k_t[N], k_b[N], shift[N], smooth_sum[N], weight_total[N];
   alignas(64) A g[N], loss[N], lse[N], p[N], constant[N], smooth[N], at_t[N], at_b[N];
-  alignas(64) A gap_sum[N], gap_max[N];  // for the entropy; lanes.h: the maximum that the sum is relative to
+  alignas(64) A gap_sum[N], gap_max[N];  // for the entropy; gap_max: in lanes.h the maximum that gap_sum is relative to
   alignas(64) A live[N];           // 1: the row counts, and in the backward has a coefficient other than 0; else 0
   // Columns of the labels, which may lie outside a slice; kNoCol: none, for soft targets and lanes that are not live.
   int64_t target[N], target_b[N];
@@ -164,7 +164,8 @@ struct GroupState {
       for (int lane = n; lane < lanes; ++lane) target[lane] = target_b[lane] = kNoCol, live[lane] = 0;
     }
   }
-  // An index that is of no class any more, since it was looked at, is no address: its logit is NaN, and with it loss and gradient.
+  // An index that was changed to one out of range since the first look is not an address: its logit is NaN, and so are loss and
+  // gradient of the row.
   template <class Label>
   void read_labels(const Problem& problem, int64_t row, int n) {
     const Label* a = static_cast<const Label*>(problem.target) + row;
@@ -189,7 +190,7 @@ struct GroupState {
     if (!terms.two_labels) return;
     for (int lane = 0; lane < lanes; ++lane) {
       x_b[lane] = k_b[lane] = 0, w_b[lane] = 1;
-      if (target_b[lane] == target[lane]) {  // one label: its whole share counts for a, whose gradient does not cancel
+      if (target_b[lane] == target[lane]) {  // one label twice: a has the whole share, so that its gradient does not cancel
         target_b[lane] = kNoCol;
         continue;
       }
@@ -221,7 +222,8 @@ struct GroupState {
     for (int lane = 0; lane < n; lane += W) {
       const V total = terms.uniform ? broadcast(A(problem.n_cols)) : V(load(weight_total + lane));
       store(weight_total + lane, total);
-      store(smooth_sum + lane, V(load(smooth_sum + lane)) + total * (finite_max_vector<A>(load(max + lane)) - V(load(shift + lane))));
+      const V moved = finite_max_vector<A>(load(max + lane)) - V(load(shift + lane));
+      store(smooth_sum + lane, V(load(smooth_sum + lane)) + total * moved);
     }
     copy(to, max, n), copy(to + n_rows, rest, n), copy(to + 2 * n_rows, x_t, n);
     if (terms.uniform || terms.per_class || terms.two_labels)
@@ -230,7 +232,7 @@ struct GroupState {
     const int64_t n_of_loss = terms.two_labels ? 6 : terms.uniform || terms.per_class ? 5 : 3;
     if (terms.entropy) copy(to + n_of_loss * n_rows, gap_sum, n);
   }
-  // Whether the label with the larger share has the largest logit. A NaN is in `rest`, which infinite logits make NaN too.
+  // Whether the label with the larger share has the largest logit. Of a NaN logit `rest` is NaN; of infinite ones, too.
   bool is_correct(const Terms<A>& terms, int lane, int64_t row) const {
     if (rest[lane] != rest[lane] && max[lane] < kInfinity<A>) return false;
     const bool two = terms.two_labels && target_b[lane] != kNoCol;

@@ -9,7 +9,7 @@
 
 constexpr int64_t kTileInL1 = 4096;  // values: 16 KB of float32
 constexpr int64_t kTile = 16384;     // values, in L2
-// 256 contiguous bytes of float32 per class, whole cache lines: with the 24 that L1 has room for at 150 classes, twice the time.
+// 256 bytes of float32 per class, whole cache lines. 24 lanes, for which L1 has room at 150 classes, took twice the time.
 constexpr int64_t kWideLanes = 64;
 constexpr int64_t kFlush = 16;  // classes summed into one float before it is added to the total: keeps rounding errors small
 
@@ -26,8 +26,8 @@ struct Tile {
   GroupState<A> state;
 };
 
-// Asks for the lanes of a class some way ahead of class c. Classes lie a page or more apart, where the hardware looks for
-// nothing: 150 float32 classes of 64 x 64 pixels took a quarter more time without, 1000 half as much again.
+// Asks for the lanes of a class some way ahead of class c. Classes lie a page or more apart: the hardware does not
+// prefetch them. Without this, 150 float32 classes of 64 x 64 pixels took 1.25 times as long, 1000 took 1.5 times.
 template <bool FOR_WRITING, class T>
 INLINE void prefetch_class(const T* lanes, int64_t col, int n_lanes, int64_t c, int64_t n_cols) {
   const int64_t ahead = n_cols < 64 ? n_cols / 2 : 32;
@@ -99,7 +99,7 @@ void store_tile(T* to, const A* from, int lanes, int64_t row, int64_t col, int n
   }
 }
 
-// Fills tile.a with a of classes [start, start + n).
+// Fills tile.a with a_c of classes [start, start + n).
 template <class T, class A>
 void load_tile_weights(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const GroupPointers<T, A>& at, int n_lanes,
                  int64_t start, int64_t n) {
@@ -158,7 +158,7 @@ __attribute__((noinline)) void exp_tile_with_gaps(Tile<A>& tile, int64_t n, Grou
   }
 }
 
-// sums[lane] += the sum over the n classes of a tile of value(offset in the tile, lane), vectors of lanes.
+// sums[lane] += value(offset in the tile, lane) of each of the n classes of a tile; value takes and returns a vector of lanes.
 template <class A, class Value>
 INLINE void add_classes(A* sums, const Tile<A>& tile, int64_t n, const Value& value) {
   for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
@@ -220,7 +220,7 @@ void tile_gradient(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t 
   }
 }
 
-// The gradients of a group. has_exp: all its classes are in the tile, as exponentials, and their a.
+// The gradients of a group. has_exp: all its classes are in the tile, as exponentials, and their a_c.
 template <class T, class A>
 void lane_gradients(const Problem& problem, const Terms<A>& terms, Tile<A>& tile, const GroupPointers<T, A>& at, int n_lanes,
                     bool has_exp, const GroupState<A>& s) {

@@ -29,8 +29,8 @@ struct Strides {
 struct Call {
   // outputs; "A" is the accumulation type: double for kFloat64, else float
   void* loss;     // (n_rows,) of loss_dtype for kNone, else ()
-  void* saved;    // A: 4 + 3 n_rows values, described in kernels/rowwise.py, and for probabilities n_rows sums more, all of which the
-                  // forward writes; null where neither a backward nor the reduction needs rows
+  void* saved;    // A: what kernels/rowwise.py describes, all of which the forward writes; null where neither a backward nor the
+                  // reduction needs rows
   void* dlogits;  // logits_dtype; forward: null unless the strategy is fused; may be the logits themselves, with their strides
   // inputs
   const void* logits;

@@ -9,8 +9,8 @@
 
 // What the loss has besides the logarithm of the target's probability, the same for all rows of a problem.
 //
-// What smooth_sum multiplies a class by is w_c with smoothing, and a_c for probabilities. The loops know three cases: nothing to sum,
-// 1 for every class, and one number per class.
+// What smooth_sum multiplies a class by is w_c with smoothing, and a_c for probabilities. The loops know three cases: nothing
+// to sum, 1 for every class, and one number per class.
 template <class A>
 struct Terms {
   bool soft;       // class probabilities as target

@@ -10,11 +10,11 @@
 
 template <class A>
 struct Scratch {
-  // Of the rows of a group, for the gradient: exp(x - the running maximum of its block), or with a cap, whose derivative is one
-  // of the transformed logits, those. Null: not kept.
+  // What rows of a group keep for the gradient: exp(x - the running maximum of its block); or with a cap the transformed logits,
+  // which its derivative needs. Null: nothing.
   A* kept;
   alignas(64) A z[kBlock], a[kBlock], dz[kBlock];
-  A block_maxima[kKeptCols<A> / kBlock];  // of one row: a group of several has one block each, whose maximum is the row's
+  A block_maxima[kKeptCols<A> / kBlock];  // of one row; where a group has several, a row is one block
   GroupState<A> state;
   alignas(64) A kept_rows[kKeptCols<A>];
 
@@ -51,7 +51,7 @@ A load_logits(A* z, const T* x, const Columns<A>& columns, const Terms<A>& terms
   return transform_block(z, columns.n, terms);
 }
 
-// Statistics of one row. What scratch.kept is for stays there, and dx is where the gradient will go.
+// Statistics of one row. Leaves in scratch.kept what the gradient needs, and prefetches where that will be written.
 template <class T, class A>
 void row_stats(const Problem& problem, const Terms<A>& terms, GroupState<A>& s, int lane, Scratch<A>& scratch,
                const GroupPointers<T, A>& at) {
@@ -160,7 +160,7 @@ RowSums forward_rows(const Problem& problem, int64_t begin, int64_t end, double 
     const GroupPointers<T, A> at(problem, row);
     s.begin_forward(problem, terms, row, n, Simd<A>::W, A(coefficient));
     for (int lane = 0; lane < n; ++lane)
-      if (s.live[lane] != 0) row_stats<T, A>(problem, terms, s, lane, scratch, at.row(lane));  // else its logits may be NaN
+      if (s.live[lane] != 0) row_stats<T, A>(problem, terms, s, lane, scratch, at.row(lane));  // of others, logits may be NaN
     s.finish_forward(problem, terms, row, n, sums);
     if (!problem.dlogits) return;
     s.factors(terms, n);

@@ -1,5 +1,5 @@
-// The class indices of rows, looked at before anything is written. Somebody may change them meanwhile, as a copy to this device does
-// that has not ended: what is read again may be anything, and is compared again before it is an address.
+// The class indices of rows, looked at before anything is written. They may change meanwhile, if a copy to the CPU has not ended:
+// an index that is read again may be another, and its range is checked again before it is an address.
 //
 // Included once per instruction set, like simd.h.
 

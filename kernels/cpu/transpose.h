@@ -1,5 +1,5 @@
 // Rows whose classes are contiguous, turned into lanes of a tile and back, in registers: value by value, the backward of 512 x 100
-// took half as long again, and with bfloat16 twice.
+// took 1.5 times as long, and with bfloat16 twice.
 //
 // Included once per instruction set, like simd.h.
 
@@ -58,8 +58,8 @@ INLINE void store_eight(T* at, int64_t, F::V v) {
 }
 #endif
 
-// A whole vector of rows whose classes are contiguous, eight or more, into lanes of a tile and out of them; the last eight again where
-// 8 does not divide their number.
+// A whole vector of rows whose classes are contiguous, eight or more, into lanes of a tile and out of them. Where 8 does not divide
+// n_cols, the last eight overlap those before.
 template <class T>
 INLINE void load_transposed(float* tile, int lanes, const T* from, int64_t row, int64_t n_cols) {
   for (int64_t c = 0; c < n_cols; c += 8) {
