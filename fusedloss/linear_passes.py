@@ -24,6 +24,7 @@ from fusedloss.backends.outputs import N_ROW_STATS
 from fusedloss.checks import check_class_indices
 from fusedloss.entropy import add_gradient
 from fusedloss.linear_blocks import losses_of_blocks, multiply
+from fusedloss.linear_checks import Chunking
 from fusedloss.plan import Inputs, Options, accumulation_dtype
 from fusedloss.plan_linear import Chunks, chunks_of, class_ranges, leaves_rows_out, sums_in_float32
 
@@ -76,9 +77,7 @@ class Settings(NamedTuple):
     """How a call goes through its rows."""
 
     needs_grad: NeedsGrad
-    chunk_rows: int | None  # None: as many as fit the device
-    float32_sum: bool  # of the gradient of a bfloat16 or float16 weight, however few the chunks
-    compact: bool  # rows that do not count are left out of the matmuls on a GPU, too
+    chunking: Chunking
     backend: str
 
 
@@ -197,13 +196,13 @@ class _Chunked:
             counted = wanted if counted is None else counted & wanted
         self.index: Tensor | None = None  # of the rows that are left, None: all
         self.counted: Tensor | None = None  # which of them count, None: all
-        if counted is not None and not leaves_rows_out(settings.backend, settings.compact):
+        if counted is not None and not leaves_rows_out(settings.backend, settings.chunking.compact):
             self.counted = counted
         elif counted is not None and not counted.all():
             self.index = counted.nonzero().squeeze(1)
         n_rows = len(x) if self.index is None else len(self.index)
         losses_only = losses_only and not inputs.has_probabilities()
-        self.sizes = chunks_of(n_rows, len(linear_weight), x.dtype, settings.backend, settings.chunk_rows, losses_only)
+        self.sizes = chunks_of(n_rows, len(linear_weight), x.dtype, settings.backend, settings.chunking.chunk_rows, losses_only)
         self.logits = x.new_empty((self.sizes.chunk_rows, self.sizes.block_classes))
         self.row_stats = x.new_zeros((N_ROW_STATS, len(x)), dtype=self.dtype) if options.return_stats else None
         self.n_correct = x.new_zeros((), dtype=torch.int64) if options.return_stats else None
@@ -246,7 +245,7 @@ class _GradientSums:
             self.dinput = torch.empty_like(x) if passed.index is None else torch.zeros_like(x)
         if needs_grad.weight:
             self.dweight = torch.empty_like(self.linear_weight)
-            if sums_in_float32(self.dweight.dtype, sizes.n_chunks, settings.float32_sum):
+            if sums_in_float32(self.dweight.dtype, sizes.n_chunks, settings.chunking.float32_sum):
                 self.float32_sum = torch.zeros_like(self.linear_weight, dtype=passed.dtype)
             elif sizes.n_chunks == 0:
                 self.dweight.zero_()

@@ -109,7 +109,7 @@ def _serve(
         factor = differentiable if factor is None else factor
         if not inputs.has_probabilities():
             check_if_asked(inputs.target, inputs.target_b, len(inputs.linear_weight), options, route)
-        settings = Settings(NeedsGrad(*map(_needs_grad, inputs[:3])), *chunking, route.backend)
+        settings = Settings(NeedsGrad(*map(_needs_grad, inputs[:3])), chunking, route.backend)
         fused = any(settings.needs_grad) and fuses_gradient(options.reduction, dtype)
         loss, stats = (_summed if fused else _from_rows)(inputs, options, settings)
         if factor is not None:

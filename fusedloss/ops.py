@@ -20,7 +20,7 @@ from fusedloss.world import nobody_watches
 
 _INPUTS = "Tensor logits, Tensor target, Tensor? target_b, Tensor? lam, Tensor? weight, Tensor? sample_weight, Tensor? scale"
 # A compiler may know the ignore_index only when it runs; all other numbers are constants to it. Two have a tensor's name.
-_OPTIONS = ", ".join(
+OPTIONS_SCHEMA = ", ".join(
     f"{'SymInt' if name == 'ignore_index' else kind.__name__} {name}{'_factor' if name in Inputs._fields else ''}"
     for name, kind in get_type_hints(Options).items()
 )
@@ -33,13 +33,13 @@ _BACKENDS: dict[str, Any] = {"triton": triton_backend, "cpu": cpu_backend}
 _namespace = vars(torch.ops.fusedloss)
 if "library" in _namespace:
     _namespace["library"]._destroy()
-_library = _namespace["library"] = torch.library.Library("fusedloss", "DEF")
-_library.define(
-    f"forward({_INPUTS}, {_OPTIONS}, ScalarType out_dtype, bool needs_grad, str backend) "
+library = _namespace["library"] = torch.library.Library("fusedloss", "DEF")
+library.define(
+    f"forward({_INPUTS}, {OPTIONS_SCHEMA}, ScalarType out_dtype, bool needs_grad, str backend) "
     "-> (Tensor loss, Tensor saved, Tensor dlogits, Tensor row_stats, Tensor counts)"
 )
-_library.define(f"backward(Tensor dloss, {_INPUTS}, Tensor saved, {_OPTIONS}, str backend, Tensor? dentropy=None) -> Tensor")
-_library.define("scale_gradient(Tensor(a!) dlogits, Tensor dloss, str backend) -> ()")
+library.define(f"backward(Tensor dloss, {_INPUTS}, Tensor saved, {OPTIONS_SCHEMA}, str backend, Tensor? dentropy=None) -> Tensor")
+library.define("scale_gradient(Tensor(a!) dlogits, Tensor dloss, str backend) -> ()")
 
 
 def forward(
@@ -115,11 +115,12 @@ def scaled(dlogits: Tensor, dloss: Tensor) -> Tensor:  # dloss: 0-d
 def _forward_impl(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, rest = Inputs(*arguments[:_N_INPUTS]), arguments[_N_INPUTS:]
     options, (out_dtype, needs_grad, backend) = Options(*rest[:_N_OPTIONS]), rest[_N_OPTIONS:]
-    return _all_tensors(_BACKENDS[backend].forward(inputs, options, out_dtype, needs_grad, keeps_workspace=False))
+    return all_tensors(_BACKENDS[backend].forward(inputs, options, out_dtype, needs_grad, keeps_workspace=False))
 
 
-def _all_tensors(outputs: Outputs) -> tuple[Tensor, ...]:
-    return tuple(outputs.loss.new_empty((0,)) if tensor is None else tensor for tensor in outputs)
+def all_tensors(outputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The same for the dispatcher, which knows no tensor that is None; the first is none."""
+    return tuple(outputs[0].new_empty((0,)) if tensor is None else tensor for tensor in outputs)
 
 
 def _backward_impl(dloss: Tensor, *arguments: Any) -> Tensor:
@@ -134,24 +135,24 @@ def _scale_gradient_impl(dlogits: Tensor, dloss: Tensor, backend: str) -> None:
 
 # An explicit backend("triton") launches on CPU tensors too: under Triton's interpreter, or in an emulator.
 for _key in ("CUDA", "CPU"):
-    _library.impl("forward", _forward_impl, _key)
-    _library.impl("backward", _backward_impl, _key)
-    _library.impl("scale_gradient", _scale_gradient_impl, _key)
+    library.impl("forward", _forward_impl, _key)
+    library.impl("backward", _backward_impl, _key)
+    library.impl("scale_gradient", _scale_gradient_impl, _key)
 
 
-@torch.library.register_fake("fusedloss::forward", lib=_library)
+@torch.library.register_fake("fusedloss::forward", lib=library)
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, rest = Inputs(*arguments[:_N_INPUTS]), arguments[_N_INPUTS:]
     options, (out_dtype, needs_grad, _) = Options(*rest[:_N_OPTIONS]), rest[_N_OPTIONS:]
-    return _all_tensors(allocate_forward(inputs, options, out_dtype, needs_grad))
+    return all_tensors(allocate_forward(inputs, options, out_dtype, needs_grad))
 
 
-@torch.library.register_fake("fusedloss::backward", lib=_library)
+@torch.library.register_fake("fusedloss::backward", lib=library)
 def _backward_fake(dloss: Tensor, logits: Tensor, *_: object) -> Tensor:
     return allocate_gradient(logits)
 
 
-@torch.library.register_fake("fusedloss::scale_gradient", lib=_library)
+@torch.library.register_fake("fusedloss::scale_gradient", lib=library)
 def _scale_gradient_fake(dlogits: Tensor, dloss: Tensor, backend: str) -> None:
     pass
 
@@ -193,4 +194,4 @@ def _gradient_of_forward(
     return gradient, *[None] * (_N_INPUTS + _N_OPTIONS + 2)
 
 
-torch.library.register_autograd("fusedloss::forward", _gradient_of_forward, setup_context=_save_for_gradient, lib=_library)
+torch.library.register_autograd("fusedloss::forward", _gradient_of_forward, setup_context=_save_for_gradient, lib=library)
