@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from fusedloss import slices
+from fusedloss import shards
 from fusedloss.backends.outputs import contiguous_strides
-from fusedloss.plan import Inputs, Options, Slice
+from fusedloss.plan import ClassShard, Inputs, Options
 from fusedloss.sharded import check_whole_rows, denominator, sharded_cross_entropy
 from fusedloss.stats import LossStats
 
@@ -37,7 +37,7 @@ def not_covered(inputs: Inputs, options: Options) -> str | None:
     shards_batch = Shard(0) in of_rows
     if shards_batch and (options.reduction not in ("none", "sum", "mean") or options.return_stats):
         return f"reduction {options.reduction!r}, or statistics, of a batch that is sharded, too"
-    if unknown := options.non_default_numbers(besides=slices.NUMBERS):
+    if unknown := options.non_default_numbers(besides=shards.NUMBERS):
         return f"{unknown[0]} on a DTensor"
     if inputs.has_probabilities():
         return "class probabilities of a DTensor"
@@ -59,18 +59,18 @@ def cross_entropy(inputs: Inputs, options: Options, out_dtype: torch.dtype) -> t
     mesh, placements = logits.device_mesh, logits.placements
     class_dim = placements.index(Shard(CLASS_DIM))
     _, offsets = compute_local_shape_and_global_offset(logits.shape, mesh, placements)
-    part, group = Slice(offsets[CLASS_DIM], logits.shape[CLASS_DIM]), mesh.get_group(class_dim)
+    shard, group = ClassShard(offsets[CLASS_DIM], logits.shape[CLASS_DIM]), mesh.get_group(class_dim)
     tensors: list[Any] = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in inputs]
     local = Inputs(*tensors)
-    check_whole_rows(local, options, part)
+    check_whole_rows(local, options, shard)
     batch_dims = [dim for dim, place in enumerate(placements) if place == Shard(0)]
     if options.reduction == "mean" and batch_dims:
-        total = denominator(local, options, part)
+        total = denominator(local, options, shard)
         dist.all_reduce(total, group=mesh.get_group(batch_dims[0]))
         factor = torch.where(total == 0, torch.nan, 1 / total)
         options = options._replace(reduction="sum")
         local = local._replace(scale=factor if local.scale is None else factor * local.scale)
-    loss, stats = sharded_cross_entropy(local, options, part, group, out_dtype)
+    loss, stats = sharded_cross_entropy(local, options, shard, group, out_dtype)
     of_batch: Placement = Shard(0) if options.reduction == "none" else Partial()
     found = [of_batch if dim in batch_dims else Replicate() for dim in range(mesh.ndim)]
     shape = torch.Size((logits.shape[0], *logits.shape[2:]) if options.reduction == "none" else ())  # else it takes even shards

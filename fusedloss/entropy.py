@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.plan import Inputs, Options
-from fusedloss.slices import transformed
+from fusedloss.shards import transformed
 
 # Logits of a chunk, of which the operators hold a few copies. On the CPU they stay in the caches: 2**22 took 1.5 times as long.
 CPU_CHUNK, CHUNK = 2**18, 2**22
@@ -21,7 +21,7 @@ def add_gradient(
     dentropy: Tensor,  # (n_rows,)
     inputs: Inputs,  # as the kernels take them
     options: Options,
-    whole_rows: tuple[Tensor, ...] = (),  # of rows of which the logits are a slice: maximum, log d and entropy, (n_rows,) each
+    whole_rows: tuple[Tensor, ...] = (),  # of rows of which the logits are a shard: maximum, log d and entropy, (n_rows,) each
 ) -> None:
     """dlogits += the gradient, which is 0 of ignored rows."""
     logits = inputs.logits

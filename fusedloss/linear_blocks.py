@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from fusedloss import reference, slices
+from fusedloss import reference, shards
 from fusedloss.backends import cpu
 from fusedloss.backends.outputs import NO_OUTPUTS, Outputs
-from fusedloss.plan import Inputs, Options, Slice
+from fusedloss.plan import ClassShard, Inputs, Options
 
 
 def multiply(x: Tensor, linear_weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -31,16 +31,16 @@ def losses_of_blocks(
         logits = memory.view(-1)[: len(x) * (classes.stop - first)].view(len(x), -1)
         multiply(x, linear_weight[classes], None if bias is None else bias[classes], logits)
         inputs = inputs._replace(logits=logits)
-        published.append(cpu.slice_statistics(inputs, options, Slice(first, n_classes)))
-    stats = slices.merge(torch.stack(published).double(), options.return_stats)
-    rows = slices.describe_rows(inputs, options, Slice(0, n_classes), torch.float64)
-    losses, lse = slices.row_losses(stats, rows, options, Slice(0, n_classes))
+        published.append(cpu.shard_statistics(inputs, options, ClassShard(first, n_classes)))
+    stats = shards.merge(torch.stack(published).double(), options.return_stats)
+    rows = shards.describe_rows(inputs, options, ClassShard(0, n_classes), torch.float64)
+    losses, lse = shards.row_losses(stats, rows, options, ClassShard(0, n_classes))
     if sample_weight is not None:
         losses = losses * sample_weight
     outputs = NO_OUTPUTS._replace(loss=losses.to(dtype))
     if not options.return_stats:
         return outputs
-    correct = slices.is_correct(stats, rows, inputs, options)
+    correct = shards.is_correct(stats, rows, inputs, options)
     counts = torch.stack([rows.counted.sum(), correct.sum(), reference.worst_row(losses, rows.counted)])
-    row_stats = torch.stack([lse, losses, slices.row_entropies(stats, rows)])
+    row_stats = torch.stack([lse, losses, shards.row_entropies(stats, rows)])
     return outputs._replace(row_stats=row_stats.to(dtype), counts=counts)

@@ -114,7 +114,7 @@ class Inputs(NamedTuple):
         )
 
     def has_probabilities(self) -> bool:
-        """Of tensors that were checked, but of no single row (C,): by the ranks, as the logits may be a slice of the classes."""
+        """Of tensors that were checked, but of no single row (C,): by the ranks, as the logits may be a shard of the classes."""
         return self.target.dim() == self.logits.dim()
 
     def as_one_row(self) -> "Inputs":
@@ -138,8 +138,8 @@ class Block(NamedTuple):
     cols: int
 
 
-class Slice(NamedTuple):
-    """Which classes the logits hold, where a row's classes lie in several places: their own number, from first_class on."""
+class ClassShard(NamedTuple):
+    """Where a row's classes lie in several places: the logits hold first_class, first_class + 1, ..."""
 
     first_class: int
     n_classes: int  # of the whole row

@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedloss import backends, reference, slices
+from fusedloss import backends, reference, shards
 from fusedloss.backends import cpu, triton
 from fusedloss.checks import Facts, InputFacts, check_class_indices, check_tensors
 from fusedloss.entropy import add_gradient
 from fusedloss.kernels.constants import MAX_ROWS
-from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
+from fusedloss.plan import ClassShard, Inputs, Options, accumulation_dtype
 from fusedloss.route import TOO_MANY_ROWS, autocast_is_on, dtype_of_loss
 from fusedloss.rows import expanded_to_rows, kernel_inputs, rows_of
 from fusedloss.stats import LossStats
@@ -21,14 +21,14 @@ from fusedloss.world import is_batched
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
-def check_whole_rows(inputs: Inputs, options: Options, part: Slice) -> torch.dtype:
+def check_whole_rows(inputs: Inputs, options: Options, shard: ClassShard) -> torch.dtype:
     """Raises what PyTorch would for the whole rows, whatever the shard; returns the dtype of the loss."""
 
     def facts(name: str, tensor: Tensor | None) -> Any:
         return None if tensor is None else Facts.of(name, tensor)
 
     logits = Facts.of("input", inputs.logits)
-    logits = logits._replace(shape=torch.Size((logits.shape[0], part.n_classes, *logits.shape[2:])))
+    logits = logits._replace(shape=torch.Size((logits.shape[0], shard.n_classes, *logits.shape[2:])))
     found = InputFacts(
         logits,
         facts("target", inputs.target),
@@ -43,12 +43,12 @@ def check_whole_rows(inputs: Inputs, options: Options, part: Slice) -> torch.dty
         if fact is not None and fact.needs_grad:
             raise NotImplementedError(f"the loss of sharded classes has no gradient with respect to {name}")
     if not found.has_probabilities() and inputs.logits.device.type == "cpu":
-        check_class_indices(inputs.target, part.n_classes, options.ignore_index, inputs.target_b)
+        check_class_indices(inputs.target, shard.n_classes, options.ignore_index, inputs.target_b)
     return dtype_of_loss(found, autocast)
 
 
 def sharded_cross_entropy(
-    inputs: Inputs, options: Options, part: Slice, group: "dist.ProcessGroup | None", out_dtype: torch.dtype
+    inputs: Inputs, options: Options, shard: ClassShard, group: "dist.ProcessGroup | None", out_dtype: torch.dtype
 ) -> tuple[Tensor, LossStats | None]:
     if reference.computed_in(inputs) == torch.float64:  # of float32 logits with float64 probabilities, too, as whole rows are
         inputs = inputs._replace(logits=inputs.logits.double())
@@ -57,9 +57,9 @@ def sharded_cross_entropy(
     lam = expanded_to_rows(inputs.lam, logits)
     of_rows = options._replace(reduction="none", scale=1.0)
     rows, lse, correct, entropy = _SlicedRowLosses.apply(
-        logits, inputs._replace(lam=lam, sample_weight=None, scale=None), of_rows, part, group
+        logits, inputs._replace(lam=lam, sample_weight=None, scale=None), of_rows, shard, group
     )
-    counted, row_weights = _counted(inputs, options, part, rows.dtype)
+    counted, row_weights = _counted(inputs, options, shard, rows.dtype)
     if inputs.sample_weight is not None:
         factor = expanded_to_rows(inputs.sample_weight, logits)
         assert factor is not None
@@ -83,50 +83,50 @@ def sharded_cross_entropy(
     )
 
 
-def _counted(inputs: Inputs, options: Options, part: Slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _counted(inputs: Inputs, options: Options, shard: ClassShard, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Which rows count, and what each adds to the denominator of the mean; both (n_rows,)."""
-    rows = slices.describe_rows(inputs._replace(lam=None, sample_weight=None).with_rows_flat(), options, part, dtype)
+    rows = shards.describe_rows(inputs._replace(lam=None, sample_weight=None).with_rows_flat(), options, shard, dtype)
     if rows.k_t is None or inputs.target_b is not None:
         return rows.counted, rows.counted.to(dtype)
     return rows.counted, torch.where(rows.counted, rows.k_t, 0)
 
 
-def denominator(inputs: Inputs, options: Options, part: Slice) -> Tensor:
+def denominator(inputs: Inputs, options: Options, shard: ClassShard) -> Tensor:
     """What the mean of these rows divides by, 0-d."""
-    return reference.total(_counted(inputs, options, part, torch.float64)[1])
+    return reference.total(_counted(inputs, options, shard, torch.float64)[1])
 
 
 class _SlicedRowLosses(torch.autograd.Function):
     """Loss, log-sum-exp, whether the target is the largest, and with statistics the entropy, of every row (n_rows,), from this
-    rank's slice of them."""
+    rank's shard of them."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, inputs: Inputs, options: Options, part: Slice, group: "dist.ProcessGroup | None"
+        ctx: Any, logits: Tensor, inputs: Inputs, options: Options, shard: ClassShard, group: "dist.ProcessGroup | None"
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         whole = kernel_inputs(inputs._replace(logits=logits))
-        local, is_soft = _local(whole, part), whole.has_probabilities()
+        local, is_soft = _local(whole, shard), whole.has_probabilities()
         backend = _backend(local)
-        published = backend.slice_statistics(local, options, part)
+        published = backend.shard_statistics(local, options, shard)
         if is_soft and options.return_stats:
-            published[2] = slices.logits_of_likeliest(local, whole.target.amax(1), options) if logits.shape[1] else -torch.inf
-        gathered, makes_up_rows = _gathered(published, part, logits.shape[1], group)
-        stats = slices.merge(gathered.to(torch.float64), options.return_stats, is_soft)
-        rows = slices.describe_rows(local, options, part, torch.float64)
+            published[2] = shards.logits_of_likeliest(local, whole.target.amax(1), options) if logits.shape[1] else -torch.inf
+        gathered, makes_up_rows = _gathered(published, shard, logits.shape[1], group)
+        stats = shards.merge(gathered.to(torch.float64), options.return_stats, is_soft)
+        rows = shards.describe_rows(local, options, shard, torch.float64)
         if logits.device.type != "cpu":
             rows = rows._replace(outside=rows.counted & (rows.outside | ~makes_up_rows))
-        losses, lse = slices.row_losses(stats, rows, options, part)
-        ctx.call = backend, rows.weight_total, options._replace(return_stats=False), part
+        losses, lse = shards.row_losses(stats, rows, options, shard)
+        ctx.call = backend, rows.weight_total, options._replace(return_stats=False), shard
         ctx.has_entropy = options.return_stats
         ctx.set_materialize_grads(False)
         ctx.present = [tensor is not None for tensor in local]
         merged = torch.stack(stats.of_loss()).to(published.dtype)
         entropy, of_entropy = None, []
         if options.return_stats:
-            entropy = slices.row_entropies(stats, rows)
-            of_entropy = [slices.log_sum(stats, rows.k_t is None), entropy]
+            entropy = shards.row_entropies(stats, rows)
+            of_entropy = [shards.log_sum(stats, rows.k_t is None), entropy]
         ctx.save_for_backward(logits, merged, *of_entropy, *(tensor for tensor in local[1:] if tensor is not None))
-        correct = slices.is_correct(stats, rows, local, options)
+        correct = shards.is_correct(stats, rows, local, options)
         ctx.mark_non_differentiable(lse, correct)
         return losses, lse, correct, entropy
 
@@ -143,23 +143,23 @@ class _SlicedRowLosses(torch.autograd.Function):
         rest = iter(saved)
         tensors: list[Any] = [next(rest) if present else None for present in ctx.present[1:]]
         inputs = Inputs(rows_of(logits), *tensors)
-        backend, weight_total, options, part = ctx.call
+        backend, weight_total, options, shard = ctx.call
         drows = torch.zeros_like(merged[0]) if dlosses is None else dlosses.to(merged.dtype)
-        dlogits = backend.slice_gradient(drows, inputs, merged, weight_total, options, part)
+        dlogits = backend.shard_gradient(drows, inputs, merged, weight_total, options, shard)
         if dentropy is not None:
             whole_rows = (merged[0], log_d.to(merged.dtype), entropy.to(merged.dtype))
             add_gradient(dlogits, dentropy.to(merged.dtype), inputs, options, whole_rows)
         return dlogits.view(logits.shape), None, None, None, None
 
 
-def _gathered(published: Tensor, part: Slice, n_local: int, group: "dist.ProcessGroup | None") -> tuple[Tensor, Tensor]:
+def _gathered(published: Tensor, shard: ClassShard, n_local: int, group: "dist.ProcessGroup | None") -> tuple[Tensor, Tensor]:
     """Every rank's statistics, (n_ranks, n_statistics, n_rows), and whether the shards make up the rows, 0-d.
 
     Raises:
         ValueError: they do not, and are on the CPU.
     """
     n_ranks, dtype = dist.get_world_size(group), torch.int64 if published.dtype == torch.float64 else torch.int32
-    place = [published.new_full((1,), number, dtype=dtype) for number in (part.first_class, n_local, part.n_classes)]
+    place = [published.new_full((1,), number, dtype=dtype) for number in (shard.first_class, n_local, shard.n_classes)]
     own = torch.cat([published.flatten(), *(number.view(published.dtype) for number in place)])  # the bits of an integer
     gathered = own.new_empty(n_ranks * len(own))
     _all_gather(gathered, own, group=group)
@@ -183,29 +183,29 @@ def _make_up_rows(places: Tensor) -> Tensor:
 
 
 def _backend(inputs: Inputs) -> Any:
-    """What makes a slice's statistics and gradient: a kernel, or PyTorch's operators.
+    """What makes a shard's statistics and gradient: a kernel, or PyTorch's operators.
 
     Raises RuntimeError if a kernel is asked for and cannot serve.
     """
     requested, device = backends.requested, inputs.logits.device.type
     if requested == "reference" or inputs.logits.shape[1] == 0:
-        return slices
+        return shards
     if requested == "triton" or (requested == "auto" and device == "cuda"):
         if inputs.logits.numel() // inputs.logits.shape[1] <= MAX_ROWS:
             return triton
         if requested == "triton":
             raise RuntimeError(f"backend 'triton' was asked for, but {TOO_MANY_ROWS}")
-        return slices
+        return shards
     if device == "cpu" and cpu.MISSING is None:
         return cpu
     if requested == "cpu" and device != "meta":
         missing = cpu.MISSING or f"the CPU kernel does not serve device {device!r}"
         raise RuntimeError(f"backend 'cpu' was asked for, but {missing}")
-    return slices
+    return shards
 
 
-def _local(inputs: Inputs, part: Slice) -> Inputs:
+def _local(inputs: Inputs, shard: ClassShard) -> Inputs:
     """Class probabilities of all classes, cut to those of the logits."""
     if not inputs.has_probabilities():
         return inputs
-    return inputs._replace(target=inputs.target[:, part.first_class : part.first_class + inputs.logits.shape[1]])
+    return inputs._replace(target=inputs.target[:, shard.first_class : shard.first_class + inputs.logits.shape[1]])

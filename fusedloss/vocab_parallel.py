@@ -9,7 +9,7 @@ from torch import Tensor
 from fusedloss.checks import Facts
 from fusedloss.functional import cross_entropy
 from fusedloss.option_checks import check_options, integer
-from fusedloss.plan import Extras, Inputs, Reduction, Slice
+from fusedloss.plan import ClassShard, Extras, Inputs, Reduction
 from fusedloss.serving import labels_of
 from fusedloss.sharded import check_whole_rows, sharded_cross_entropy
 from fusedloss.world import Kind, world_of
@@ -91,8 +91,8 @@ def _serve(
     group, first_class, n_classes = place
     n_ranks, rank = _place(group)
     target, target_b, lam = labels_of(target)
-    part = _slice(input, target, weight, rank, n_ranks, first_class, n_classes)
-    n_local = max(0, min(input.shape[1], part.n_classes - part.first_class))
+    shard = _shard(input, target, weight, rank, n_ranks, first_class, n_classes)
+    n_local = max(0, min(input.shape[1], shard.n_classes - shard.first_class))
     options = check_options(reduction, ignore_index, label_smoothing, extras, lam)
     if n_ranks == 1:
         return cross_entropy(
@@ -116,8 +116,8 @@ def _serve(
     world = world_of(*inputs)
     if world.kind is Kind.COMPOSED:
         raise NotImplementedError(f"the loss of sharded classes is the kernels' alone, and {world.reason}")
-    torch_dtype = check_whole_rows(inputs, options, part)
-    loss, stats = sharded_cross_entropy(inputs, options, part, group, extras.out_dtype or torch_dtype)
+    torch_dtype = check_whole_rows(inputs, options, shard)
+    loss, stats = sharded_cross_entropy(inputs, options, shard, group, extras.out_dtype or torch_dtype)
     return (loss, stats) if options.return_stats else loss
 
 
@@ -131,9 +131,9 @@ def _place(group: "dist.ProcessGroup | None") -> tuple[int, int]:
     return dist.get_world_size(group), rank
 
 
-def _slice(
+def _shard(
     input: Tensor, target: Any, weight: Tensor | None, rank: int, n_ranks: int, first_class: int | None, n_classes: int | None
-) -> Slice:
+) -> ClassShard:
     for name, value in (("input", input), ("target", target)):
         Facts.of(name, value)  # raises where it is no tensor
     if input.dim() < 2:
@@ -159,4 +159,4 @@ def _slice(
             f"input holds all {n_classes} classes, but they are shared by {n_ranks} ranks: pass this rank's shard, or call "
             "cross_entropy on the gathered logits"
         )
-    return Slice(first_class, n_classes)
+    return ClassShard(first_class, n_classes)

@@ -22,7 +22,7 @@ all drawn, or are the next to be drawn; in the first case they all run and none 
 case all other programs belong to that row or finish, until enough of the GPU is free. The plan makes no more slices than there
 are SMs, and each of these can hold one.
 
-Shards of rows, on several devices, merge by the same formulas, but the host does that (fusedloss/slices.py). A shard publishes
+Shards of rows, on several devices, merge by the same formulas, but the host does that (fusedloss/shards.py). A shard publishes
 what a slice does and the labels' logits, 0 where a label is not here; (3, 5 or 6, n_rows), smooth_sum relative to the maximum,
 and a row more for statistics:
 

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from sliced import sliced_call
+from shard_problems import shard_call
 
 import fusedloss
 from fusedloss.backends import triton
-from fusedloss.plan import Slice
+from fusedloss.plan import ClassShard
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -200,18 +200,20 @@ def call(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]) ->
     if options.pop("two_labels", False):
         target = (target, target, 0.5)
     if is_shard:
-        return _shard(logits.detach(), target, weight, Slice(shape[1], n_classes), options)
+        return _shard(logits.detach(), target, weight, ClassShard(shape[1], n_classes), options)
     if options.pop("sample_weight", False):
         options["sample_weight"] = torch.ones(shape[0])
     result = fusedloss.cross_entropy(logits, target, weight, **options)
     return result[0] if options.get("return_stats") else result
 
 
-def _shard(logits: torch.Tensor, target: Any, weight: torch.Tensor | None, part: Slice, options: dict[str, Any]) -> torch.Tensor:
+def _shard(
+    logits: torch.Tensor, target: Any, weight: torch.Tensor | None, shard: ClassShard, options: dict[str, Any]
+) -> torch.Tensor:
     """The second of three shards of the classes: its statistics and its gradient."""
     if isinstance(target, torch.Tensor) and target.is_floating_point():
         target = target.repeat_interleave(3, 1)
-    inputs, given = sliced_call(logits, target, weight, part, **options)
-    merged = triton.slice_statistics(inputs, given, part)
-    triton.slice_gradient(merged[0], inputs, merged, 1.0, given, part)
+    inputs, given = shard_call(logits, target, weight, shard, **options)
+    merged = triton.shard_statistics(inputs, given, shard)
+    triton.shard_gradient(merged[0], inputs, merged, 1.0, given, shard)
     return torch.zeros((), requires_grad=True)  # whose backward launches nothing

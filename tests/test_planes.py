@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedloss
 from fusedloss import sharded
 from fusedloss.backends import cpu
-from fusedloss.plan import Inputs, Options, Slice
+from fusedloss.plan import ClassShard, Inputs, Options
 
 pytestmark = pytest.mark.skipif(cpu.LIBRARY is None, reason="the compiled CPU kernel is missing")
 
@@ -136,7 +136,7 @@ def test_probabilities_of_sharded_classes_are_not_copied(monkeypatch: pytest.Mon
     monkeypatch.setattr(sharded, "_gathered", lambda published, *_: (published.unsqueeze(0), torch.tensor(True)))  # one rank
 
     def loss_of_slices(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
-        return sharded.sharded_cross_entropy(Inputs(logits, target), Options(reduction), Slice(0, 7), None, logits.dtype)[0]
+        return sharded.sharded_cross_entropy(Inputs(logits, target), Options(reduction), ClassShard(0, 7), None, logits.dtype)[0]
 
     logits, target = (PROBABILITIES["channels last"](make_logits(2, 7, 5, 16, seed=seed).softmax(1)) for seed in (0, 1))
     for reduction in ("mean", "none"):

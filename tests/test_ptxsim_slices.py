@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulation import emulated
 from problems import make_logits, make_target
-from sliced import check_slices, sliced_entropies
+from shard_problems import check_shards, sharded_entropies
 
 from fusedloss.backends import triton
 
@@ -32,7 +32,7 @@ def widths(shape: tuple[int, ...]) -> tuple[int, int]:
 def test_loss_and_gradient(shape: tuple[int, ...], options: str) -> None:
     """A target in another place is no address here, and ignored rows are not read."""
     with emulated(order=3):
-        check_slices(triton, shape, widths(shape), torch.float32, weight=True, label_smoothing=0.1, **SEVERAL[options])
+        check_shards(triton, shape, widths(shape), torch.float32, weight=True, label_smoothing=0.1, **SEVERAL[options])
 
 
 @pytest.mark.parametrize(
@@ -43,5 +43,5 @@ def test_entropy(shape: tuple[int, ...]) -> None:
     logits[0, : widths(shape)[0]] = -torch.inf  # a place may have no part in a row
     expected = torch.special.entr(logits.double().softmax(1)).sum(1).flatten()
     with emulated(order=3):
-        found = sliced_entropies(triton, logits, target, None, widths(shape), label_smoothing=0.1)
+        found = sharded_entropies(triton, logits, target, None, widths(shape), label_smoothing=0.1)
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fusedloss.backends.cpu_abi import Library, load
 from fusedloss.backends.cpu_call import as_read, prepack, run
 from fusedloss.backends.outputs import NO_OUTPUTS, Outputs, allocate_forward, allocate_gradient, n_statistics
-from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
+from fusedloss.plan import ClassShard, Inputs, Options, accumulation_dtype
 
 # At import: a call has no time for it, and torch.compile reads a constant.
 LIBRARY, MISSING = load()
@@ -78,30 +78,30 @@ def backward(
     return dlogits
 
 
-def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
-    """What a slice publishes of its rows, as `slices.slice_statistics` has it."""
+def shard_statistics(inputs: Inputs, options: Options, shard: ClassShard) -> Tensor:
+    """What a shard publishes of its rows, as `shards.shard_statistics` has it."""
     inputs, logits = all_as_read(inputs), inputs.logits
     n_rows = logits.numel() // logits.shape[1]
     stats = logits.new_empty((n_statistics(inputs, options), n_rows), dtype=accumulation_dtype(logits.dtype))
     if logits.numel() > 0:
         kind = prepack(inputs, None, None, options, library())
-        bad_row = run(False, kind, NO_OUTPUTS, None, inputs, options, part, stats)
+        bad_row = run(False, kind, NO_OUTPUTS, None, inputs, options, shard, stats)
         if bad_row:
-            raise_out_of_bounds(bad_row - 1, part.n_classes, inputs.target, inputs.target_b)
+            raise_out_of_bounds(bad_row - 1, shard.n_classes, inputs.target, inputs.target_b)
     return stats
 
 
-def slice_gradient(
-    drows: Tensor, inputs: Inputs, stats: Tensor, weight_total: float | Tensor, options: Options, part: Slice
+def shard_gradient(
+    drows: Tensor, inputs: Inputs, stats: Tensor, weight_total: float | Tensor, options: Options, shard: ClassShard
 ) -> Tensor:
-    """The gradient of a slice's logits, as `slices.slice_gradient` has it."""
+    """The gradient of a shard's logits, as `shards.shard_gradient` has it."""
     dlogits = allocate_gradient(inputs.logits)
     if dlogits.numel() > 0:
         inputs = all_as_read(inputs)
         kind = prepack(inputs, dlogits.stride(), None, options, library())
         head = stats.new_tensor([1.0, 0.0, 0.0, float(weight_total)])
         outputs = NO_OUTPUTS._replace(saved=head, dlogits=dlogits)
-        run(True, kind, outputs, as_read(drows, drows.dtype), inputs, options, part, stats)
+        run(True, kind, outputs, as_read(drows, drows.dtype), inputs, options, shard, stats)
     return dlogits
 
 

@@ -52,7 +52,7 @@ class Extras(NamedTuple):
     sample_weight: Address = NULL
     dloss: Address = NULL
     lam_factor: float = 1.0
-    slice_stats: Address = NULL
+    shard_stats: Address = NULL
     first_class: int = 0
     n_classes: int = 0
 

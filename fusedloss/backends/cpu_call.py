@@ -26,7 +26,7 @@ from fusedloss.backends.cpu_abi import (
 )
 from fusedloss.backends.outputs import Outputs
 from fusedloss.kernels.constants import FRACTION_BITS
-from fusedloss.plan import NUMBERS, Inputs, Options, Slice, accumulation_dtype
+from fusedloss.plan import NUMBERS, ClassShard, Inputs, Options, accumulation_dtype
 
 
 class Span(NamedTuple):
@@ -66,8 +66,8 @@ def run(
     dloss: Tensor | None,
     inputs: Inputs,  # as `cpu.all_as_read` has them
     options: Options,
-    part: Slice | None = None,
-    slice_stats: Tensor | None = None,
+    shard: ClassShard | None = None,
+    shard_stats: Tensor | None = None,
 ) -> int:
     logits, target, target_b, lam, weight, sample_weight, scale = inputs
     n_examples = logits.shape[0]
@@ -91,9 +91,9 @@ def run(
         sample_weight=_contiguous_address(sample_weight),
         dloss=_contiguous_address(dloss),
         lam_factor=options.lam,
-        slice_stats=_contiguous_address(slice_stats),
-        first_class=0 if part is None else part.first_class,
-        n_classes=0 if part is None else part.n_classes,
+        shard_stats=_contiguous_address(shard_stats),
+        first_class=0 if shard is None else shard.first_class,
+        n_classes=0 if shard is None else shard.n_classes,
     )
     return functions[is_backward](CALL.pack(*call), EXTRAS.pack(*extras) + kind.packed)
 

@@ -57,7 +57,7 @@ def output_sizes(inputs: Inputs, options: Options, needs_grad: bool) -> Sizes:
 
 
 def n_statistics(inputs: Inputs, options: Options) -> int:
-    """How many numbers a slice publishes for a row (`fusedloss.slices.SliceStats`)."""
+    """How many numbers a shard publishes for a row (`fusedloss.shards.ShardStats`)."""
     of_loss = 3
     if inputs.target_b is not None:
         of_loss = 6

@@ -21,7 +21,7 @@ INLINE bool takes_few(const Problem& problem) {
   const int64_t max = narrow ? kMaxFewCols<A, true> : kMaxFewCols<A, false>;
   const bool are_few = problem.n_cols <= (problem.has_contiguous_classes() ? max : kMaxFewColsOfPixels);
   const bool weighs_all = problem.weight && problem.smoothing > 0 && !problem.has_probabilities();
-  return are_few && !weighs_all && !problem.slice_stats && !problem.target_b && !problem.row_stats &&
+  return are_few && !weighs_all && !problem.shard_stats && !problem.target_b && !problem.row_stats &&
          !problem.selects_rows() && problem.plain;
 }
 

@@ -24,7 +24,7 @@ struct GroupState {
   alignas(64) A g[N], loss[N], lse[N], p[N], constant[N], smooth[N], at_t[N], at_b[N];
   alignas(64) A gap_sum[N], gap_max[N];  // for the entropy; gap_max: in lanes.h the maximum that gap_sum is relative to
   alignas(64) A live[N];           // 1: the row counts, and in the backward has a coefficient other than 0; else 0
-  // Columns of the labels, which may lie outside a slice; kNoCol: none, for soft targets and lanes that are not live.
+  // Columns of the labels, which may lie outside a shard; kNoCol: none, for soft targets and lanes that are not live.
   int64_t target[N], target_b[N];
 
   // Lanes [0, lanes) for rows [row, row + n): their targets and coefficients.
@@ -42,7 +42,7 @@ struct GroupState {
   template <class T>
   void begin_backward(const Problem& problem, const Terms<A>& terms, const T* x, int64_t row, int n, int lanes) {
     const int64_t n_rows = problem.n_rows();
-    const A *head = static_cast<const A*>(problem.saved), *whole_rows = static_cast<const A*>(problem.slice_stats);
+    const A *head = static_cast<const A*>(problem.saved), *whole_rows = static_cast<const A*>(problem.shard_stats);
     const A* saved = (whole_rows ? whole_rows : head + kState) + row;
     read_targets(problem, terms, row, n, lanes);
     for (int lane = 0; lane < lanes; lane += W) {
@@ -75,7 +75,7 @@ struct GroupState {
     if (terms.two_labels) gather_logits(problem, terms, x, n, target_b, x_b);
   }
 
-  // Whether this slice of the row, which is all of it but for sharded classes, has that column.
+  // Whether this shard of the row, which is all of it but for sharded classes, has that column.
   static INLINE bool is_here(const Problem& problem, int64_t col) { return col >= 0 && col < problem.n_cols; }
 
   INLINE RowStats<A> stats(const Terms<A>& terms, int lane) const {
@@ -86,7 +86,7 @@ struct GroupState {
   }
   // Losses of all rows from their statistics, and what else the caller wants to know of them.
   void finish_forward(const Problem& problem, const Terms<A>& terms, int64_t row, int n, GroupSums<A>& sums) {
-    if (problem.slice_stats) return store_slice(problem, terms, row, n);
+    if (problem.shard_stats) return store_shard(problem, terms, row, n);
     for (int lane = 0; lane < n; lane += W) {
       RowStats<A> s = stats(terms, lane);
       const V log_d = log_sum(s, terms), counted = load(live + lane);
@@ -139,7 +139,7 @@ struct GroupState {
     return factor;
   }
 
-  // The transformed logits of columns that this slice has; x: the first row.
+  // The transformed logits of columns that this shard has; x: the first row.
   template <class T>
   static void gather_logits(const Problem& problem, const Terms<A>& terms, const T* x, int n, const int64_t* cols, A* to) {
     const int64_t row = problem.logits_strides.row, col = problem.logits_strides.col, n_cols = problem.n_cols;
@@ -215,10 +215,10 @@ struct GroupState {
     }
     if (problem.reduction == kNone) store_losses(problem, row, loss, n);
   }
-  // The statistics of a slice, smooth_sum around its own maximum, as fusedloss/slices.py merges them.
-  void store_slice(const Problem& problem, const Terms<A>& terms, int64_t row, int n) {
+  // The statistics of a shard, smooth_sum around its own maximum, as fusedloss/shards.py merges them.
+  void store_shard(const Problem& problem, const Terms<A>& terms, int64_t row, int n) {
     const int64_t n_rows = problem.n_rows();
-    A* to = static_cast<A*>(problem.slice_stats) + row;
+    A* to = static_cast<A*>(problem.shard_stats) + row;
     for (int lane = 0; lane < n; lane += W) {
       const V total = terms.uniform ? broadcast(A(problem.n_cols)) : V(load(weight_total + lane));
       store(weight_total + lane, total);

@@ -52,8 +52,8 @@ struct Extras {
   const void* sample_weight;  // A (n_rows,), or null
   const void* dloss;          // backward: A, or of loss_dtype the logits' type; (n_rows,) for kNone, else ()
   double lam_factor;
-  // Where the logits are a slice of the row's classes, and target and weight are of all of them; else null, and 0.
-  void* slice_stats;  // A (n_statistics, n_rows), fusedloss/slices.py: the forward writes those of the slice and nothing else, the
+  // Where the logits are a shard of the row's classes, and target and weight are of all of them; else null, and 0.
+  void* shard_stats;  // A (n_statistics, n_rows), fusedloss/shards.py: the forward writes those of the shard and nothing else, the
                       // backward reads those of whole rows, and of `saved` the first four values
   int64_t first_class, n_classes;
 };
@@ -74,7 +74,7 @@ struct Kind {
   int64_t logits_dtype, loss_dtype, target_kind, reduction;
   int64_t isa;             // kBest, or a lower one for tests
   int64_t fresh;           // whether dlogits were allocated for this call, dense then
-  int64_t statistics;      // whether there are row_stats, or of a slice what the entropy follows from
+  int64_t statistics;      // whether there are row_stats, or of a shard what the entropy follows from
   // shapes and strides
   int64_t rows_per_example;
   int64_t n_middle;        // blocks of rows in an example, 1 but for pixels (H, W) of which one stride leads through W only
@@ -102,7 +102,7 @@ struct Problem : Call, Rest {
   bool has_contiguous_classes() const {
     return logits_strides.col == 1 && (!dlogits || dlogits_strides.col == 1) && (!has_probabilities() || target_strides.col == 1);
   }
-  int64_t n_row_cols() const { return slice_stats ? n_classes : n_cols; }  // classes of a whole row
+  int64_t n_row_cols() const { return shard_stats ? n_classes : n_cols; }  // classes of a whole row
   bool selects_rows() const { return reduction == kMax || reduction == kTopK; }
   int64_t offset(const Strides& s, int64_t row) const {
     if (n_outer == 1) return row * s.row;

@@ -21,7 +21,7 @@ from fusedloss.backends.triton import given, launching
 from fusedloss.backends.triton.given import Launches
 from fusedloss.backends.triton.launching import Launch, device_facts
 from fusedloss.kernels.constants import STATE
-from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype, fuses_gradient
+from fusedloss.plan import ClassShard, Inputs, Options, accumulation_dtype, fuses_gradient
 
 __all__ = [
     "Prepared",
@@ -32,8 +32,8 @@ __all__ = [
     "overwrites",
     "prepare",
     "scale_gradient",
-    "slice_gradient",
-    "slice_statistics",
+    "shard_gradient",
+    "shard_statistics",
 ]
 
 
@@ -125,28 +125,28 @@ def backward(
     return dlogits
 
 
-def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
-    """What a slice publishes of its rows, as `slices.slice_statistics` has it."""
+def shard_statistics(inputs: Inputs, options: Options, shard: ClassShard) -> Tensor:
+    """What a shard publishes of its rows, as `shards.shard_statistics` has it."""
     inputs = given.laid_out(inputs)
     logits = inputs.logits
     n_rows = logits.numel() // logits.shape[1]
     stats = logits.new_empty((n_statistics(inputs, options), n_rows), dtype=accumulation_dtype(logits.dtype))
     if logits.numel() > 0:
-        launches = given.forward_launches(inputs, None, options, False, device_facts(logits.device), part)
+        launches = given.forward_launches(inputs, None, options, False, device_facts(logits.device), shard)
         _launch_forward(launches, NO_OUTPUTS._replace(saved=stats), inputs, 1.0, options.lam, keeps_workspace=True)
     return stats
 
 
-def slice_gradient(
-    drows: Tensor, inputs: Inputs, merged: Tensor, weight_total: float | Tensor, options: Options, part: Slice
+def shard_gradient(
+    drows: Tensor, inputs: Inputs, merged: Tensor, weight_total: float | Tensor, options: Options, shard: ClassShard
 ) -> Tensor:
-    """The gradient of a slice's logits, as `slices.slice_gradient` has it."""
+    """The gradient of a shard's logits, as `shards.shard_gradient` has it."""
     del weight_total  # it is merged's weight_total, where it is needed
     inputs = given.laid_out(inputs)
     logits = inputs.logits
     dlogits = allocate_gradient(logits)
     if logits.numel() > 0:
-        launch = given.backward_launch(inputs, dlogits.stride(), options, device_facts(logits.device), part)
+        launch = given.backward_launch(inputs, dlogits.stride(), options, device_facts(logits.device), shard)
         out = NO_OUTPUTS._replace(saved=merged, dlogits=dlogits)
         arguments = {"out": out, "dloss_ptr": drows.contiguous(), "inputs": inputs, "lam": options.lam}
         launching.launch(launch, logits.device, arguments)

@@ -13,7 +13,7 @@ from fusedloss.backends.triton.launching import Launch, interprets, ticket
 from fusedloss.geometry import DeviceFacts, Geometry, Operands, operands, probabilities_strides
 from fusedloss.kernels.constants import DIGIT_BITS, FRACTION_BITS, N_SELECTED_SUMS, N_SELECTION, N_STATISTICS, N_TALLY
 from fusedloss.kernels.groups import Asks, Layout, RowShape, Shard, Strides, Terms, Work
-from fusedloss.plan import NUMBERS, Cut, Inputs, Options, Slice
+from fusedloss.plan import NUMBERS, ClassShard, Cut, Inputs, Options
 from fusedloss.plan_triton import SCALED_COLS, backward_cut, forward_cuts, holds_rows, scale_cut
 
 
@@ -39,14 +39,14 @@ class Kind(NamedTuple):
     two_labels: bool
     options: Options  # without the numbers that are others in every step
     facts: DeviceFacts
-    part: Slice | None  # which classes the logits hold; None: all
+    shard: ClassShard | None  # which classes the logits hold; None: all
 
     def operands(self) -> Operands:
         return operands(self.shape, self.strides, self.gradient_strides, self.probabilities_strides, self.itemsize)
 
 
 def _kind(
-    inputs: Inputs, gradient_strides: tuple[int, ...] | None, options: Options, facts: DeviceFacts, part: Slice | None
+    inputs: Inputs, gradient_strides: tuple[int, ...] | None, options: Options, facts: DeviceFacts, shard: ClassShard | None
 ) -> Kind:
     logits = inputs.logits
     return Kind(
@@ -58,7 +58,7 @@ def _kind(
         inputs.target_b is not None,
         options.kind(),
         facts,
-        part,
+        shard,
     )
 
 
@@ -81,10 +81,10 @@ def forward_launches(
     options: Options,
     saves: bool,
     facts: DeviceFacts,
-    part: Slice | None = None,
+    shard: ClassShard | None = None,
 ) -> Launches:
-    """gradient_strides: of the gradient that a fused forward writes; saves: the caller gets `saved`; part: a slice's forward."""
-    return _forward_launches(_kind(inputs, gradient_strides, options, facts, part), saves)
+    """gradient_strides: of the gradient that a fused forward writes; saves: the caller gets `saved`; shard: what it publishes."""
+    return _forward_launches(_kind(inputs, gradient_strides, options, facts, shard), saves)
 
 
 def overwrites(inputs: Inputs, options: Options, facts: DeviceFacts) -> bool:
@@ -101,9 +101,9 @@ def scale_launch(dlogits: Tensor, facts: DeviceFacts) -> Launch:
 
 
 def backward_launch(
-    inputs: Inputs, gradient_strides: tuple[int, ...], options: Options, facts: DeviceFacts, part: Slice | None = None
+    inputs: Inputs, gradient_strides: tuple[int, ...], options: Options, facts: DeviceFacts, shard: ClassShard | None = None
 ) -> Launch:
-    return _backward_launch(_kind(inputs, gradient_strides, options, facts, part))
+    return _backward_launch(_kind(inputs, gradient_strides, options, facts, shard))
 
 
 # Saves the decisions, half the host's time of a call; bounded by the number of kinds.
@@ -111,7 +111,7 @@ def backward_launch(
 def _forward_launches(kind: Kind, saves: bool) -> Launches:
     t, options = kind.operands(), kind.options
     g = t.logits
-    cuts = forward_cuts(t, options, kind.facts, kind.part is not None, in_turn=interprets())
+    cuts = forward_cuts(t, options, kind.facts, kind.shard is not None, in_turn=interprets())
     asks = _asks(kind, saves, top_k_is_fraction=options.top_k == 0, statistics=options.return_stats)
     numbers = {"top_k": options.top_k or round(options.top_k_fraction * 2**FRACTION_BITS)}
     main = _logits_launch(cuts.main, kind, t, asks, numbers if t.dlogits is None else {})
@@ -132,7 +132,7 @@ def _forward_launches(kind: Kind, saves: bool) -> Launches:
 @lru_cache(maxsize=1024)
 def _backward_launch(kind: Kind) -> Launch:
     t = kind.operands()
-    cut = backward_cut(t, kind.options, kind.facts, kind.part is not None)
+    cut = backward_cut(t, kind.options, kind.facts, kind.shard is not None)
     return _logits_launch(cut, kind, t, _asks(kind), {})
 
 
@@ -157,7 +157,7 @@ def _asks(kind: Kind, saves: bool = False, top_k_is_fraction: bool = False, stat
         two_labels=kind.two_labels,
         saves=saves,
         top_k_is_fraction=top_k_is_fraction,
-        sharded=kind.part is not None,
+        sharded=kind.shard is not None,
         statistics=statistics,
     )
 
@@ -166,7 +166,7 @@ def _logits_launch(cut: Cut, kind: Kind, t: Operands, asks: Asks, numbers: dict[
     """Of a kernel that has the logits: what all of these are given."""
     options, g = kind.options, t.logits
     shape = replace(cut.shape, waits=not interprets()) if isinstance(cut.shape, RowShape) else cut.shape
-    shard = None if kind.part is None else Shard(*kind.part)
+    shard = None if kind.shard is None else Shard(*kind.shard)
     layout = Layout(_n_inner(g), g.n_cols, _strides(g), _strides(t.dlogits), _strides(t.probabilities), shard)
     return _launch(
         cut,

@@ -1,6 +1,6 @@
-"""The loss of rows whose classes are spread over several places, from statistics of each slice.
+"""The loss of rows whose classes are spread over several places, from statistics of each shard.
 
-A row's classes lie in slices; each slice s publishes of its transformed logits z
+A row's classes lie in shards; each shard s publishes of its transformed logits z
 
     max_s                       the largest
     rest_s = sum exp(z - max_s) over its classes, but for the target where it lies here
@@ -14,9 +14,9 @@ and with m = max of max_s the whole row has
     rest = sum_s rest_s exp(max_s - m),   x_t = sum_s x_t,   weight_total = sum_s weight_total_s
     smooth_sum = sum_s smooth_sum_s + weight_total_s (m - max_s),   G = sum_s (G_s + rest_s (m - max_s)) exp(max_s - m)
 
-from which loss, gradient and entropy follow exactly as from one slice: kernels/rowwise.py has the derivation, and the letters.
+from which loss, gradient and entropy follow exactly as from one shard: kernels/rowwise.py has the derivation, and the letters.
 
-The kernels make the statistics of a slice and its gradient; this file has both in PyTorch's operators too, for devices without a
+The kernels make the statistics of a shard and its gradient; this file has both in PyTorch's operators too, for devices without a
 kernel, and what is done with a row's statistics, which is a negligible part of the work.
 """
 
@@ -28,13 +28,13 @@ from torch import Tensor
 
 from fusedloss import reference
 from fusedloss.backends.outputs import n_statistics
-from fusedloss.plan import Inputs, Options, Slice, accumulation_dtype
+from fusedloss.plan import ClassShard, Inputs, Options, accumulation_dtype
 
 NUMBERS = ("z_loss", "logit_scale", "softcap")  # of plan.NUMBERS those whose formulas are here
 
 
-class SliceStats(NamedTuple):
-    """Statistics of rows, each (n_rows,) in the dtype of accumulation: of one slice, or merged of the whole row."""
+class ShardStats(NamedTuple):
+    """Statistics of rows, each (n_rows,) in the dtype of accumulation: of one shard, or merged of the whole row."""
 
     max: Tensor
     rest: Tensor
@@ -59,16 +59,16 @@ class Rows(NamedTuple):
     weight_total: Tensor | float  # sum of all class weights
 
 
-def describe_rows(inputs: Inputs, options: Options, part: Slice, dtype: torch.dtype) -> Rows:
+def describe_rows(inputs: Inputs, options: Options, shard: ClassShard, dtype: torch.dtype) -> Rows:
     """For labels (n_rows,), or class probabilities; all numbers in dtype."""
     if inputs.has_probabilities():
         shape = (inputs.target.shape[0], *inputs.target.shape[2:])
         counted = torch.ones(math.prod(shape), dtype=torch.bool, device=inputs.target.device)
-        return Rows(counted, ~counted, None, None, part.n_classes)
+        return Rows(counted, ~counted, None, None, shard.n_classes)
     labels = [label.long() for label in (inputs.target, inputs.target_b) if label is not None]
     weight = None if inputs.weight is None else inputs.weight.to(dtype)
     counted = torch.stack([label != options.ignore_index for label in labels]).all(0)
-    outside = torch.stack([((label < 0) | (label >= part.n_classes)) & counted for label in labels]).any(0)
+    outside = torch.stack([((label < 0) | (label >= shard.n_classes)) & counted for label in labels]).any(0)
     factors = []
     for label in labels:
         readable = label.masked_fill(~counted | outside, 0)
@@ -78,18 +78,18 @@ def describe_rows(inputs: Inputs, options: Options, part: Slice, dtype: torch.dt
         # One label twice: its whole share counts for the first, whose gradient does not cancel.
         share = share.masked_fill(labels[0] == labels[1], 1)
         factors = [share * factors[0], (1 - share) * factors[1]]
-    weight_total = float(part.n_classes) if weight is None else reference.total(weight)
+    weight_total = float(shard.n_classes) if weight is None else reference.total(weight)
     return Rows(counted, outside, factors[0], factors[1] if len(factors) == 2 else None, weight_total)
 
 
-def merge(slices: Tensor, has_entropy: bool, is_soft: bool = False) -> SliceStats:
-    """Merges (n_slices, n_statistics, n_rows) into statistics of whole rows; the order of the sums is that of the slices."""
-    *of_loss, last = slices.unbind(1)
-    stats = SliceStats(*of_loss)._replace(gap_sum=last) if has_entropy else SliceStats(*slices.unbind(1))
+def merge(shards: Tensor, has_entropy: bool, is_soft: bool = False) -> ShardStats:
+    """Merges (n_shards, n_statistics, n_rows) into statistics of whole rows; the order of the sums is that of the shards."""
+    *of_loss, last = shards.unbind(1)
+    stats = ShardStats(*of_loss)._replace(gap_sum=last) if has_entropy else ShardStats(*shards.unbind(1))
     largest = stats.max.amax(0)
     shift = _finite(largest)
     factors = torch.exp(stats.max - shift).masked_fill(stats.max == largest, 1)  # inf - inf would be NaN, too
-    merged = SliceStats(largest, (stats.rest * factors).sum(0), stats.x_t.amax(0) if is_soft else stats.x_t.sum(0))
+    merged = ShardStats(largest, (stats.rest * factors).sum(0), stats.x_t.amax(0) if is_soft else stats.x_t.sum(0))
     if stats.gap_sum is not None:
         gaps = stats.gap_sum + stats.rest * (shift - _finite(stats.max))
         merged = merged._replace(gap_sum=torch.where(factors == 0, 0, gaps * factors).sum(0))
@@ -105,7 +105,7 @@ def _finite(largest: Tensor) -> Tensor:
     return largest.masked_fill(largest == -torch.inf, 0.0)
 
 
-def log_sum(stats: SliceStats, is_soft: bool) -> Tensor:
+def log_sum(stats: ShardStats, is_soft: bool) -> Tensor:
     """log(sum_c exp(z_c - max)) of whole rows."""
     if is_soft:
         return stats.rest.log()
@@ -114,7 +114,7 @@ def log_sum(stats: SliceStats, is_soft: bool) -> Tensor:
     return torch.log1p(torch.where(stats.x_t == stats.max, stats.rest, (stats.rest - 1) + e_t))
 
 
-def row_losses(stats: SliceStats, rows: Rows, options: Options, part: Slice) -> tuple[Tensor, Tensor]:
+def row_losses(stats: ShardStats, rows: Rows, options: Options, shard: ClassShard) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp of whole rows; 0 where a row is not counted, NaN where its class index is out of range."""
     log_d = log_sum(stats, rows.k_t is None)
     lse = stats.max + log_d
@@ -128,7 +128,7 @@ def row_losses(stats: SliceStats, rows: Rows, options: Options, part: Slice) -> 
         if rows.k_b is not None:
             losses = losses + _weighted(rows.k_b, (stats.max - stats.x_b) + log_d, True)
         if options.label_smoothing > 0:
-            losses = (1 - options.label_smoothing) * losses + options.label_smoothing / part.n_classes * every
+            losses = (1 - options.label_smoothing) * losses + options.label_smoothing / shard.n_classes * every
     assert losses is not None
     if options.z_loss != 0:
         losses = losses + options.z_loss * lse.square()
@@ -136,7 +136,7 @@ def row_losses(stats: SliceStats, rows: Rows, options: Options, part: Slice) -> 
     return torch.where(rows.counted, losses, 0), torch.where(rows.counted, lse, 0)
 
 
-def row_entropies(stats: SliceStats, rows: Rows) -> Tensor:
+def row_entropies(stats: ShardStats, rows: Rows) -> Tensor:
     """Entropy of whole rows; 0 where a row is not counted, NaN where its class index is out of range."""
     d, gap_sum = stats.rest, stats.gap_sum
     if rows.k_t is not None:
@@ -151,7 +151,7 @@ def _weighted(factor: Tensor, loss: Tensor, skips_zero: bool) -> Tensor:
     return torch.where((factor == 0) & (loss == torch.inf), 0, factor * loss) if skips_zero else factor * loss
 
 
-def is_correct(stats: SliceStats, rows: Rows, inputs: Inputs, options: Options) -> Tensor:
+def is_correct(stats: ShardStats, rows: Rows, inputs: Inputs, options: Options) -> Tensor:
     """Whether a counted row's target, the label with the larger share of two, or the class of the largest probability, has the
     largest logit."""
     found = stats.x_t == stats.max
@@ -165,14 +165,14 @@ def is_correct(stats: SliceStats, rows: Rows, inputs: Inputs, options: Options) 
 
 
 def logits_of_likeliest(inputs: Inputs, largest: Tensor, options: Options) -> Tensor:
-    """(n_rows,): the largest logit of this slice's classes that have the row's largest probability (N, ...), or -inf. It takes
+    """(n_rows,): the largest logit of this shard's classes that have the row's largest probability (N, ...), or -inf. It takes
     the place of x_t, for statistics of class probabilities."""
     z = transformed(inputs.logits, options)[0]
     return z.masked_fill(inputs.target != largest.unsqueeze(1), -torch.inf).amax(1).flatten()
 
 
-def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
-    """What a slice publishes, (n_statistics, n_rows), in PyTorch's operators; inputs as the kernels take them."""
+def shard_statistics(inputs: Inputs, options: Options, shard: ClassShard) -> Tensor:
+    """What a shard publishes, (n_statistics, n_rows), in PyTorch's operators; inputs as the kernels take them."""
     z = transformed(inputs.logits, options)[0]
     shape = (z.shape[0], *z.shape[2:])
     if z.shape[1] == 0:  # nothing but padding
@@ -181,9 +181,9 @@ def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
         return empty
     largest = z.amax(1)
     shift = _finite(largest).unsqueeze(1)
-    e, a = torch.exp(z - shift), _per_class(inputs, options, part, z.dtype)
+    e, a = torch.exp(z - shift), _per_class(inputs, options, shard, z.dtype)
     found = [largest, e.sum(1), z.new_zeros(shape)]
-    positions = _positions(inputs, options, part)
+    positions = _positions(inputs, options, shard)
     logits_of = [torch.where(here, z.gather(1, at).squeeze(1), 0) for here, at in positions]
     if positions:
         here, at = positions[0]
@@ -202,17 +202,17 @@ def slice_statistics(inputs: Inputs, options: Options, part: Slice) -> Tensor:
     return torch.stack(found).flatten(1)
 
 
-def slice_gradient(
-    drows: Tensor, inputs: Inputs, merged: Tensor, weight_total: float | Tensor, options: Options, part: Slice
+def shard_gradient(
+    drows: Tensor, inputs: Inputs, merged: Tensor, weight_total: float | Tensor, options: Options, shard: ClassShard
 ) -> Tensor:
-    """The gradient of a slice's logits in PyTorch's operators.
+    """The gradient of a shard's logits in PyTorch's operators.
 
     drows: (n_rows,), the gradient of the row losses; merged: (n_statistics, n_rows), of whole rows; weight_total: the sum of all
     class weights, n_classes without them.
     """
-    g, stats = drows, SliceStats(*merged.unbind())
+    g, stats = drows, ShardStats(*merged.unbind())
     z, derivative = transformed(inputs.logits, options)
-    rows = describe_rows(inputs, options, part, z.dtype)
+    rows = describe_rows(inputs, options, shard, z.dtype)
     shape = (z.shape[0], 1, *z.shape[2:])
 
     def per_row(values: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def slice_gradient(
     keep = 1 - options.label_smoothing if not is_soft else 1.0
     others = torch.zeros_like(g) if stats.weight_total is None else stats.weight_total
     if not is_soft:
-        others = others * (options.label_smoothing / part.n_classes)
+        others = others * (options.label_smoothing / shard.n_classes)
         if rows.k_b is not None:
             others = others + keep * rows.k_b
     if options.z_loss != 0:
@@ -232,11 +232,11 @@ def slice_gradient(
     g_t = torch.zeros_like(g) if rows.k_t is None else g * (keep * rows.k_t)
     p = torch.exp(z - per_row(_finite(stats.max))) / per_row(d)
     without_target = per_row(g * others) * p
-    a = _per_class(inputs, options, part, z.dtype)
+    a = _per_class(inputs, options, shard, z.dtype)
     if a is not None:
-        without_target = without_target - per_row(g) * (a if is_soft else a * (options.label_smoothing / part.n_classes))
+        without_target = without_target - per_row(g) * (a if is_soft else a * (options.label_smoothing / shard.n_classes))
     dz = without_target + per_row(g_t) * p
-    for label, (here, at) in enumerate(_positions(inputs, options, part)):
+    for label, (here, at) in enumerate(_positions(inputs, options, shard)):
         if label == 0:  # the target's probability less 1 is -rest / d, without cancellation
             own = without_target.gather(1, at) - per_row(g_t * (stats.rest / d))
         else:
@@ -256,15 +256,15 @@ def transformed(logits: Tensor, options: Options) -> tuple[Tensor, Tensor | floa
     return options.softcap * t, options.logit_scale * (1 - t * t)
 
 
-def _per_class(inputs: Inputs, options: Options, part: Slice, dtype: torch.dtype) -> Tensor | None:
-    """a of this slice's classes, or w for labels, broadcasting with its logits; None where no class but the target's counts."""
+def _per_class(inputs: Inputs, options: Options, shard: ClassShard, dtype: torch.dtype) -> Tensor | None:
+    """a of this shard's classes, or w for labels, broadcasting with its logits; None where no class but the target's counts."""
     logits = inputs.logits
     weight = None
     if inputs.weight is not None:
-        weight = inputs.weight[part.first_class : part.first_class + logits.shape[1]].to(dtype)
+        weight = inputs.weight[shard.first_class : shard.first_class + logits.shape[1]].to(dtype)
         weight = weight.view(1, -1, *[1] * (logits.dim() - 2))
     if inputs.has_probabilities():
-        a = inputs.target.to(dtype) * (1 - options.label_smoothing) + options.label_smoothing / part.n_classes
+        a = inputs.target.to(dtype) * (1 - options.label_smoothing) + options.label_smoothing / shard.n_classes
         return a if weight is None else a * weight
     if options.label_smoothing == 0:
         return None
@@ -275,8 +275,8 @@ def _per_class(inputs: Inputs, options: Options, part: Slice, dtype: torch.dtype
     )
 
 
-def _positions(inputs: Inputs, options: Options, part: Slice) -> list[tuple[Tensor, Tensor]]:
-    """Whether a label lies in this slice, (N, ...), and its place there, (N, 1, ...); of each label."""
+def _positions(inputs: Inputs, options: Options, shard: ClassShard) -> list[tuple[Tensor, Tensor]]:
+    """Whether a label lies in this shard, (N, ...), and its place there, (N, 1, ...); of each label."""
     logits = inputs.logits
     if inputs.has_probabilities() or logits.shape[1] == 0:
         return []
@@ -284,7 +284,7 @@ def _positions(inputs: Inputs, options: Options, part: Slice) -> list[tuple[Tens
     counted = torch.stack([label != options.ignore_index for label in labels]).all(0)
     places = []
     for label in labels:
-        at = (label.long() - part.first_class).reshape(shape)
+        at = (label.long() - shard.first_class).reshape(shape)
         here = counted.reshape(shape) & (at >= 0) & (at < logits.shape[1])
         places.append((here, at.masked_fill(~here, 0).unsqueeze(1)))
     return places
