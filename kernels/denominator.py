@@ -58,9 +58,9 @@ def _sum_together(work, value, program, n_programs, COUNTS: tl.constexpr):
     programs have none; the last program clears it."""
     counter = work.ticket + 1
     if COUNTS:
-        n = tl.atomic_add(counter, (value.to(tl.int32) << MEETING_BITS) + 1, sem="acq_rel")
+        n = tl.atomic_add(counter, (value.to(tl.int32) << MEETING_BITS) + 1, sem="relaxed")  # there is nothing else to publish
         while (n & ((1 << MEETING_BITS) - 1)) < n_programs:
-            n = tl.atomic_add(counter, 0, sem="acquire")
+            n = tl.atomic_add(counter, 0, sem="relaxed")
         total = (n >> MEETING_BITS).to(tl.float64)
     else:
         tl.store(work.partial + n_programs + program, value)
