@@ -34,12 +34,12 @@ DENOMINATOR_ROWS = 512  # not PARTIALS_BLOCK: loads of one shape get one layout,
 class ForwardCuts(NamedTuple):
     """The launches of a forward, in order."""
 
-    counting: Cut | None  # before the main one: the mean's denominator, or the slices' counters
+    counting: Cut | None  # before the main one: the mean's denominator; it clears the slices' counters
     main: Cut
     n_partials: int  # sums that programs of the main launch leave
     finishing: Cut | None  # after it, where no last program of its own adds them up
     selection: tuple[Cut, ...] = ()  # where rows are too many for one program to select among
-    clears: bool = False  # before all: the slices' counters, which no launch of ours clears
+    clears: bool = False  # before all: the slices' counters, where no launch of ours does
 
     def kernels(self) -> tuple[str, ...]:
         """What is launched, by name."""
@@ -65,12 +65,11 @@ def forward_cuts(t: Operands, options: Options, device: DeviceFacts, sharded: bo
     sums = _sums(main, True, device)
     if is_mean and main.kernel == "fused_row_kernel" and main.n_slices == 1 and n_rows <= COUNTED_ROWS:
         return ForwardCuts(None, replace(main, shape=replace(main.shape, counted_rows=COUNTED_ROWS)), *sums)
-    if t.probabilities is not None:  # every row counts
-        return ForwardCuts(None, main, *sums, clears=main.n_slices > 1)
     if is_mean and main.kernel == "fused_tile_kernel" and main.n_programs > 1 and may_meet(main, device) and not in_turn:
         return ForwardCuts(None, replace(main, shape=replace(main.shape, counts=True)), *sums)
-    counts = main.n_slices > 1 or (is_mean and main.n_programs > 1)
-    return ForwardCuts(_denominator_cut(n_rows, device) if counts else None, main, *sums)
+    if is_mean and main.n_programs > main.n_slices:  # of a single row there is nothing to count
+        return ForwardCuts(_denominator_cut(n_rows, device), main, *sums)
+    return ForwardCuts(None, main, *sums, clears=main.n_slices > 1)
 
 
 def _sums(main: Cut, adds_up: bool, device: DeviceFacts) -> tuple[int, Cut | None]:

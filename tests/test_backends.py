@@ -187,6 +187,18 @@ def _forward_of(n_rows: int, n_cols: int, device: DeviceFacts, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(
+    ("n_rows", "reduction", "before"), [(70, "mean", "denominator_kernel"), (1, "mean", "zeros"), (70, "sum", "zeros")]
+)
+def test_slices_have_their_counters_cleared_by_a_launch_that_counts_only_for_a_mean(
+    n_rows: int, reduction: str, before: str
+) -> None:
+    logits = torch.empty(n_rows, 50257, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with fusedloss.backend("triton"):
+        plan = fusedloss.plan(logits, torch.empty(n_rows, dtype=torch.long, device="meta"), reduction=reduction)
+    assert plan.kernels == (before, "fused_row_kernel", "scale_gradient_kernel")
+
+
+@pytest.mark.parametrize(
     ("n_rows", "options", "kernels"),
     [
         (64, {}, ("fused_row_kernel", "scale_gradient_kernel")),  # so few tickets take no longer than a launch
