@@ -22,7 +22,9 @@ FUSED_ROW_BLOCKS_PROBABILITIES = {2: 4, 4: 4, 8: 1}  # they wait in registers, t
 FUSED_ROW_REGISTERS = 128  # with fewer blocks as many as a thread can have, and ptxas takes no more than these either
 # An SM has room for two programs of so many threads with so many registers: one loads or stores while the other reduces.
 FUSED_ROW_THREADS = 256
-FUSED_ROW_THREADS_ALONE = 512  # all registers of an SM: where no program may wait for another, rather than read a row twice
+FUSED_ROW_THREADS_ALONE = (
+    512  # all registers of an SM: used only where waiting is forbidden; a row that fits is then still read once
+)
 # A longer row is cut into slices: programs that wait for each other, of few threads, so that an SM has room for four and some
 # load while others wait.
 SLICE_THREADS = 128
@@ -50,11 +52,11 @@ def takes_rows(t: Operands) -> bool:
     return g.n_outer == 1 and g.col_stride == 1 and g.n_cols > MAX_SHARED_ROW_COLS and t.same_alignment()
 
 
-def forward_rows(t: Operands, more: bool, device: DeviceFacts) -> Cut:
-    """Cuts a forward; `more`: see plan_triton.holds_more."""
+def forward_rows(t: Operands, holds_more: bool, device: DeviceFacts) -> Cut:
+    """Cuts a forward; `holds_more`: see plan_triton.holds_more."""
     g = t.logits
     block_cols, num_warps = _row_block(g.n_cols, t.itemsize, device)
-    per_sm = 1 if more or t.probabilities is not None or t.itemsize == 8 else 2
+    per_sm = 1 if holds_more or t.probabilities is not None or t.itemsize == 8 else 2
     n_slices = min(_slices_that_fill(g, device), -(-g.n_cols // block_cols))
     shape = RowShape(block_cols, _row_group(g, t.itemsize), n_slices)
     registers = register_limit(registers_of(num_warps, per_sm), device)
@@ -69,13 +71,13 @@ def backward_rows(t: Operands, device: DeviceFacts) -> Cut:
     return Cut("backward_row_kernel", n_programs, num_warps, RowShape(block_cols, _row_group(g, t.itemsize)))
 
 
-def fused_rows(t: Operands, more: bool, extras: bool, device: DeviceFacts) -> Cut | None:
+def fused_rows(t: Operands, holds_more: bool, extras: bool, device: DeviceFacts) -> Cut | None:
     """Cuts rows into blocks that fit into the registers; None where the slices of a row would be more than can wait for each
     other, or may not. extras: `Options.has_extras`."""
     g, soft = t.logits, t.probabilities is not None
     alone = FUSED_ROW_BLOCKS_EXTRAS if extras else FUSED_ROW_BLOCKS
-    fitting = (FUSED_ROW_BLOCKS_MORE if more else FUSED_ROW_BLOCKS_PROBABILITIES if soft else alone)[t.itemsize]
-    all_registers = more or soft  # the blocks are so many that they take all that a thread can have
+    fitting = (FUSED_ROW_BLOCKS_MORE if holds_more else FUSED_ROW_BLOCKS_PROBABILITIES if soft else alone)[t.itemsize]
+    all_registers = holds_more or soft  # the blocks are so many that they take all that a thread can have
     n_cols = _row_cols(g, t.itemsize)
     filling = min(_slices_that_fill(g, device), max(1, device.n_sms // WAITING_SHARE)) if device.may_wait else 1
     threads = device.warp_size

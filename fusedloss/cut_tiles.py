@@ -7,7 +7,7 @@ from fusedloss.geometry import VECTOR_BYTES, DeviceFacts, Geometry, Operands, ne
 from fusedloss.kernels.groups import TileShape
 from fusedloss.plan import Cut
 
-# Elements of a shared tile, and of each of its threads: one warp. A row is then shared by few threads, which keep its
+# A shared tile has 1024 elements, 32 for each thread: it is one warp. A row is then shared by few threads, which keep its
 # statistics many times over, and no warp waits for another (10 to 256 classes: half the instructions of tiles of 8 warps).
 TILE_ELEMENTS = 1024
 TILE_ELEMENTS_PER_THREAD = 32
@@ -38,14 +38,14 @@ MIN_PIXEL_THREADS = 8
 SPATIAL_ELEMENTS_PER_THREAD = 16
 
 
-def cut_tiles(kernel: str, t: Operands, more: bool, device: DeviceFacts) -> Cut:
-    """Cuts rows among programs of many rows; `more`: see plan_triton.holds_more."""
+def cut_tiles(kernel: str, t: Operands, holds_more: bool, device: DeviceFacts) -> Cut:
+    """Cuts rows among programs of many rows; `holds_more`: see plan_triton.holds_more."""
     g, itemsize = t.logits, t.itemsize
     # A backward has no reduction over the batch, so no gain from a single program.
     max_elements = TILE_ELEMENTS if kernel == "backward_tile_kernel" else SINGLE_PROGRAM_ELEMENTS
     max_run, part = MAX_RUN_ELEMENTS, PART_ELEMENTS
     max_pixels = MAX_PIXEL_ELEMENTS if t.probabilities is None else MAX_PIXEL_ELEMENTS_PROBABILITIES
-    if more and itemsize > 2:
+    if holds_more and itemsize > 2:
         max_pixels = min(max_pixels, MAX_PIXEL_ELEMENTS_MORE)
     if not device.is_nvidia:
         max_pixels = min(max_pixels, MAX_PIXEL_ELEMENTS_AMD)
@@ -66,10 +66,10 @@ def cut_tiles(kernel: str, t: Operands, more: bool, device: DeviceFacts) -> Cut:
     n_programs = max(1, g.n_outer * -(-g.n_inner // shape.rows))
     num_warps, limit = warps(threads, device), None
     recomputes_packed = row_group > 0 and kernel != "fused_tile_kernel"
-    holds_much = kernel == "backward_tile_kernel" and (more or not shape.is_wide)  # or a thread has whole rows
+    holds_much = kernel == "backward_tile_kernel" and (holds_more or not shape.is_wide)  # or a thread has whole rows
     if recomputes_packed and (t.probabilities is not None or holds_much):
         limit = registers_of(num_warps, 1)  # ptxas would spill to fit another program on an SM
-    elif row_group > 0 and shape.is_wide and t.probabilities is None and not more:
+    elif row_group > 0 and shape.is_wide and t.probabilities is None and not holds_more:
         limit = PART_REGISTERS
     return Cut(kernel, n_programs, num_warps, shape, None if limit is None else register_limit(limit, device))
 

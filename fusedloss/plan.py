@@ -161,9 +161,9 @@ class Cut:
         return getattr(self.shape, "n_slices", 1)
 
     @property
-    def counts(self) -> bool:
+    def meets(self) -> bool:
         """Programs wait until each has summed the weights of its rows."""
-        return getattr(self.shape, "counts", False)
+        return getattr(self.shape, "meets", False)
 
 
 @dataclass(frozen=True)

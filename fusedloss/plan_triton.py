@@ -66,7 +66,7 @@ def forward_cuts(t: Operands, options: Options, device: DeviceFacts, sharded: bo
     if is_mean and main.kernel == "fused_row_kernel" and main.n_slices == 1 and n_rows <= COUNTED_ROWS:
         return ForwardCuts(None, replace(main, shape=replace(main.shape, counted_rows=COUNTED_ROWS)), *sums)
     if is_mean and main.kernel == "fused_tile_kernel" and main.n_programs > 1 and may_meet(main, device) and not in_turn:
-        return ForwardCuts(None, replace(main, shape=replace(main.shape, counts=True)), *sums)
+        return ForwardCuts(None, replace(main, shape=replace(main.shape, meets=True)), *sums)
     if is_mean and main.n_programs > main.n_slices:  # of a single row there is nothing to count
         return ForwardCuts(_denominator_cut(n_rows, device), main, *sums)
     return ForwardCuts(None, main, *sums, clears=main.n_slices > 1)

@@ -27,7 +27,7 @@ from .row import (
 from .rowwise import STATE, gradient_factors, load_terms, row_coefficient, transform_logits
 from .slices import label_logits_of_shards
 from .tile import by_turn, load_held, load_turn_targets, store_packed, tile_cols, tile_lines, tile_rows, tile_sources
-from .tile_softmax import Blocks, exponentials, label_logit, row_blocks, tile_gradients
+from .tile_softmax import Blocks, exponentials, row_blocks, tile_gradients, tile_label_logit
 
 
 @triton.jit  # specialised for n_rows, as forward_tile_kernel is
@@ -68,8 +68,8 @@ def backward_tile_kernel(out, dloss_ptr, inputs, layout, n_rows, numbers, lam: "
         if asks.sharded:
             x_t, x_b = label_logits_of_shards(out.saved, turn_rows[i], turn_rows[i] < n_rows, n_rows, asks)
         else:
-            x_t = zeros if asks.probabilities else label_logit(x, sources.logits, live, label.target, terms, asks, shape)
-            x_b = label_logit(x, sources.logits, live, label.target_b, terms, asks, shape) if asks.two_labels else zeros
+            x_t = zeros if asks.probabilities else tile_label_logit(x, sources.logits, live, label.target, terms, asks, shape)
+            x_b = tile_label_logit(x, sources.logits, live, label.target_b, terms, asks, shape) if asks.two_labels else zeros
         total = totals[i] if asks.has_row_totals else weight_total + zeros
         stats = RowStats(
             max=maxima[i], rest=rests[i], x_t=x_t, x_b=x_b, shift=zeros, smooth_sum=zeros, weight_total=total, gap_sum=zeros

@@ -90,12 +90,12 @@ def coefficient_of_tile(out, work, turn_rows, targets, problem, asks: tl.constex
     dtype: tl.constexpr = scale.dtype
     if asks.reduction == "sum" or asks.probabilities:
         g = coefficient_known(out, scale, problem.n_rows, asks)
-    elif work.partial is None or shape.counts:
+    elif work.partial is None or shape.meets:
         weights = tl.zeros(turn_rows[0].shape, dtype)
         for i in tl.static_range(len(turn_rows)):
             weights += weight_in_mean(targets[i], turn_rows[i], turn_rows[i] < problem.n_rows, problem, asks, dtype)
         count = tl.sum(weights, 0)
-        if shape.counts:  # there are other programs
+        if shape.meets:  # there are other programs
             is_number = problem.inputs.weight is None or asks.two_labels
             count = _sum_together(work, count, tl.program_id(0), tl.num_programs(0), is_number)
         g = mean_coefficient(scale, count).to(dtype)

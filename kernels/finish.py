@@ -3,7 +3,8 @@
 On an MI300X the SMs of a die share an L2, and eight dies the memory. A ticket (reduction.py) has all that a program has stored
 visible to the one that draws the next: there it writes a whole L2 back and drops lines from it, once a program. Between launches
 memory is put in order anyway. So the programs of a forward leave their sums, and this kernel adds them up. Tickets stay where
-few programs draw them: in denominator_kernel, in a selection, and among the slices of a row.
+few programs draw them: in denominator_kernel, in a selection, and among the slices of a row, each of which still writes an L2
+back for its row's counter.
 
     finish_kernel   the batch loss, the coefficients for the backward, the statistics' counts; where programs were many, each of
                     its own adds up a group of their sums, and the last one does the rest

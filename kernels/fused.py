@@ -89,7 +89,7 @@ def fused_tile_kernel(
             corrects = corrects + (has_largest(stats, label, lse, asks).to(tl.int32),)
             entropies = entropies + (row_entropy(stats, label, asks),)
         if not shape.is_packed:  # there is one turn, and its gradient is stored with it
-            tile_loss, last = _publish_tile(out, work, rows, loss_sum, losses, lses, entropies, counts, corrects, n_rows)
+            tile_loss, last_of_group = _publish_tile(out, work, rows, loss_sum, losses, lses, entropies, counts, corrects, n_rows)
         row_g = tl.where(label.counted, weighted(g, turn_rows[i], label, inputs), 0.0)
         factors = gradient_factors(stats, label, row_g, problem, asks)
         gradients = tile_gradients(
@@ -97,10 +97,10 @@ def fused_tile_kernel(
         )
         turns = turns + (gradients,)
     if shape.is_packed:
-        tile_loss, last = _publish_tile(out, work, rows, loss_sum, losses, lses, entropies, counts, corrects, n_rows)
+        tile_loss, last_of_group = _publish_tile(out, work, rows, loss_sum, losses, lses, entropies, counts, corrects, n_rows)
         store_packed(out.dlogits, turns, n_rows, n_cols, shape)
-    if last:
-        if shape.counts:
+    if last_of_group:
+        if shape.meets:
             tl.store(work.ticket + 1, 0)  # nobody waits any more
         total, last = sum_over_programs(out, work, tile_loss, tl.program_id(0), tl.num_programs(0))
         tl.store(out.loss, (g * total).to(dtype), mask=last)
@@ -108,8 +108,8 @@ def fused_tile_kernel(
 
 @triton.jit
 def _publish_row(out, work, row, program, part, stats, label, problem, asks: tl.constexpr):
-    """The same of a row, for which its first slice speaks: (its loss, whether to call sum_over_programs)."""
-    loss, last = tl.zeros((), problem.terms.scale.dtype), tl.full((), 0, tl.int1)
+    """As _publish_tile, for a row. Only the row's first slice publishes: (its loss, whether to call sum_over_programs)."""
+    loss, last_of_group = tl.zeros((), problem.terms.scale.dtype), tl.full((), 0, tl.int1)
     if part == 0:  # a logarithm and a division are more than the others need
         loss = row_loss(stats, label, row, problem, asks)
         tally = None
@@ -117,8 +117,8 @@ def _publish_row(out, work, row, program, part, stats, label, problem, asks: tl.
             lse, entropy, exists = row_lse(stats, label, asks), row_entropy(stats, label, asks), row < problem.n_rows
             correct = has_largest(stats, label, lse, asks)
             tally = store_stats(out, row, exists, label.counted, correct, lse, loss, entropy, problem.n_rows)
-        last = publish(out, work, loss, tally, program, problem.n_rows)
-    return loss, last
+        last_of_group = publish(out, work, loss, tally, program, problem.n_rows)
+    return loss, last_of_group
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -173,7 +173,7 @@ def fused_row_kernel(
         finite = finite_max(stats.max)
         stats = with_known_total(stats, problem, asks)
         factors = gradient_factors(stats, label, row_g, problem, asks)
-        loss, last = _publish_row(out, work, row, program, part, stats, label, problem, asks)
+        loss, last_of_group = _publish_row(out, work, row, program, part, stats, label, problem, asks)
         store_edges(dlogits, edges, finite, factors, problem, asks, shape)
         p = factors.p
         if N_SLICES > 1 and not asks.softcap:
@@ -189,14 +189,14 @@ def fused_row_kernel(
         missing = tl.where(label.counted & (row_g != 0), float("nan"), 0.0)
         none = tl.zeros((), dtype)
         stats = RowStats(max=none, rest=none, x_t=none, x_b=none, shift=none, smooth_sum=none, weight_total=none, gap_sum=none)
-        loss, last = _publish_row(out, work, row, program, part, stats, label, problem, asks)
+        loss, last_of_group = _publish_row(out, work, row, program, part, stats, label, problem, asks)
         for i in tl.static_range(N_BLOCKS):
             tl.store(dlogits.own + i * COLS + lane, tl.zeros((COLS,), dtype) + missing, mask=masks[i])
         if shape.is_ragged:
             cols, in_edge = edge_columns(span, n_cols, SECTOR)
             tl.store(dlogits.row + cols, tl.zeros((2 * SECTOR,), dtype) + missing, mask=in_edge)
 
-    if last:
+    if last_of_group:
         loss_sum, last = sum_over_programs(out, work, loss, program, n_rows)
         tl.store(out.loss, (g * loss_sum).to(dtype), mask=last)
 

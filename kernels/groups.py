@@ -6,7 +6,7 @@ The host gives every kernel of logits the same things, in this order:
     inputs      fusedloss.plan.Inputs, likewise: the call's own tensors
     work        Work: what the programs of a launch leave for each other
     layout      Layout: shape and strides
-    n_rows      for which no kernel is specialised
+    n_rows      for which only forward_tile_kernel and backward_tile_kernel are specialised
     numbers     Terms, but for scale and lam: floats, which arrive as float32; where float64 is accumulated, their bits
     scale, lam  which are others in every call, float64
     asks        Asks: what the loss consists of; a kernel is compiled without the rest
@@ -121,7 +121,7 @@ class TileShape:
     padded: int = 1  # elements of a packed row group, or of a thread's part of a packed row, to the next power of 2
     vector: int = 1  # all strides and the contiguous size are multiples of it; at most 16 bytes
     rows_contiguous: bool = False  # the row strides are 1: neighbouring rows, not classes, lie side by side
-    counts: bool = False  # fused mean: programs wait for each other, until all have summed the weights of their rows
+    meets: bool = False  # fused mean: programs wait for each other, until all have summed the weights of their rows
 
     @property
     def is_packed(self) -> bool:

@@ -44,7 +44,7 @@ def draws_last(ticket_ptr, n):
 
 
 @triton.jit
-def _draws_last(ticket_ptr, program, n_programs):
+def _draws_last_of_its_group(ticket_ptr, program, n_programs):
     """Whether all other programs have drawn, or of many those of this one's group, which are every N_GROUPS-th."""
     group, n_members = _group(program, n_programs)
     grouped = n_programs > MAX_UNGROUPED
@@ -61,7 +61,7 @@ def _group(program, n_programs):
 
 @triton.jit
 def _finishes_last(work, program, n_programs, N_SUMS: tl.constexpr):
-    """Whether a program for which _draws_last is true is the last of all. Of many, that of a group adds that up first."""
+    """Whether the last of a group, or of few programs, is the last of all. Of many, it adds its group up first."""
     last = tl.full((), 1, tl.int1)
     if n_programs > MAX_UNGROUPED:
         add_up_group(work, program, n_programs, N_SUMS)
@@ -110,18 +110,18 @@ def sum_partials(partial_ptr, n, stride=1):
 def publish(out, work, value, tally, program, n_programs):
     """For a program that knows its value, but may have more to do, for which nobody has to wait. Whether it is among the last,
     which then call sum_over_programs. tally: None without statistics."""
-    last = tl.full((), 1, tl.int1)
+    last_of_group = tl.full((), 1, tl.int1)
     if work.partial is not None:
         tl.store(work.partial + program, value)
         if tally is not None:
             _store_tally(work.tallies + program, n_programs, tally)
         if work.ticket is not None:
-            last = _draws_last(work.ticket, program, n_programs)
+            last_of_group = _draws_last_of_its_group(work.ticket, program, n_programs)
         else:
-            last = tl.full((), 0, tl.int1)
+            last_of_group = tl.full((), 0, tl.int1)
     elif tally is not None:
         _store_counts(out, tally)
-    return last
+    return last_of_group
 
 
 @triton.jit
@@ -259,10 +259,10 @@ def reduce_batch(
             _write_loss(out, work, loss_sum.to(tl.float64), count.to(tl.float64), scale, top_k, n_rows, asks)
         else:
             tl.store(work.partial + n_programs + program, count)
-            last = publish(out, work, loss_sum, tally, program, n_programs)
+            last_of_group = publish(out, work, loss_sum, tally, program, n_programs)
             # Triton would work out all sides of an `and`.
             if work.ticket is not None:  # noqa: SIM102
-                if last:  # noqa: SIM102
+                if last_of_group:  # noqa: SIM102
                     if _finishes_last(work, program, n_programs, 2):
                         finish_batch(out, work, scale, top_k, n_programs, n_rows, asks)
 

@@ -119,7 +119,7 @@ def load_logits(ptr, mask, terms, asks: tl.constexpr):
 
 
 @triton.jit
-def _label_logit(logits, target, read, terms, asks: tl.constexpr):
+def _row_label_logit(logits, target, read, terms, asks: tl.constexpr):
     x = tl.load(logits.row + target, mask=is_here(target, read, asks), other=0.0).to(terms.scale.dtype)
     return transform_logits(x, terms, asks)
 
@@ -131,8 +131,8 @@ def no_columns(logits, label, read, span, terms, asks: tl.constexpr, shape: tl.c
     read_t, read_b = read, read
     if shares_labels(asks, shape):
         read_t, read_b = read & is_own(label.target, span), read & is_own(label.target_b, span)
-    x_t = zero if asks.probabilities else _label_logit(logits, label.target, read_t, terms, asks)
-    x_b = _label_logit(logits, label.target_b, read_b, terms, asks) if asks.two_labels else zero
+    x_t = zero if asks.probabilities else _row_label_logit(logits, label.target, read_t, terms, asks)
+    x_b = _row_label_logit(logits, label.target_b, read_b, terms, asks) if asks.two_labels else zero
     return RowStats(
         max=zero + float("-inf"), rest=zero, x_t=x_t, x_b=x_b, shift=finite_max(x_t), smooth_sum=zero, weight_total=zero,
         gap_sum=zero,
@@ -140,7 +140,7 @@ def no_columns(logits, label, read, span, terms, asks: tl.constexpr, shape: tl.c
 
 
 @triton.jit
-def _weighted_sums(x, q, cols, mask, shift, problem, smooth_sum, weight_total, asks: tl.constexpr):
+def _row_weighted_sums(x, q, cols, mask, shift, problem, smooth_sum, weight_total, asks: tl.constexpr):
     """Adds w_c (shift - x_c) and w_c, or a_c for w_c; of class indices without weights W is known: see with_known_total."""
     d = shift - x
     if asks.probabilities or asks.sharded or problem.inputs.weight is not None:
@@ -170,7 +170,7 @@ def absorb(stats, x, q, cols, mask, first, last, label, problem, asks: tl.conste
         shift = finite
     if asks.every_class:
         zeros = tl.zeros(x.shape, x.dtype)
-        sums, weights = _weighted_sums(x, q, cols, mask, shift, problem, zeros, zeros, asks)
+        sums, weights = _row_weighted_sums(x, q, cols, mask, shift, problem, zeros, zeros, asks)
         smooth_sum += tl.sum(sums, 0)
         weight_total += tl.sum(weights, 0)
     return RowStats(
@@ -234,7 +234,7 @@ def hold_columns(logits, probabilities, masks, stats, span, label, problem, asks
         lane_weight = tl.zeros((COLS,), dtype)
         for i in tl.static_range(N_BLOCKS):
             cols, q_i = span.first + i * COLS + lane, q[i] if asks.probabilities else None
-            lane_smooth, lane_weight = _weighted_sums(
+            lane_smooth, lane_weight = _row_weighted_sums(
                 blocks[i], q_i, cols, masks[i], shift, problem, lane_smooth, lane_weight, asks
             )
         smooth_sum += tl.sum(lane_smooth, 0)

@@ -221,8 +221,8 @@ def row_loss(stats, label, rows, problem, asks: tl.constexpr):
             loss += tl.where((label.weight_b == 0.0) & (nll_b == float("inf")), 0.0, label.weight_b * nll_b)
         if asks.smoothing:
             log_sum = (stats.max - stats.shift) + log_d
-            all_classes = stats.weight_total * log_sum + stats.smooth_sum
-            loss = (1.0 - terms.smoothing) * loss + (terms.smoothing / problem.n_cols) * all_classes
+            smooth_loss = stats.weight_total * log_sum + stats.smooth_sum
+            loss = (1.0 - terms.smoothing) * loss + (terms.smoothing / all_classes(problem, asks)) * smooth_loss
     if asks.z_loss:
         lse = stats.max + log_d
         loss += terms.z_loss * lse * lse

@@ -15,12 +15,15 @@ none is, or where sums are relative to x_t, every slice reads them all.
 Whoever merges adds in the order of the slices, so that all programs of a row, and all runs, find the same bits.
 
 Forward: the slice that publishes last has all that the row's loss needs; nobody waits. Fused: every slice keeps its logits in
-registers until it knows the row's statistics, so it has to wait for the others. They must run, then, and they do: a program
-does not take its row from its program id, but from a counter that it draws from when it starts. So numbers are given out in
-order, to running programs only, and the slices of a row have consecutive ones. Those of the lowest row that is not finished are
-all drawn, or are the next to be drawn; in the first case they all run and none of them waits for anything else; in the second
-case all other programs belong to that row or finish, until enough of the GPU is free. The plan makes no more slices than there
-are SMs, and each of these can hold one.
+registers until it knows the row's statistics, so it has to wait for the others. They must run, then, and they do. A program
+draws the next number from a counter when it starts, not its program id, so numbers go to running programs only, and the slices of
+a row have consecutive ones. Take the lowest row whose slices have not all published.
+
+    All its slices have been drawn: they all run, and wait for nothing but each other.
+    Some have not: every running program of an earlier row ends without waiting for them, no later row has been drawn, and the
+    plan has no more slices than the GPU has SMs. So the missing ones start when programs end.
+
+This is proved for one launch; several at once also need the room that cut_rows.WAITING_SHARE leaves.
 
 Shards of rows, on several devices, merge by the same formulas, but the host does that (fusedloss/shards.py). A shard publishes
 what a slice does and the labels' logits, 0 where a label is not here; (3, 5 or 6, n_rows), smooth_sum relative to the maximum,

@@ -270,7 +270,7 @@ def store_packed(ptr, turns, n_rows, n_cols, shape: tl.constexpr):
     LINES: tl.constexpr = shape.turn_rows * shape.cols
     cells = ()
     for place in tl.static_range(PADDED):
-        # What fills the tile up is never stored.
+        # Padding, masked when the tile is stored.
         block = turns[place // N_BLOCKS][place % N_BLOCKS] if place < shape.n_turns * N_BLOCKS else turns[0][0]
         cells = cells + (tl.reshape(block, (LINES,)) if shape.is_wide else block,)
     _store_lines(ptr, tl.trans(_zip(cells)), n_rows, n_cols, shape)

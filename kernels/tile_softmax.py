@@ -123,7 +123,7 @@ def _absorb(stats, x, q, first, label, problem, asks: tl.constexpr, shape: tl.co
             shift = finite
         else:
             shift = tl.where(stats.max == float("-inf"), finite, shift)  # the first maximum: any fixed logit of the row will do
-        sums, weights = _weighted_sums(x, q, first, shift, problem, dtype, asks, shape)
+        sums, weights = _tile_weighted_sums(x, q, first, shift, problem, dtype, asks, shape)
         smooth_sum += sums
         weight_total += weights
     stats = RowStats(
@@ -134,7 +134,7 @@ def _absorb(stats, x, q, first, label, problem, asks: tl.constexpr, shape: tl.co
 
 
 @triton.jit
-def _weighted_sums(x, q, first, shift, problem, dtype: tl.constexpr, asks: tl.constexpr, shape: tl.constexpr):
+def _tile_weighted_sums(x, q, first, shift, problem, dtype: tl.constexpr, asks: tl.constexpr, shape: tl.constexpr):
     """sum_c w_c (shift - x_c) and sum_c w_c over these columns; the second is the same for all rows, unlike sum_c a_c."""
     lane_smooth = tl.zeros(x[0].shape, dtype)
     lane_weight = tl.zeros(x[0].shape, dtype)
@@ -170,7 +170,7 @@ def tile_statistics(held, turn: tl.constexpr, sources, read, label, problem, ask
             x_i, q_i = _stream_block(sources, read, start, float("-inf"), problem, asks, shape)
             stats, _exps = _absorb(stats, x_i, q_i, start, label, problem, asks, shape)
     if asks.two_labels:
-        x_b = label_logit(x, sources.logits, label.valid, label.target_b, problem.terms, asks, shape)
+        x_b = tile_label_logit(x, sources.logits, label.valid, label.target_b, problem.terms, asks, shape)
         stats = RowStats(
             max=stats.max, rest=stats.rest, x_t=stats.x_t, x_b=x_b, shift=stats.shift, smooth_sum=stats.smooth_sum,
             weight_total=stats.weight_total, gap_sum=stats.gap_sum,
@@ -179,7 +179,7 @@ def tile_statistics(held, turn: tl.constexpr, sources, read, label, problem, ask
 
 
 @triton.jit
-def label_logit(x, lines, read, target, terms, asks: tl.constexpr, shape: tl.constexpr):
+def tile_label_logit(x, lines, read, target, terms, asks: tl.constexpr, shape: tl.constexpr):
     """The logit of a class of each row, 0 where the target is no column."""
     dtype: tl.constexpr = terms.scale.dtype
     if shape.n_blocks > 0:

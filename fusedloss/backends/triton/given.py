@@ -213,7 +213,7 @@ def workspace(launches: Launches, out: Outputs, keeps_workspace: bool) -> Work:
     n_rows, n_partials, selection = main.n_rows, launches.n_partials, launches.selection
     counters = ticket(device, keeps_workspace) if n_partials > 1 or (is_cut and not fused) else None
     return Work(
-        saved.new_empty((1 if fused and not main.cut.counts else 2, n_partials)) if n_partials > 1 else None,
+        saved.new_empty((1 if fused and not main.cut.meets else 2, n_partials)) if n_partials > 1 else None,
         counters,
         saved.new_empty((N_TALLY, n_partials), dtype=torch.int64) if n_partials > 1 and out.row_stats is not None else None,
         saved.new_empty((N_SELECTION,), dtype=torch.int64) if selection else None,
