@@ -129,6 +129,13 @@ def path(request: pytest.FixtureRequest) -> Iterator[Path]:
         yield request.param
 
 
+@pytest.fixture(params=[INTERPRETER, GPU])
+def kernels(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The Triton kernels, in the interpreter and on a GPU."""
+    with entered(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=[REFERENCE, AUTO, GPU])
 def any_path(request: pytest.FixtureRequest) -> Iterator[Path]:
     """For calls that the kernels may hand to the reference: the choice is left to the library."""

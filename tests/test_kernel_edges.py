@@ -1,6 +1,5 @@
 """Edges of the Triton kernels: infinite upstream gradients, memory that nobody writes, rows that nobody may share."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import triton.language as tl
 from compare import check_against_torch
 from fusedloss.kernels.groups import TileShape
 from fusedloss.kernels.tile import _packed_places
-from paths import GPU, INTERPRETER, Path, entered
+from paths import Path
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor
 
@@ -25,12 +24,6 @@ FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
 
 # Tiles; one row a program; slices; pixels.
 SHAPES = [(7, 10), (5, 1001), (2, 33001), (2, 5, 3, 4)]
-
-
-@pytest.fixture(params=[INTERPRETER, GPU])
-def kernels(request: pytest.FixtureRequest) -> Iterator[Path]:
-    with entered(request.param):
-        yield request.param
 
 
 def _gradient(function: Any, logits: Tensor, target: Tensor, dloss: float, **options: Any) -> Tensor:

@@ -10,7 +10,7 @@ from compare import check_against_torch
 from compiled import FACTS
 from fusedloss.kernels import finish, radix, reduction, selection
 from oracle import torch_loss
-from paths import GPU, INTERPRETER, Path, entered
+from paths import Path
 from problems import make_logits, make_probabilities, make_target, make_weight
 
 import fusedloss
@@ -20,12 +20,6 @@ from fusedloss.backends.triton import given, launching
 from fusedloss.plan_triton import ROWS_SELECTED_ALONE
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-
-
-@pytest.fixture(params=[INTERPRETER, GPU])
-def kernels(request: pytest.FixtureRequest) -> Any:
-    with entered(request.param):
-        yield request.param
 
 
 @pytest.fixture

@@ -5,18 +5,12 @@ from typing import Any
 import pytest
 import torch
 from compare import check_against_torch
-from paths import GPU, INTERPRETER, Path, entered
+from paths import Path
 from problems import make_logits, make_probabilities, make_target, make_weight
 
 import fusedloss
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-
-
-@pytest.fixture(params=[INTERPRETER, GPU])
-def kernels(request: pytest.FixtureRequest) -> Any:
-    with entered(request.param):
-        yield request.param
 
 
 # Each shape is here for the code it reaches.

@@ -1,7 +1,8 @@
-"""Programs that wait for each other in the emulator, in any order, and the barriers after the wait: each is needed."""
+"""Programs that wait for each other in the emulator, in any order: a barrier follows the wait, and others are needed."""
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +128,15 @@ def test_tiles_wait() -> None:
         fusedloss.cross_entropy(logits, make_target(700, n_classes=10))
 
 
-def _without_debug_barriers(ptx: str) -> str:
-    """The PTX without the barriers that tl.debug_barrier() calls in row.py became."""
-    for name in ("row.py",):
-        file = re.search(rf'\.file\s+(\d+)\s+"[^"]*{name}"', ptx)
-        source = (Path(kernel_sources.__path__[0]) / name).read_text().splitlines()
-        lines = {number for number, text in enumerate(source, 1) if "tl.debug_barrier()" in text}
-        for barrier in reversed(list(re.finditer(r"bar\.sync[^;]*;", ptx))) if file else ():
-            file_id, line = re.findall(r"\.loc\s+(\d+)\s+(\d+)", ptx[: barrier.start()])[-1]
-            if file_id == file[1] and int(line) in lines:
-                ptx = ptx[: barrier.start()] + "membar.gl;" + ptx[barrier.end() :]
+def _with_fences_for_barriers(ptx: str, name: str) -> str:
+    """The PTX with fences, which order memory but wait for nobody, for the barriers of tl.debug_barrier() in this file."""
+    file = re.search(rf'\.file\s+(\d+)\s+"[^"]*/{name}"', ptx)
+    source = (Path(kernel_sources.__path__[0]) / name).read_text().splitlines()
+    lines = {number for number, text in enumerate(source, 1) if "tl.debug_barrier()" in text}
+    for barrier in reversed(list(re.finditer(r"bar\.sync[^;]*;", ptx))) if file else ():
+        file_id, line = re.findall(r"\.loc\s+(\d+)\s+(\d+)", ptx[: barrier.start()])[-1]
+        if file_id == file[1] and int(line) in lines:
+            ptx = ptx[: barrier.start()] + "membar.gl;" + ptx[barrier.end() :]
     return ptx
 
 
@@ -145,7 +145,11 @@ def test_the_barrier_before_the_targets_gradient_is_needed(reduction: str) -> No
     """The tests above can fail: without the barrier the emulator reports the race at the target's gradient."""
     logits = make_logits(4, 5000, dtype=BF16).requires_grad_()
     target = torch.tensor([5, 600, 2000, 4999])
-    options = {"global_race": True, "race": 1, "ptx_edit": _without_debug_barriers}  # count races in shared memory, go on
+    options = {
+        "global_race": True,
+        "race": 1,
+        "ptx_edit": partial(_with_fences_for_barriers, name="row.py"),
+    }  # count races in shared memory, go on
     with ptxsim.emulated_gpu("sm_90", **options) as gpu, fusedloss.backend("triton"):
         fusedloss.cross_entropy(logits, target, reduction=reduction).sum().backward()
     assert sum(launch.global_races for launch in gpu.launches) > 0
