@@ -101,10 +101,8 @@ def label_logits_of_shards(shards_ptr, rows, mask, n_rows, asks: tl.constexpr):
 @triton.jit
 def wait_for(arrived_ptr, arrived, n):
     """Returns when n programs have published. One thread looks; a barrier holds the others until it has seen it."""
-    if arrived < n:
-        while arrived < n:  # relaxed: to acquire drops the L1 of an SM, for all programs there
-            arrived = tl.atomic_add(arrived_ptr, 0, sem="relaxed")
-        tl.atomic_add(arrived_ptr, 0, sem="acquire")
+    while arrived < n:
+        arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire")
     tl.debug_barrier()  # for the other waves: see draws_last
 
 
