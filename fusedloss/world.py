@@ -36,6 +36,7 @@ _TRACING_TYPES = (*PLAIN_TYPES, FakeTensor, FunctionalTensor)
 # Private: without them a mode is taken to be active, or hooks, which is slower and as right.
 n_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: True)
+_is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 PLAIN, WATCHED, COMPILED = World(Kind.PLAIN), World(Kind.WATCHED), World(Kind.COMPILED)
 
@@ -122,9 +123,6 @@ def has_memory(tensor: Tensor) -> bool:
 def hooks_are_active() -> bool:
     """Whether somebody else has the say over what autograd saves: a checkpoint, save_on_cpu, any saved_tensors_hooks."""
     return _top_hooks(False) is not None
-
-
-_is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What a call holds, and who may look at it: checkpoints, saved-tensor hooks, threads, a graph used twice, tensor subclasses."""
+"""What a call holds, and who may look at it: checkpoints, saved-tensor hooks, threads, a graph used twice."""
 
 import sys
 import threading
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from problems import make_logits, make_target, make_weight
 from torch import Tensor
@@ -276,87 +275,4 @@ def test_logits_edited_behind_autograds_back(order: int, monkeypatch: pytest.Mon
         logits.data.zero_()
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=order == 2)
         results.append(torch.autograd.grad(gradient.square().sum(), leaf)[0] if order == 2 else gradient)
-    close(*results)
-
-
-@pytest.fixture(scope="module")  # of a second one in a process, PyTorch compiles no backward
-def mesh() -> Iterator[Any]:
-    from torch.distributed.tensor import init_device_mesh
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("patched", [False, True])
-@pytest.mark.parametrize("placement", ["replicated", "rows", "classes"])
-def test_dtensor(mesh: Any, placement: str, patched: bool) -> None:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor.parallel import loss_parallel
-
-    of_logits = {"replicated": Replicate(), "rows": Shard(0), "classes": Shard(1)}[placement]
-    of_target = Shard(0) if placement == "rows" else Replicate()
-    results = []
-    for call in BOTH:
-        logits = distribute_tensor(make_logits(6, 8), mesh, [of_logits]).requires_grad_()
-        target = distribute_tensor(make_target(6, n_classes=8), mesh, [of_target])
-        ours = call is not F.cross_entropy
-        with loss_parallel() if placement == "classes" else nullcontext():
-            if ours and patched:
-                with fusedloss.patch_torch():
-                    loss = F.cross_entropy(logits, target)
-            else:
-                loss = call(logits, target)
-            loss.backward()
-        assert not ours or "DTensor" in fusedloss.plan(logits, target).reason
-        results.append((loss.full_tensor(), logits.grad.full_tensor()))
-    close(*results)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("placement", ["replicated", "rows", "classes"])
-def test_dtensor_under_compile(mesh: Any, placement: str) -> None:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    of_logits = {"replicated": Replicate(), "rows": Shard(0), "classes": Shard(1)}[placement]
-    results = []
-    for call in BOTH:
-        torch.compiler.reset()
-        logits = distribute_tensor(make_logits(6, 8), mesh, [of_logits]).requires_grad_()
-        target = distribute_tensor(make_target(6, n_classes=8), mesh, [Shard(0) if placement == "rows" else Replicate()])
-        loss = torch.compile(call, backend="aot_eager")(logits, target)
-        loss.backward()
-        results.append((loss.full_tensor(), logits.grad.full_tensor()))
-    torch.compiler.reset()
-    close(*results)
-
-
-class Logged(Tensor):
-    """A wrapper that knows ATen's operators only."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> "Logged":
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=inner.requires_grad)
-
-    def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        assert func.namespace == "aten", func
-        unwrapped = torch.utils._pytree.tree_map_only(Logged, lambda tensor: tensor.inner, (args, kwargs or {}))
-        result = func(*unwrapped[0], **unwrapped[1])
-        return torch.utils._pytree.tree_map_only(Tensor, Logged, result)
-
-
-def test_another_subclass_with_a_dispatch_of_its_own() -> None:
-    results = []
-    for call in BOTH:
-        logits = Logged(make_logits(6, 5)).requires_grad_()
-        loss = call(logits, make_target(6, n_classes=5))
-        loss.backward()
-        results.append((loss.detach().inner, logits.grad.inner))
     close(*results)
