@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedloss import backends, reference, shards
+from fusedloss import backends, ops, reference, shards
 from fusedloss.backends import cpu, triton
 from fusedloss.checks import Facts, InputFacts, check_class_indices, check_tensors
 from fusedloss.entropy import add_gradient
@@ -15,7 +15,7 @@ from fusedloss.plan import ClassShard, Inputs, Options, accumulation_dtype
 from fusedloss.route import TOO_MANY_ROWS, autocast_is_on, dtype_of_loss
 from fusedloss.rows import expanded_to_rows, kernel_inputs, rows_of
 from fusedloss.stats import LossStats
-from fusedloss.world import is_batched
+from fusedloss.world import has_memory
 
 # PyTorch 2.14 renamed it and warns of the old name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -136,20 +136,32 @@ class _SlicedRowLosses(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("the loss of sharded classes has no second derivative (create_graph=True)")
-        if any(gradient is not None and is_batched(gradient) for gradient in (dlosses, dentropy)):
-            raise RuntimeError("the loss of sharded classes has no gradient for a batch of upstream gradients (is_grads_batched)")
         logits, merged, *saved = ctx.saved_tensors
         log_d, entropy, saved = (*saved[:2], saved[2:]) if ctx.has_entropy else (None, None, saved)
         rest = iter(saved)
         tensors: list[Any] = [next(rest) if present else None for present in ctx.present[1:]]
-        inputs = Inputs(rows_of(logits), *tensors)
         backend, weight_total, options, shard = ctx.call
-        drows = torch.zeros_like(merged[0]) if dlosses is None else dlosses.to(merged.dtype)
-        dlogits = backend.shard_gradient(drows, inputs, merged, weight_total, options, shard)
+
+        def gradient(logits: Tensor, drows: Tensor, dentropy: Tensor | None) -> Tensor:
+            inputs = Inputs(rows_of(logits), *tensors)
+            dlogits: Tensor = backend.shard_gradient(drows, inputs, merged, weight_total, options, shard)
+            if dentropy is not None:
+                whole_rows = (merged[0], log_d.to(merged.dtype), entropy.to(merged.dtype))
+                add_gradient(dlogits, dentropy, inputs, options, whole_rows)
+            return dlogits.view(logits.shape)
+
+        zeros = torch.zeros_like(merged[0])
+        drows, dentropy = (None if values is None else values.to(merged.dtype) for values in (dlosses, dentropy))
+        if all(values is None or has_memory(values) for values in (drows, dentropy)):
+            return gradient(logits, zeros if drows is None else drows, dentropy), None, None, None, None
+        # No kernel serves them, but the gradient is linear in both; unrounded, as it is not yet of its size.
+        wide, of_row = logits.to(merged.dtype), (logits.shape[0], 1, *logits.shape[2:])
+        dlogits = torch.zeros_like(wide)
+        if drows is not None:
+            dlogits = dlogits + ops.scaled(gradient(wide, zeros + 1, None), drows.reshape(of_row))
         if dentropy is not None:
-            whole_rows = (merged[0], log_d.to(merged.dtype), entropy.to(merged.dtype))
-            add_gradient(dlogits, dentropy.to(merged.dtype), inputs, options, whole_rows)
-        return dlogits.view(logits.shape), None, None, None, None
+            dlogits = dlogits + ops.scaled(gradient(wide, zeros, zeros + 1), dentropy.reshape(of_row))
+        return dlogits.to(logits.dtype), None, None, None, None
 
 
 def _gathered(published: Tensor, shard: ClassShard, n_local: int, group: "dist.ProcessGroup | None") -> tuple[Tensor, Tensor]:

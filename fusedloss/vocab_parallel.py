@@ -64,7 +64,7 @@ def vocab_parallel_cross_entropy(
     Raises:
         ValueError: n_classes cannot be told; input holds all classes on a group of several ranks (gathered by mistake); a class
             lies on no rank, or on two (on a GPU the loss is NaN then, since the host does not wait).
-        RuntimeError: a second derivative is asked for, which would need another collective, or is_grads_batched.
+        RuntimeError: a second derivative is asked for, which would need another collective.
         NotImplementedError: under torch.func, forward-mode differentiation, export; of a tensor subclass.
         What `cross_entropy` raises for the whole rows, on every rank alike and before the collective.
 

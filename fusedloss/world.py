@@ -123,8 +123,3 @@ def has_memory(tensor: Tensor) -> bool:
 def hooks_are_active() -> bool:
     """Whether somebody else has the say over what autograd saves: a checkpoint, save_on_cpu, any saved_tensors_hooks."""
     return _top_hooks(False) is not None
-
-
-def is_batched(tensor: Tensor) -> bool:
-    # torch.func.vmap has one kind of batched tensor, autograd.grad(is_grads_batched=True) another.
-    return not torch.compiler.is_compiling() and (torch._C._functorch.is_batchedtensor(tensor) or _is_legacy_batched(tensor))

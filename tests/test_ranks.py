@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from problems import make_logits, make_target
+import torch.nn.functional as F
+from problems import make_logits, make_target, make_weight
+from test_transforms import WITHOUT_MEMORY
 
 from fusedloss.distributed import vocab_parallel_cross_entropy
 
@@ -144,3 +146,44 @@ def under_a_compiler(rank: int, folder: Path) -> None:
 def test_under_a_compiler(tmp_path: Path) -> None:
     launch(under_a_compiler, tmp_path / "compiled")
     assert all((tmp_path / "compiled" / str(rank)).exists() for rank in range(N_RANKS))
+
+
+def upstream_without_memory(rank: int, folder: Path) -> None:
+    """Each in turn reaches the kernel's backward, where an address that is none ends the process."""
+    join_group(rank, folder)
+    weight = make_weight(8)
+    for shape, reduction in (((5, 8), "none"), ((5, 8), "mean"), ((2, 8, 3), "none")):
+        logits, target = make_logits(*shape), make_target(shape[0], *shape[2:], n_classes=8, ignored=-100)
+        options: dict[str, Any] = {"reduction": reduction, "weight": weight, "label_smoothing": 0.1}
+        shard = logits.tensor_split(N_RANKS, 1)[rank].clone().requires_grad_()
+        whole = logits.clone().requires_grad_()
+        counted, log_p = target != -100, whole.log_softmax(1)
+        theirs = F.cross_entropy(whole, target, **options)
+        loss, stats = vocab_parallel_cross_entropy(shard, target, return_stats=True, **options)
+        ours = [[loss]]
+        of_torch = [[theirs]]
+        if reduction == "none":  # the entropies alone, and both
+            entropy = (-(log_p.exp() * log_p).sum(1)).masked_fill(~counted, 0)
+            ours += [[stats.entropy], [loss, stats.entropy]]
+            of_torch += [[entropy], [theirs, entropy]]
+        for outputs, expected in zip(ours, of_torch, strict=True):
+            upstream = [make_logits(2, *output.shape, seed=place) for place, output in enumerate(outputs)]
+            (found,) = torch.autograd.grad(outputs, shard, upstream, retain_graph=True, is_grads_batched=True)
+            (exact,) = torch.autograd.grad(expected, whole, upstream, retain_graph=True, is_grads_batched=True)
+            torch.testing.assert_close(found, exact.tensor_split(N_RANKS, 2)[rank])
+            for without_memory in WITHOUT_MEMORY.values():
+                first = [without_memory(values[0]) for values in upstream]
+                (found,) = torch.autograd.grad(outputs, shard, first, retain_graph=True)
+                (exact,) = torch.autograd.grad(expected, whole, first, retain_graph=True)
+                both = [torch._from_functional_tensor(one) if torch._is_functional_tensor(one) else one for one in (found, exact)]
+                torch.testing.assert_close(both[0], both[1].tensor_split(N_RANKS, 1)[rank])
+    (folder / str(rank)).touch()
+    dist.barrier()
+    os._exit(0)
+
+
+# make_dual() itself makes PyTorch script its decompositions.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_upstream_gradients_without_memory(tmp_path: Path) -> None:
+    launch(upstream_without_memory, tmp_path / "upstream")
+    assert all((tmp_path / "upstream" / str(rank)).exists() for rank in range(N_RANKS))

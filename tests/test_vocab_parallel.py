@@ -135,9 +135,6 @@ def errors(mesh: Any) -> dict[str, str]:
     with pytest.raises(RuntimeError) as raised:
         torch.autograd.grad(loss, leaf, create_graph=True)
     found["second derivative"] = str(raised.value)
-    with pytest.raises(RuntimeError) as raised:
-        torch.autograd.grad(loss, leaf, torch.ones(2), is_grads_batched=True)
-    found["batch of gradients"] = str(raised.value)
     return found
 
 
@@ -241,7 +238,6 @@ def test_every_rank_raises_the_same(results: list[dict[Any, Any]]) -> None:
         assert messages["weight"].startswith("RuntimeError: weight tensor should be defined either for all 20 classes")
         assert messages["reduction"] == "ValueError: average is not a valid value for reduction"
         assert "has no second derivative" in messages["second derivative"]
-        assert "is_grads_batched" in messages["batch of gradients"]
         assert messages["number"] == "TypeError: argument 'n_classes' must be int, not float"
         places = "5 from 0 on of 21, 5 from 5 on of 21, 5 from 10 on of 21, 5 from 15 on of 21"
         assert f"ValueError: the shards do not make up the rows: the ranks hold {places};" in messages["gap"]
