@@ -87,6 +87,7 @@ class RowLosses(torch.autograd.Function):
         if torch.is_grad_enabled() or not has_memory(dloss) or not (dentropy is None or has_memory(dentropy)):
             return _differentiable(inputs, options, settings.needs_grad, dloss, dentropy)
         options = options._replace(reduction="sum", return_stats=False)
+        dloss, dentropy = dloss.resolve_neg(), None if dentropy is None else dentropy.resolve_neg()
         return _padded(linear_ops.gradient_pass(inputs, options, settings, dloss, dentropy).gradients())
 
 

@@ -78,12 +78,13 @@ def cross_entropy_overwriting_logits(
         raise RuntimeError(
             f"logits of shape {list(input.shape)} and strides {list(input.stride())} cannot be overwritten in place"
         )
-    if target.is_neg() or (weight is not None and weight.is_neg()):
-        raise RuntimeError("target or weight is a negative view, which the kernel cannot read")
-    memory = input.untyped_storage().data_ptr()
-    if any(tensor is not None and tensor.untyped_storage().data_ptr() == memory for tensor in (target, weight)):
-        raise RuntimeError("target or weight lies in the memory of the logits, which are overwritten while it is read")
     inputs, factor = with_scale_apart(inputs)
+    memory = input.untyped_storage().data_ptr()
+    for name, tensor in (("target", target), ("weight", weight), ("scale", inputs.scale)):
+        if tensor is not None and tensor.is_neg():
+            raise RuntimeError(f"{name} is a negative view, which the kernel cannot read")
+        if tensor is not None and tensor.untyped_storage().data_ptr() == memory:
+            raise RuntimeError(f"{name} lies in the memory of the logits, which are overwritten while it is read")
     if not ops.overwrites(kernel_inputs(inputs), options, route.backend):
         raise RuntimeError(f"rows of logits of shape {list(input.shape)} do not stay on chip until their gradient is written")
     loss: Tensor = _Overwriting.apply(input, inputs, options, route.out_dtype, route.backend)

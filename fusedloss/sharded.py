@@ -50,6 +50,8 @@ def check_whole_rows(inputs: Inputs, options: Options, shard: ClassShard) -> tor
 def sharded_cross_entropy(
     inputs: Inputs, options: Options, shard: ClassShard, group: "dist.ProcessGroup | None", out_dtype: torch.dtype
 ) -> tuple[Tensor, LossStats | None]:
+    # No dispatcher looks at the tensors on the way to the kernel.
+    inputs = Inputs(*(None if tensor is None else tensor.resolve_neg() for tensor in inputs))  # type: ignore[arg-type]
     if reference.computed_in(inputs) == torch.float64:  # of float32 logits with float64 probabilities, too, as whole rows are
         inputs = inputs._replace(logits=inputs.logits.double())
     logits = inputs.logits

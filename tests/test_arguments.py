@@ -233,6 +233,8 @@ def test_logits_that_lie_in_the_weights_are_not_overwritten() -> None:
         fusedloss.cross_entropy_overwriting_logits(logits, target, logits.detach()[0].exp_())
     with pytest.raises(RuntimeError, match="memory of the logits"):
         fusedloss.cross_entropy_overwriting_logits(logits, logits.detach())
+    with pytest.raises(RuntimeError, match="memory of the logits"):
+        fusedloss.cross_entropy_overwriting_logits(logits, target, scale=logits.detach()[0, 0])
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own call

@@ -63,6 +63,8 @@ def test_misuse_raises() -> None:
         overwriting(torch._neg_view(leaf * 1), target)
     with pytest.raises(RuntimeError, match="negative view"):
         overwriting(leaf * 1, target, torch._neg_view(torch.ones(10)))
+    with pytest.raises(RuntimeError, match="negative view"):
+        overwriting(leaf * 1, target, scale=torch._neg_view(torch.ones(())))
     with pytest.raises(RuntimeError, match="only the kernels"), fusedloss.backend("reference"):
         overwriting(leaf * 1, target)
     with pytest.raises(IndexError, match="Target 10 is out of bounds"):

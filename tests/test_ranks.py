@@ -14,6 +14,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from problems import make_logits, make_target, make_weight
 from test_transforms import WITHOUT_MEMORY
+from torch import Tensor
 
 from fusedloss.distributed import vocab_parallel_cross_entropy
 
@@ -187,3 +188,38 @@ def upstream_without_memory(rank: int, folder: Path) -> None:
 def test_upstream_gradients_without_memory(tmp_path: Path) -> None:
     launch(upstream_without_memory, tmp_path / "upstream")
     assert all((tmp_path / "upstream" / str(rank)).exists() for rank in range(N_RANKS))
+
+
+def negative_views(rank: int, folder: Path) -> None:
+    """The same values, whose signs are flipped in memory, as those of x.conj().imag are."""
+    join_group(rank, folder)
+    tensors: dict[str, Any] = {
+        "logits": make_logits(5, 8),
+        "weight": make_weight(8),
+        "lam": torch.rand(5),
+        "scale": torch.rand(()),
+    }
+    tensors |= {"target": make_target(5, n_classes=8), "probabilities": make_logits(5, 8, seed=1).softmax(1)}
+
+    def loss_and_gradient(
+        logits: Tensor, weight: Tensor, lam: Tensor, scale: Tensor, target: Tensor, probabilities: Tensor
+    ) -> Any:
+        shard = logits.detach().tensor_split(N_RANKS, 1)[rank].requires_grad_()
+        options: dict[str, Any] = {"weight": weight, "label_smoothing": 0.1, "scale": scale}
+        losses = [
+            vocab_parallel_cross_entropy(shard, labels, **options)
+            for labels in (target, probabilities, (target, target.flip(0), lam))
+        ]
+        return [loss.detach() for loss in losses], torch.autograd.grad(losses, shard)
+
+    expected = loss_and_gradient(**tensors)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(loss_and_gradient(**{**tensors, name: torch._neg_view(-tensor.detach())}), expected)
+    (folder / str(rank)).touch()
+    dist.barrier()
+    os._exit(0)
+
+
+def test_negative_views(tmp_path: Path) -> None:
+    launch(negative_views, tmp_path / "negative")
+    assert all((tmp_path / "negative" / str(rank)).exists() for rank in range(N_RANKS))

@@ -1,6 +1,7 @@
 """Points 23 to 29 of PyTorch's semantics: upstream gradients, repeated backwards, edits after the forward, layouts."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -180,21 +181,27 @@ def _negative_view(values: Tensor) -> Tensor:
     return torch._neg_view(-values)
 
 
-@pytest.mark.parametrize("what", ["logits", "weight", "probabilities", "upstream"])
+def _of_a_layer(input: Tensor, target: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    return fusedloss.linear_cross_entropy(input, torch.eye(input.shape[1]), target, weight=weight, **options)
+
+
+@pytest.mark.parametrize("fused_layer", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("what", ["logits", "weight", "target", "upstream"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_29_negative_views(any_cross_entropy: Function, reduction: str, what: str) -> None:
-    target = make_probabilities(6, 5) if what == "probabilities" else make_target(6, n_classes=5)
+def test_29_negative_views(any_cross_entropy: Function, reduction: str, what: str, soft: bool, fused_layer: bool) -> None:
+    target = make_probabilities(6, 5) if soft else make_target(6, n_classes=5)
     tensors = {"logits": make_logits(6, 5), "weight": make_weight(5), "target": target, "upstream": torch.rand(6)}
 
-    def call(logits: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    def call(function: Function, logits: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
         logits.requires_grad_()
-        loss = any_cross_entropy(logits, target, weight, reduction=reduction)
+        loss = function(logits, target, weight, reduction=reduction)
         (gradient,) = torch.autograd.grad(loss, logits, upstream if reduction == "none" else upstream[0])
         return loss, gradient
 
-    expected = call(**tensors)
-    name = "target" if what == "probabilities" else what
-    torch.testing.assert_close(call(**{**tensors, name: _negative_view(tensors[name].detach())}), expected)
+    expected = call(any_cross_entropy, **tensors)
+    negative = {**tensors, what: _negative_view(tensors[what].detach())}
+    torch.testing.assert_close(call(_of_a_layer if fused_layer else any_cross_entropy, **negative), expected)
 
 
 def test_29_expanded_logits_and_strided_targets(cross_entropy: Function) -> None:
