@@ -73,7 +73,7 @@ fuzz: $(READY)
 
 # -O0: with optimisation GCC takes minutes to instrument the templates.
 SANITIZE := -std=c++17 -O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-psabi
-SANITIZED := $(patsubst kernels/cpu/%.cpp,build/sanitize/%.o,$(wildcard kernels/cpu/*.cpp))
+SANITIZED := $(patsubst kernels/cpu/%.cpp,build/sanitize/%.o,$(filter-out %/python.cpp,$(wildcard kernels/cpu/*.cpp)))
 
 build/sanitize/%.o: kernels/cpu/%.cpp $(wildcard kernels/cpu/*.h)
 	@mkdir -p $(@D)

@@ -1,6 +1,6 @@
 """Compiles the CPU kernel, and makes the README a page that stands alone; everything that is data lives in pyproject.toml.
 
-The kernel is plain C++ without Python or torch headers, loaded by ctypes: one build serves every Python and every torch. It is
+The kernel is C++ without the headers of Python or torch, loaded by ctypes: one build serves every Python and every torch. It is
 optional: without a C++ compiler the installation succeeds, the wheel is a pure one (py3-none-any), the loss on a CPU is
 PyTorch's, and the first call there and `python -m fusedloss` say so.
 """

@@ -116,6 +116,21 @@ def double_backward(loss: Loss) -> Step:
     return step
 
 
+def accumulated(loss: Loss) -> Step:
+    """One of eight steps whose gradients are added up."""
+    logits, target = example(128, 10)
+    logits.requires_grad_()
+    return lambda: torch.autograd.grad(loss(logits, target) / 8, logits)
+
+
+def weighted_by_hand(loss: Loss) -> Step:
+    """A loss for each row, which the caller weights."""
+    logits, target = example(128, 10)
+    logits.requires_grad_()
+    weight = torch.rand(128)
+    return lambda: torch.autograd.grad((loss(logits, target, reduction="none") * weight).mean(), logits)
+
+
 def statistics_of(loss: Loss) -> Step:
     """With the accuracy, which PyTorch takes further operators for."""
     logits, target = example(128, 10)
@@ -146,6 +161,8 @@ OTHERS: dict[str, Make] = {
     "another N at every call, N x 10": lambda loss: batch_sizes(loss, range(100, 132), 10),
     "another N at every call, 200 to 2000 x 100": lambda loss: batch_sizes(loss, range(200, 2000, 60), 100),
     "next tokens, 4 x 64 x 100": next_tokens,
+    "an eighth of the loss, 128 x 10": accumulated,
+    "losses times weights, 128 x 10": weighted_by_hand,
     "statistics, 128 x 10": statistics_of,
     "uint8, 128 x 10": lambda loss: call(loss, torch.randn(128, 10), torch.randint(10, (128,), dtype=torch.uint8)),
     "weight and smoothing, 128 x 10": lambda loss: call(loss, *example(128, 10), weight=torch.rand(10), label_smoothing=0.1),

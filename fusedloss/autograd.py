@@ -96,10 +96,14 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
         ctx.call, ctx.has_gradient = (known, scale), dlogits is not None
         if dlogits is None or known.forgets:
             ctx.place = None
-            ctx.save_for_backward(logits, target, *(() if weight is None else (weight,)), saved if dlogits is None else dlogits)
+            last = saved if dlogits is None else dlogits
+            if weight is None:  # with a tuple of one or of none, a percent of a small step
+                ctx.save_for_backward(logits, target, last)
+            else:
+                ctx.save_for_backward(logits, target, weight, last)
         else:  # nobody's hooks are active: to have autograd save the gradient would take 3 % of a small step
             ctx.place = logits, logits._version, dlogits
-            if weight is None:  # another percent
+            if weight is None:
                 ctx.save_for_backward(target)
             else:
                 ctx.save_for_backward(target, weight)

@@ -23,7 +23,10 @@ MAX_KEYS = 256
 MAX_CALLS = 8  # of one key: each that is another costs a tenth of a microsecond
 MAX_SEEN = 1024
 
-_TensorGuards = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # private: without it no call is known again
+# At hand, since asking for a name takes as long as the answer.
+_is_grad_enabled = torch.is_grad_enabled
+_n_function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)  # private: without it no call is known again
+_TensorGuards = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # nor without this
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +67,9 @@ def find(
             arguments,
             weight is None,
             backends.requested,
-            torch.is_grad_enabled(),
+            _is_grad_enabled(),
             forward_ad._current_level,
-            torch._C._len_torch_function_stack(),
+            _n_function_modes(),
             n_dispatch_modes(),
         )
         calls = KNOWN.get(key)
@@ -76,7 +79,8 @@ def find(
         if input.is_nested or target.is_nested or (weight is not None and (type(weight) not in PLAIN_TYPES or weight.is_nested)):
             return key, None
         for call in calls:
-            if not (call.takes(input, target) if weight is None else call.takes(input, target, weight)):
+            takes = call.takes  # Python calls a name faster than an attribute
+            if not (takes(input, target) if weight is None else takes(input, target, weight)):
                 continue
             if call.needs_grad and hooks_are_active():  # their way is another: the gradient is made when it is asked for
                 return None, None

@@ -22,10 +22,6 @@
 
 using namespace fusedloss;
 
-extern "C" int64_t fusedloss_forward(const Call*, const Rest*);
-extern "C" void fusedloss_backward(const Call*, const Rest*);
-extern "C" int64_t fusedloss_best_isa();
-
 // Allocations that succeed before one fails; negative: all do. Of the kernel's thread: it allocates nothing but its threads.
 thread_local int64_t n_allocations = -1;
 void* operator new(size_t size) {
@@ -267,6 +263,12 @@ void one_problem(int number) {
         require(found[0] == n_counted && found[1] >= 0 && found[1] <= n_counted, "rows are counted", number);
         require(n_counted == 0 ? worst == -1 : worst >= 0 && worst < int64_t(n_rows) && !ignored[size_t(worst)],
                 "the worst row counts", number);
+      }
+      if (p.reduction != kNone) {
+        Buffer dense(n_rows * size_t(p.n_cols) * item_size(p.logits_dtype), 0x3c);  // small numbers of any dtype
+        backward.dlogits = dense.bytes.get();
+        require(fusedloss_scale_gradient(&backward, &backward) == 0, "a finite factor is no reason to refuse", number);
+        results[round].push_back(std::move(dense));
       }
       results[round].push_back(std::move(row_stats)), results[round].push_back(std::move(counts));
       results[round].push_back(std::move(loss)), results[round].push_back(std::move(gradient));

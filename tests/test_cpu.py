@@ -264,6 +264,7 @@ def _fields(source: str, struct: str) -> list[tuple[str, str]]:
     """Names and types of a C++ struct's fields in order, as cpu_abi.py has them."""
     code = re.sub(r"//[^\n]*", "", _body(source, f"struct {struct} {{"))
     code = re.sub(r"void \(\*(\w+)\)\([^;]*;", r"void* \1;", code)
+    pointer = "Address" if struct == "Kind" else "torch.Tensor | None"
     fields = []
     for declaration in filter(None, map(str.strip, code.split(";"))):
         kind, names = re.fullmatch(r"((?:const )?\w+\*?)\s+(.*)", declaration, re.DOTALL).groups()  # type: ignore[union-attr]
@@ -271,17 +272,20 @@ def _fields(source: str, struct: str) -> list[tuple[str, str]]:
             if kind == "Strides":
                 fields += [(f"{name.removesuffix('_strides')}_{dim}", "int") for dim in ("outer", "middle", "row", "col")]
             else:
-                fields.append((name, {"double": "float", "int64_t": "int"}.get(kind, "Address")))
+                fields.append((name, {"double": "float", "int64_t": "int"}.get(kind, pointer)))
     return fields
 
 
 def test_python_and_the_header_agree() -> None:
     """One order of fields and of names on both sides: nothing else would notice."""
-    source = (Path(__file__).parent.parent / "kernels" / "cpu" / "problem.h").read_text()
+    folder = Path(__file__).parent.parent / "kernels" / "cpu"
+    source, taken = (folder / "problem.h").read_text(), (folder / "python.cpp").read_text()
     for fields in (cpu_abi.Call, cpu_abi.Extras, cpu_abi.Kind):
-        here = [(name, kind.__name__) for name, kind in get_type_hints(fields).items()]
+        here = [(name, str(getattr(kind, "__name__", kind))) for name, kind in get_type_hints(fields).items()]
         assert here == _fields(source, fields.__name__)
     assert [(name, "float") for name in NUMBERS] == _fields(source, "Numbers")
+    assert list(cpu_abi.Call._fields) == re.findall(r"\bcall\.(\w+)", taken)
+    assert list(cpu_abi.Extras._fields) == re.findall(r"\brest\.(\w+)", taken.split("if (n == N_LONG)")[1])
     enumerators = {
         "Dtype": [str(dtype).removeprefix("torch.") for dtype in cpu_abi.DTYPES],
         "Reduction": cpu_abi.REDUCTIONS,

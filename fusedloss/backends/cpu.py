@@ -1,8 +1,7 @@
-"""Calls the C++ kernel of kernels/cpu through ctypes.
+"""Calls the C++ kernel of kernels/cpu.
 
-Two bytes objects carry all arguments (kernels/cpu/problem.h): ctypes would take 3 us to convert as many one by one. What shapes,
-strides, dtypes and options decide is packed once for all calls alike; a call packs its addresses, each of them checked against
-the memory that is there.
+Its functions take tensors (kernels/cpu/python.cpp). What shapes, strides, dtypes and options decide is packed once for all calls
+alike, and handed over as one bytes object.
 """
 
 import math
@@ -12,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.cpu_abi import Library, load
-from fusedloss.backends.cpu_call import as_read, prepack, run
+from fusedloss.backends.cpu_call import as_read, bytes_spanned, check_memory, prepack, run
 from fusedloss.backends.outputs import NO_OUTPUTS, Outputs, allocate_forward, allocate_gradient, n_statistics
 from fusedloss.plan import ClassShard, Inputs, Options, accumulation_dtype
 
 # At import: a call has no time for it, and torch.compile reads a constant.
-LIBRARY, MISSING = load()
+LIBRARY, MISSING = load(lambda tensor: check_memory(tensor, bytes_spanned(tensor)))
 ISA = LIBRARY.isa if LIBRARY is not None else "none"  # instruction set in use
 
 

@@ -6,55 +6,56 @@ in the same order; tests/test_cpu.py compares the two files.
 
 import ctypes
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, NewType, get_type_hints
+from typing import NamedTuple, NewType, get_type_hints
 
 import torch
+from torch import Tensor
 
 from fusedloss import environment
 from fusedloss.plan import NUMBERS
 
 LIBRARY_NAME = "fusedloss_cpu.so"
 
-ABI = 9
+ABI = 10
 ISA_NAMES = ("auto", "baseline", "avx2", "avx512", "avx512bf16")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean", "max", "topk")
 TARGET_KINDS = ("int64", "uint8", "probabilities", "probabilities_as_logits")
 
 Address = NewType("Address", int)
-NULL = Address(0)
 
 
 class Call(NamedTuple):
     """What every call has of its own."""
 
-    loss: Address
-    saved: Address
-    dlogits: Address
-    logits: Address
-    target: Address
-    weight: Address
+    loss: Tensor | None
+    saved: Tensor | None
+    dlogits: Tensor | None
+    row_stats: Tensor | None
+    counts: Tensor | None
+    logits: Tensor | None
+    target: Tensor | None
+    weight: Tensor | None
+    dloss: Tensor | None
     scale: float
     n_threads: int
     n_examples: int
 
 
 class Extras(NamedTuple):
-    """What few calls have."""
+    """What few calls have besides."""
 
-    row_stats: Address = NULL
-    counts: Address = NULL
-    target_b: Address = NULL
-    lam: Address = NULL
-    sample_weight: Address = NULL
-    dloss: Address = NULL
-    lam_factor: float = 1.0
-    shard_stats: Address = NULL
-    first_class: int = 0
-    n_classes: int = 0
+    target_b: Tensor | None
+    lam: Tensor | None
+    sample_weight: Tensor | None
+    shard_stats: Tensor | None
+    lam_factor: float
+    first_class: int
+    n_classes: int
 
 
 class Kind(NamedTuple):
@@ -91,18 +92,17 @@ class Kind(NamedTuple):
     gomp_parallel: Address
 
 
-def packing(fields: type) -> struct.Struct:
-    codes = {Address: "Q", int: "q", float: "d"}
-    return struct.Struct("=" + "".join(codes[kind] for kind in get_type_hints(fields).values()))
-
-
-CALL, EXTRAS, FLOATS, KIND = packing(Call), packing(Extras), struct.Struct(f"={len(NUMBERS)}d"), packing(Kind)
-NO_EXTRAS = EXTRAS.pack(*Extras())
+NUMBERS_PACKED = struct.Struct(f"={len(NUMBERS)}d")
+KIND = struct.Struct("=" + "".join({Address: "Q", int: "q", float: "d"}[kind] for kind in get_type_hints(Kind).values()))
 
 
 class Functions(NamedTuple):
-    forward: Any
-    backward: Any
+    """Of the library. Arguments: Kind and its numbers, packed; whether Python's other threads wait meanwhile, as they should for
+    problems that are solved before another could make use of the lock; the fields of a Call; those of Extras, or nothing."""
+
+    forward: Callable[..., int]
+    backward: Callable[..., int]
+    scale_gradient: Callable[..., int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,39 +110,32 @@ class Library:
     """The loaded kernel and what its calls need."""
 
     functions: Functions
-    holding_gil: Functions  # for problems that one thread solves before another could make use of the lock
     isa: str
     requested_isa: int
     gomp_parallel: int
     path: str
 
 
-def load() -> tuple[Library | None, str | None]:
-    """The library, or why there is none."""
+def load(check_memory: Callable[[Tensor], None]) -> tuple[Library | None, str | None]:
+    """The library, or why there is none. check_memory raises where a tensor's memory is not there."""
     path = _find()
     if path is None:
         return None, f"the compiled CPU kernel is missing: {_why_not_built()}"
     try:
-        library = ctypes.CDLL(str(path))
+        library = ctypes.PyDLL(str(path))
     except OSError as error:
         return None, f"the compiled CPU kernel does not load: {error}"
-    size = CALL.size + EXTRAS.size + FLOATS.size + KIND.size
     # A library from before this number has no such function.
-    if not hasattr(library, "fusedloss_abi") or library.fusedloss_abi() != ABI * 10000 + size:
+    if not hasattr(library, "fusedloss_abi") or library.fusedloss_abi() != ABI * 10000 + NUMBERS_PACKED.size + KIND.size:
         return None, f"the compiled CPU kernel {path} is of another version: build it again"
     library.fusedloss_best_isa.restype = ctypes.c_int64
     requested = ISA_NAMES.index(environment.choice("FUSEDLOSS_CPU_ISA", ISA_NAMES))
     best = library.fusedloss_best_isa()
     isa = ISA_NAMES[min(requested, best) if requested else best]
-    functions, holding_gil = _functions(library), _functions(ctypes.PyDLL(str(path)))
-    return Library(functions, holding_gil, isa, requested, _gomp_parallel(), str(path)), None
-
-
-def _functions(library: ctypes.CDLL) -> Functions:
-    forward, backward = library.fusedloss_forward, library.fusedloss_backward
-    # No argtypes: bytes go as they are, addresses of their characters, and a conversion of each would take 1 % of a small call.
-    forward.restype, backward.restype = ctypes.c_int64, None
-    return Functions(forward, backward)
+    function = library.fusedloss_function
+    function.argtypes, function.restype = [ctypes.c_char_p, ctypes.py_object], ctypes.py_object
+    functions = Functions(*[function(name.encode(), check_memory) for name in Functions._fields])
+    return Library(functions, isa, requested, _gomp_parallel(), str(path)), None
 
 
 def _find() -> Path | None:

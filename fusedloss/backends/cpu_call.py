@@ -1,4 +1,4 @@
-"""One call of the C++ kernel: its arguments packed, its addresses checked against the memory that is there."""
+"""One call of the C++ kernel: what calls alike have in common is packed, and the memory of its tensors looked for."""
 
 import math
 from functools import lru_cache
@@ -9,18 +9,14 @@ from torch import Tensor
 
 from fusedloss import plan_cpu
 from fusedloss.backends.cpu_abi import (
-    CALL,
     DTYPES,
-    EXTRAS,
-    FLOATS,
     KIND,
-    NULL,
+    NUMBERS_PACKED,
     REDUCTIONS,
     TARGET_KINDS,
     Address,
     Call,
     Extras,
-    Functions,
     Kind,
     Library,
 )
@@ -51,12 +47,12 @@ class Prepacked(NamedTuple):
     dlogits: Span
     target: Span
 
-    def workers(self, n_examples: int) -> tuple[int, Functions]:
-        """How many threads are worth waking, and there; and the functions that they run."""
+    def workers(self, n_examples: int) -> tuple[int, bool]:
+        """How many threads are worth waking, and there; and whether Python's others wait for them."""
         if n_examples < self.examples_of_two_threads:
-            return 1, self.library.holding_gil
+            return 1, True
         worth = plan_cpu.max_threads(n_examples * self.per_example * self.n_cols)
-        return min(worth, torch.get_num_threads()), self.library.functions
+        return min(worth, torch.get_num_threads()), False
 
 
 def run(
@@ -70,32 +66,39 @@ def run(
     shard_stats: Tensor | None = None,
 ) -> int:
     logits, target, target_b, lam, weight, sample_weight, scale = inputs
+    loss, saved, dlogits, row_stats, counts = outputs
     n_examples = logits.shape[0]
-    n_threads, functions = kind.workers(n_examples)
+    for tensor, span in ((dlogits, kind.dlogits), (logits, kind.logits), (target, kind.target)):
+        check_memory(tensor, span.of(n_examples))
+    for tensor in (loss, saved, row_stats, counts, target_b, lam, weight, sample_weight, dloss, shard_stats):
+        check_memory(tensor, 0 if tensor is None else tensor.nbytes)  # contiguous
+    n_threads, holds_gil = kind.workers(n_examples)
     call = Call(
-        loss=_contiguous_address(outputs.loss),
-        saved=_contiguous_address(outputs.saved),
-        dlogits=address(outputs.dlogits, kind.dlogits.of(n_examples)),
-        logits=address(logits, kind.logits.of(n_examples)),
-        target=address(target, kind.target.of(n_examples)),
-        weight=_contiguous_address(weight),
+        loss=loss,
+        saved=saved,
+        dlogits=dlogits,
+        row_stats=row_stats,
+        counts=counts,
+        logits=logits,
+        target=target,
+        weight=weight,
+        dloss=dloss,
         scale=options.scale if scale is None else options.scale * scale.item(),
         n_threads=n_threads,
         n_examples=n_examples,
     )
     extras = Extras(
-        row_stats=_contiguous_address(outputs.row_stats),
-        counts=_contiguous_address(outputs.counts),
-        target_b=_contiguous_address(target_b),
-        lam=_contiguous_address(lam),
-        sample_weight=_contiguous_address(sample_weight),
-        dloss=_contiguous_address(dloss),
+        target_b=target_b,
+        lam=lam,
+        sample_weight=sample_weight,
+        shard_stats=shard_stats,
         lam_factor=options.lam,
-        shard_stats=_contiguous_address(shard_stats),
         first_class=0 if shard is None else shard.first_class,
         n_classes=0 if shard is None else shard.n_classes,
     )
-    return functions[is_backward](CALL.pack(*call), EXTRAS.pack(*extras) + kind.packed)
+    functions = kind.library.functions
+    function = functions.backward if is_backward else functions.forward
+    return function(kind.packed, holds_gil, *call, *extras)
 
 
 def as_read(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,8 +109,8 @@ def as_read(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def converted(tensor: Tensor, dtype: torch.dtype, n_bytes: int) -> Tensor:
-    """A contiguous tensor of this dtype. n_bytes: as `address` takes them."""
-    address(tensor, n_bytes)  # Tensor.to() does not look whether the memory is there
+    """A contiguous tensor of this dtype. n_bytes: as `check_memory` takes them."""
+    check_memory(tensor, n_bytes)  # Tensor.to() does not look whether it is there
     return tensor.to(dtype).contiguous()
 
 
@@ -116,25 +119,17 @@ def bytes_spanned(tensor: Tensor) -> int:
     return _spanned(tensor.shape, tensor.stride()) * tensor.itemsize
 
 
-def _contiguous_address(tensor: Tensor | None) -> Address:
-    return NULL if tensor is None else address(tensor, tensor.nbytes)
-
-
-def address(tensor: Tensor | None, n_bytes: int) -> Address:
-    """Where a tensor's values begin, NULL without one. n_bytes: from the first to the end of the last.
-
-    Raises RuntimeError where the memory is not there: `tensor.untyped_storage().resize_(0)` frees what a tensor lies in, and FSDP
-    does that to logits between forward and backward.
-    """
+def check_memory(tensor: Tensor | None, n_bytes: int) -> None:
+    """Raises RuntimeError where a tensor's memory is not there: `tensor.untyped_storage().resize_(0)` frees what it lies in, and
+    FSDP does that to logits between forward and backward. n_bytes: from the first value to the end of the last."""
     if tensor is None:
-        return NULL
+        return
     needed = n_bytes + tensor.storage_offset() * tensor.itemsize
     if tensor.untyped_storage().nbytes() < needed and n_bytes > 0:
         raise RuntimeError(
             f"a tensor of shape {list(tensor.shape)} and strides {list(tensor.stride())} needs {needed} bytes of memory, but "
             f"has {tensor.untyped_storage().nbytes()}: its data is not allocated yet, or was freed"
         )
-    return Address(tensor.data_ptr())
 
 
 def prepack(
@@ -206,7 +201,7 @@ def _kind(
     itemsize, per_example = logits_dtype.itemsize, rows.per_example * target_dtype.itemsize
     return Prepacked(
         library,
-        FLOATS.pack(*[getattr(options, name) for name in NUMBERS]) + KIND.pack(*kind),
+        NUMBERS_PACKED.pack(*[getattr(options, name) for name in NUMBERS]) + KIND.pack(*kind),
         rows.per_example,
         rows.n_cols,
         -(-2 * plan_cpu.ELEMENTS_PER_THREAD // max(1, math.prod(example))),

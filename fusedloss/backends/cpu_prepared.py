@@ -1,10 +1,8 @@
-"""Calls alike of the C++ kernel: what they have in common is decided once, and a call is left with its addresses."""
+"""Calls alike of the C++ kernel: what they have in common is decided once, and a call is left with its tensors."""
 
-import ctypes
 import math
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,18 +10,22 @@ import torch
 from torch import Tensor
 
 from fusedloss.backends.cpu import all_as_read, library, raise_out_of_bounds, scale_gradient
-from fusedloss.backends.cpu_abi import CALL, EXTRAS, NO_EXTRAS, Extras, Functions
-from fusedloss.backends.cpu_call import Prepacked, address, bytes_spanned, converted, prepack
-from fusedloss.backends.outputs import N_ROW_STATS, STATE, RowStats, allocate_gradient, contiguous_strides, kept
+from fusedloss.backends.cpu_abi import Functions
+from fusedloss.backends.cpu_call import Prepacked, bytes_spanned, converted, prepack
+from fusedloss.backends.outputs import (
+    N_ROW_STATS,
+    NO_STATS,
+    STATE,
+    Allocators,
+    RowStats,
+    allocate_gradient,
+    contiguous_strides,
+    forward_allocators,
+    kept,
+)
 from fusedloss.plan import Inputs, Options, accumulation_dtype
 
 _ON_CPU = partial(torch.empty_strided, device=torch.device("cpu"))  # torch.empty() takes half as long again
-# Memory that was freed begins at 0, and a tensor in it at its offset, which is less than this. Where the memory of a process lies
-# lower, as on some machines, `address` is asked for every tensor.
-_PAST_FREED = 2**44
-_BITS = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}  # by the size of a floating point number
-_DLOSS = 8 * Extras._fields.index("dloss")
-_BEFORE_DLOSS, _AFTER_DLOSS = NO_EXTRAS[:_DLOSS], NO_EXTRAS[_DLOSS + 8 :]
 
 
 class Conversion(NamedTuple):
@@ -33,102 +35,123 @@ class Conversion(NamedTuple):
     n_bytes: int
 
 
+class PerExample(NamedTuple):
+    """What outputs take for each example, where calls with any number of them are alike."""
+
+    losses: tuple[int, ...] | None  # None: the loss is 0-d
+    n_saved: int  # 0: nothing is saved
+    makes_gradient: bool
+    has_stats: bool
+    out_dtype: torch.dtype
+    saved_dtype: torch.dtype
+
+    def allocate(self, logits: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, RowStats | None]:
+        n_examples, saved, stats = logits.shape[0], None, None
+        losses = () if self.losses is None else (n_examples, *self.losses)
+        loss = _ON_CPU(losses, contiguous_strides(losses), dtype=self.out_dtype)
+        if self.n_saved:
+            saved = _ON_CPU((STATE + n_examples * self.n_saved,), (1,), dtype=self.saved_dtype)
+        if self.has_stats:
+            n_rows = math.prod((n_examples, *logits.shape[2:]))
+            row_stats = _ON_CPU((N_ROW_STATS, n_rows), (n_rows, 1), dtype=self.saved_dtype)
+            stats = row_stats, _ON_CPU((3,), (1,), dtype=torch.int64)
+        return loss, saved, torch.empty_like(logits) if self.makes_gradient else None, stats
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """Forward and backward of calls alike, on logits with class indices or probabilities, and weights or not."""
 
+    run: Functions
     kind: Prepacked
-    backward_kind: Prepacked
+    packed: bytes  # kind.packed, at hand
+    backward_packed: bytes
     conversions: tuple[Conversion | None, ...] | None  # of logits, target and weight; None: all are read where they lie
-    any_batch: bool  # calls with another number of examples are alike
-    n_examples: int  # where any_batch is False, as the next two
-    workers: tuple[int, Functions] | None  # if one thread serves the call whatever torch's number of threads is
+    per_example: PerExample | None  # None: calls with another number of examples are not alike
+    n_examples: int  # where per_example is None, as the next three
+    workers: tuple[int, bool] | None  # if one thread serves the call whatever torch's number of threads is
+    new: Allocators
     new_gradient: Callable[[], Tensor]
-    new_loss: Callable[[], Tensor]  # 0-d
-    losses: tuple[int, ...] | None  # of an example; None: the loss is 0-d
-    loss_strides: tuple[int, ...]  # of losses
-    saved_per_example: int  # 0: nothing is saved
-    makes_gradient: bool
-    out_dtype: torch.dtype
-    saved_dtype: torch.dtype
     dloss_dtype: torch.dtype  # that the kernel reads
-    rest: bytes | None  # of the kernel's arguments; None: addresses of statistics are among them
-    after_dloss: bytes  # of the backward's
-    bits_at: Callable[[int], Any]  # of a loss, as an integer at an address
-    one: int  # the bits of 1
+
+    @property
+    def any_batch(self) -> bool:
+        return self.per_example is not None
 
     def forward(
         self, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor | None, Tensor | None, RowStats | None]:
         """The loss, what the backward reads, the gradient for an upstream gradient of 1 and statistics; as `Outputs` has them."""
-        kind, saved, dlogits, stats, rest = self.kind, None, None, None, self.rest
         if self.conversions is not None:
             logits, target, weight = _converted(self.conversions, logits, target, weight)
-        n_examples = logits.shape[0] if self.any_batch else self.n_examples
-        if self.losses is None:
-            loss = self.new_loss()
+        if self.per_example is None:
+            n_examples, new = self.n_examples, self.new
+            loss = new.loss()
+            saved = None if new.saved is None else new.saved()
+            dlogits = None if new.dlogits is None else new.dlogits()
+            stats = None if new.stats is None else new.stats()
         else:
-            loss = _ON_CPU((n_examples, *self.losses), self.loss_strides, dtype=self.out_dtype)
-        if self.saved_per_example:
-            saved = _ON_CPU((STATE + n_examples * self.saved_per_example,), (1,), dtype=self.saved_dtype)
-        if self.makes_gradient:
-            dlogits = torch.empty_like(logits) if self.any_batch else self.new_gradient()
-        if rest is None:
-            n_rows = n_examples * kind.per_example
-            stats = _ON_CPU((N_ROW_STATS, n_rows), (n_rows, 1), dtype=self.saved_dtype), _ON_CPU((3,), (1,), dtype=torch.int64)
-            rest = EXTRAS.pack(*Extras(row_stats=address(stats[0], 0), counts=address(stats[1], 0))) + kind.packed
-        logits_at, target_at = logits.data_ptr(), target.data_ptr()
-        if logits_at < _PAST_FREED or target_at < _PAST_FREED:  # address() takes 2 % of a small step for each tensor
-            logits_at = address(logits, kind.logits.of(n_examples))
-            target_at = address(target, kind.target.of(n_examples))
-        n_threads, functions = self.workers or kind.workers(n_examples)
-        call = CALL.pack(  # as in run(), but of fewer tensors and without names, which would take 3 % of a small step
-            loss.data_ptr(),
-            0 if saved is None else saved.data_ptr(),
-            0 if dlogits is None else dlogits.data_ptr(),
-            logits_at,
-            target_at,
-            0 if weight is None else address(weight, weight.nbytes),
+            n_examples = logits.shape[0]
+            loss, saved, dlogits, stats = self.per_example.allocate(logits)
+        row_stats, counts = stats or NO_STATS
+        n_threads, holds_gil = self.workers or self.kind.workers(n_examples)
+        bad_row = self.run.forward(  # as cpu_call.run() does, but without names, which would take 3 % of a small step
+            self.packed,
+            holds_gil,
+            loss,
+            saved,
+            dlogits,
+            row_stats,
+            counts,
+            logits,
+            target,
+            weight,
+            None,
             scale,
             n_threads,
             n_examples,
         )
-        bad_row = functions.forward(call, rest)
         if bad_row:
-            raise_out_of_bounds(bad_row - 1, kind.n_cols, target)
+            raise_out_of_bounds(bad_row - 1, self.kind.n_cols, target)
         return loss, saved, dlogits, stats
 
     def backward(self, dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, saved: Tensor) -> Tensor:
         """The gradient of the logits; saved: the forward's, the scale in it."""
         if self.conversions is not None:
             logits, target, weight = _converted(self.conversions, logits, target, weight)
-        kind, n_examples = self.backward_kind, logits.shape[0] if self.any_batch else self.n_examples
-        dlogits = torch.empty_like(logits) if self.any_batch else self.new_gradient()
+        if self.per_example is None:
+            n_examples, dlogits = self.n_examples, self.new_gradient()
+        else:
+            n_examples, dlogits = logits.shape[0], torch.empty_like(logits)
         if dloss.dtype != self.dloss_dtype or not dloss.is_contiguous():
             dloss = converted(dloss, self.dloss_dtype, bytes_spanned(dloss))
-        saved_at, dloss_at, logits_at, target_at = saved.data_ptr(), dloss.data_ptr(), logits.data_ptr(), target.data_ptr()
-        if min(saved_at, dloss_at, logits_at, target_at) < _PAST_FREED:
-            saved_at, dloss_at = address(saved, saved.nbytes), address(dloss, dloss.nbytes)
-            logits_at, target_at = address(logits, kind.logits.of(n_examples)), address(target, kind.target.of(n_examples))
-        n_threads, functions = self.workers or kind.workers(n_examples)
-        call = CALL.pack(
-            0,
-            saved_at,
-            dlogits.data_ptr(),
-            logits_at,
-            target_at,
-            0 if weight is None else address(weight, weight.nbytes),
+        n_threads, holds_gil = self.workers or self.kind.workers(n_examples)
+        self.run.backward(
+            self.backward_packed,
+            holds_gil,
+            None,
+            saved,
+            dlogits,
+            None,
+            None,
+            logits,
+            target,
+            weight,
+            dloss,
             1.0,
             n_threads,
             n_examples,
         )
-        functions.backward(call, _BEFORE_DLOSS + dloss_at.to_bytes(8, sys.byteorder) + self.after_dloss)
         return dlogits
 
     def scale_gradient(self, dlogits: Tensor, dloss: Tensor) -> None:
         """dlogits *= dloss."""
-        at = dloss.data_ptr()
-        if at < _PAST_FREED or self.bits_at(at).value != self.one:  # item() takes 3 % of a small step
+        n_examples = self.n_examples if self.per_example is None else dlogits.shape[0]
+        n_threads, holds_gil = self.workers or self.kind.workers(n_examples)
+        nothing = (None,) * 5
+        if self.run.scale_gradient(
+            self.packed, holds_gil, None, None, dlogits, *nothing, dloss, 1.0, n_threads, n_examples
+        ):  # of a number that is not finite
             scale_gradient(dlogits, dloss)
 
 
@@ -153,7 +176,6 @@ def prepare(
     saved_dtype = accumulation_dtype(logits.dtype)
     dloss_dtype = out_dtype if out_dtype in (logits.dtype, saved_dtype) else saved_dtype
     backward_kind = prepack(read, strides, dloss_dtype, options, library())
-    bits_at, one = _BITS[out_dtype.itemsize].from_address, torch.ones((), dtype=out_dtype, device="cpu")
     any_batch = (
         varies
         and logits.dim() > 1
@@ -163,26 +185,22 @@ def prepare(
         and (soft or as_given.target.stride() == contiguous_strides(as_given.target.shape))
     )
     n_examples = shape[0] if logits.dim() > 1 else 1
+    losses = tuple(shape[2:]) if options.reduction == "none" and logits.dim() > 1 else None
+    n_saved = (3 + soft) * kind.per_example if saves else 0
+    new_gradient = partial(torch.empty_strided, shape, as_given_strides, dtype=logits.dtype, device=logits.device)
+    new = forward_allocators(read, options, out_dtype, needs_grad, shape)
     return Prepared(
+        library().functions,
         kind,
-        backward_kind,
+        kind.packed,
+        backward_kind.packed,
         conversions if converts else None,
-        any_batch=any_batch,
-        n_examples=n_examples,
+        PerExample(losses, n_saved, makes_gradient, options.return_stats, out_dtype, saved_dtype) if any_batch else None,
+        n_examples,
         workers=kind.workers(n_examples) if not any_batch and n_examples < kind.examples_of_two_threads else None,
-        new_gradient=partial(torch.empty_strided, shape, as_given_strides, dtype=logits.dtype, device=logits.device),
-        new_loss=partial(torch.empty_strided, (), (), dtype=out_dtype, device=logits.device),
-        losses=tuple(shape[2:]) if options.reduction == "none" and logits.dim() > 1 else None,
-        loss_strides=contiguous_strides((1, *shape[2:])),
-        saved_per_example=(3 + soft) * kind.per_example if saves else 0,
-        makes_gradient=makes_gradient,
-        out_dtype=out_dtype,
-        saved_dtype=saved_dtype,
+        new=replace(new, dlogits=new_gradient if makes_gradient else None),
+        new_gradient=new_gradient,
         dloss_dtype=dloss_dtype,
-        rest=None if options.return_stats else NO_EXTRAS + kind.packed,
-        after_dloss=_AFTER_DLOSS + backward_kind.packed,
-        bits_at=bits_at,
-        one=bits_at(one.data_ptr()).value,
     )
 
 

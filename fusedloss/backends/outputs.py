@@ -25,6 +25,7 @@ class Outputs(NamedTuple):
 
 NO_OUTPUTS = Outputs(*(None,) * 5)
 RowStats = tuple[Tensor, Tensor]  # row_stats and counts
+NO_STATS = None, None
 N_ROW_STATS, ENTROPY = 3, 2  # rows of Outputs.row_stats, and which is the entropy
 
 

@@ -1,4 +1,4 @@
-// The C ABI: checks the class indices, cuts the rows into chunks, runs them, and reduces the batch.
+// The entry points: checks the class indices, cuts the rows into chunks, runs them, and reduces the batch.
 //
 // Chunks are a function of the shape alone, each has one partial sum in double, and the partial sums are added in order: the
 // result does not depend on the number of threads, nor on which of them ran what.
@@ -165,22 +165,35 @@ using fusedloss::Call;
 using fusedloss::Problem;
 using fusedloss::Rest;
 
-// Returns 0, or 1 + the first row whose class index is out of range; nothing is written then.
-extern "C" __attribute__((visibility("default"))) int64_t fusedloss_forward(const Call* call, const Rest* rest) {
+extern "C" int64_t fusedloss_forward(const Call* call, const Rest* rest) {
   const Problem problem{*call, *rest};
   return problem.logits_dtype == fusedloss::kFloat64 ? fusedloss::forward<double>(problem) : fusedloss::forward<float>(problem);
 }
 
-extern "C" __attribute__((visibility("default"))) void fusedloss_backward(const Call* call, const Rest* rest) {
+extern "C" int64_t fusedloss_backward(const Call* call, const Rest* rest) {
   const Problem problem{*call, *rest};
   fusedloss::advise_fresh_gradient(problem);
   const fusedloss::Chunks chunks = fusedloss::row_chunks(problem);
   const fusedloss::BackwardRows rows = fusedloss::kernels_for(problem).backward;
   fusedloss::parallel_for(problem, chunks.n, [&](int64_t chunk) { rows(problem, chunks.begin(chunk), chunks.end(chunk)); });
+  return 0;
+}
+
+extern "C" int64_t fusedloss_scale_gradient(const Call* call, const Rest* rest) {
+  const Problem problem{*call, *rest};
+  const fusedloss::Kernels& kernels = fusedloss::kernels_for(problem);
+  const double factor = kernels.load_dloss(problem);
+  if (!std::isfinite(factor)) return 1;
+  if (factor == 1) return 0;
+  const fusedloss::Chunks chunks(problem.n_rows() * problem.n_cols, fusedloss::CHUNK_ELEMENTS, fusedloss::CHUNK_ROWS_MULTIPLE);
+  fusedloss::parallel_for(problem, chunks.n, [&](int64_t chunk) {
+    kernels.scale_gradient(problem, chunks.begin(chunk), chunks.end(chunk), factor);
+  });
+  return 0;
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t fusedloss_best_isa() { return fusedloss::best_isa(); }
 
 extern "C" __attribute__((visibility("default"))) int64_t fusedloss_abi() {
-  return fusedloss::kAbi * 10000 + int64_t(sizeof(fusedloss::Call) + sizeof(fusedloss::Rest));
+  return fusedloss::kAbi * 10000 + int64_t(sizeof(fusedloss::Numbers) + sizeof(fusedloss::Kind));
 }

@@ -78,8 +78,35 @@ void store_loss(const Problem& problem, double loss) {
   }
 }
 
+double load_dloss(const Problem& problem) {
+  switch (problem.loss_dtype) {
+    case kFloat32: return load1(static_cast<const float*>(problem.dloss));
+    case kFloat64: return load1(static_cast<const double*>(problem.dloss));
+    case kBfloat16: return load1(static_cast<const bfloat16*>(problem.dloss));
+    default: return load1(static_cast<const float16*>(problem.dloss));
+  }
+}
+
+template <class T>
+void scale_typed(T* numbers, int64_t n, double factor) {
+  using A = typename Accumulate<T>::type;
+  constexpr int W = Simd<A>::W;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(numbers + i, Vector<A>(load(numbers + i) * A(factor)));
+  if (i < n) store_partial<A, T>(numbers + i, n - i, load_partial<A, T>(numbers + i, n - i) * A(factor));
+}
+
+void scale_gradient(const Problem& problem, int64_t begin, int64_t end, double factor) {
+  switch (problem.logits_dtype) {
+    case kFloat32: return scale_typed(static_cast<float*>(problem.dlogits) + begin, end - begin, factor);
+    case kFloat64: return scale_typed(static_cast<double*>(problem.dlogits) + begin, end - begin, factor);
+    case kBfloat16: return scale_typed(static_cast<bfloat16*>(problem.dlogits) + begin, end - begin, factor);
+    default: return scale_typed(static_cast<float16*>(problem.dlogits) + begin, end - begin, factor);
+  }
+}
+
 }  // namespace
 
-extern const Kernels FUSEDLOSS_KERNELS = {summarise, forward, backward, store_loss};
+extern const Kernels FUSEDLOSS_KERNELS = {summarise, forward, backward, store_loss, load_dloss, scale_gradient};
 
 }  // namespace fusedloss

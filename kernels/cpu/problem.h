@@ -1,7 +1,6 @@
-// The C ABI between fusedloss/backends/cpu_abi.py, cpu_call.py and the kernel: packed structs of 8-byte fields, all pointers owned
-// by the caller.
-// What shapes, dtypes and options decide are Numbers and a Kind, packed once for all calls alike. What every call has of its own is
-// a Call, and what few calls have besides is Extras, null pointers for the others: it is passed with the first two, as one.
+// What fusedloss/backends/cpu_abi.py and cpu_call.py hand to the kernel, in structs of 8-byte fields; all memory is the caller's.
+// What shapes, dtypes and options decide are Numbers and a Kind, packed once for all calls alike. What a call has of its own are
+// arguments in Python, and a Call here (python.cpp); what few calls have besides are Extras, null pointers for the others.
 //
 // The fields, the enumerators and kAbi stand in cpu_abi.py in the same order; tests/test_cpu.py compares the two files.
 //
@@ -13,7 +12,7 @@
 
 namespace fusedloss {
 
-constexpr int64_t kAbi = 9;  // raised with every change of what follows that keeps its size; cpu_abi.py refuses another library
+constexpr int64_t kAbi = 10;  // raised with every change of what follows that keeps its size; cpu_abi.py refuses another library
 
 enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16, kFloat16 };
 enum Reduction : int64_t { kNone, kSum, kMean, kMax, kTopK };
@@ -32,10 +31,13 @@ struct Call {
   void* saved;    // A: what kernels/rowwise.py describes, all of which the forward writes; null where neither a backward nor the
                   // reduction needs rows
   void* dlogits;  // logits_dtype; forward: null unless the strategy is fused; may be the logits themselves, with their strides
+  void* row_stats;  // A (3, n_rows): log-sum-exp, loss and entropy of every row, or null
+  int64_t* counts;  // (3,): rows counted, rows correct, the row of the largest loss or -1; or null, with row_stats
   // inputs
   const void* logits;
   const void* target;  // int64 or uint8 (n_rows,); with target_strides A for kProbabilities, or the logits' type
   const void* weight;  // A (n_cols,), or null
+  const void* dloss;   // backward: A, or of loss_dtype the logits' type; (n_rows,) for kNone, else ()
   // scalars
   double scale;
   int64_t n_threads;
@@ -43,18 +45,13 @@ struct Call {
 };
 
 struct Extras {
-  // outputs
-  void* row_stats;  // A (3, n_rows): log-sum-exp, loss and entropy of every row, or null
-  int64_t* counts;  // (3,): rows counted, rows correct, the row of the largest loss or -1; or null, with row_stats
-  // inputs
   const void* target_b;       // the second of two labels, like target; or null
   const void* lam;            // A (n_rows,), the first label's share of each row; or null: lam_factor is the share
   const void* sample_weight;  // A (n_rows,), or null
-  const void* dloss;          // backward: A, or of loss_dtype the logits' type; (n_rows,) for kNone, else ()
-  double lam_factor;
   // Where the logits are a shard of the row's classes, and target and weight are of all of them; else null, and 0.
   void* shard_stats;  // A (n_statistics, n_rows), fusedloss/shards.py: the forward writes those of the shard and nothing else, the
                       // backward reads those of whole rows, and of `saved` the first four values
+  double lam_factor;
   int64_t first_class, n_classes;
 };
 
@@ -177,12 +174,16 @@ using SummariseRows = TargetSummary (*)(const Problem&, int64_t begin, int64_t e
 using ForwardRows = RowSums (*)(const Problem&, int64_t begin, int64_t end, double coefficient, double weight_total);
 using BackwardRows = void (*)(const Problem&, int64_t begin, int64_t end);
 using StoreLoss = void (*)(const Problem&, double loss);
+using LoadDloss = double (*)(const Problem&);  // of the batch
+using ScaleGradient = void (*)(const Problem&, int64_t begin, int64_t end, double factor);  // numbers of dlogits, which are dense
 
 struct Kernels {
   SummariseRows summarise;
   ForwardRows forward;
   BackwardRows backward;
   StoreLoss store_loss;  // of the batch
+  LoadDloss load_dloss;
+  ScaleGradient scale_gradient;
 };
 
 extern const Kernels baseline_kernels;
@@ -193,3 +194,13 @@ extern const Kernels avx512bf16_kernels;  // for bfloat16 logits only
 #endif
 
 }  // namespace fusedloss
+
+extern "C" {
+// Returns 0, or 1 + the first row whose class index is out of range; nothing is written then.
+int64_t fusedloss_forward(const fusedloss::Call*, const fusedloss::Rest*);
+// Returns 0, as the next.
+int64_t fusedloss_backward(const fusedloss::Call*, const fusedloss::Rest*);
+// dlogits *= dloss, a number of loss_dtype, where dlogits are dense; or returns 1 and does nothing, where dloss is not finite.
+int64_t fusedloss_scale_gradient(const fusedloss::Call*, const fusedloss::Rest*);
+int64_t fusedloss_best_isa();
+}

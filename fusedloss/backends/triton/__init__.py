@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedloss.backends.outputs import (
     NO_OUTPUTS,
+    NO_STATS,
     Allocators,
     Outputs,
     RowStats,
@@ -185,7 +186,7 @@ class Prepared:
         saved = None if new.saved is None else new.saved()
         dlogits = None if new.dlogits is None else new.dlogits()
         stats = None if new.stats is None else new.stats()
-        row_stats, counts = stats or (None, None)
+        row_stats, counts = stats or NO_STATS
         out = Outputs(loss, self.new_state() if saved is None else saved, dlogits, row_stats, counts)
         _launch_forward(self.launches, out, Inputs(logits, target, None, None, weight), scale, 1.0, keeps_workspace=True)
         return loss, saved, dlogits, stats
