@@ -25,7 +25,8 @@ from torch.compiler import is_dynamo_compiling
 from fusedloss import affine, ops, reference
 from fusedloss.backends.outputs import ENTROPY
 from fusedloss.known import KnownCall
-from fusedloss.plan import Inputs, Options, fuses_gradient
+from fusedloss.plan import Inputs, Options
+from fusedloss.plan_cpu import ELEMENTS_PER_THREAD
 from fusedloss.recover import KEPT_BYTES, recovered
 from fusedloss.rows import kernel_inputs
 from fusedloss.world import has_memory, hooks_are_active, n_dispatch_modes, nobody_watches
@@ -53,7 +54,7 @@ class CrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, inputs: Inputs, options: Options, out_dtype: torch.dtype, backend: str) -> Any:
-        fused = fuses_gradient(options.reduction, logits.dtype)
+        fused = options.fuses_gradient(logits.dtype)
         needs_grad = not (fused and hooks_are_active())
         outputs = ops.forward(kernel_inputs(inputs, backend), options, out_dtype, needs_grad, backend)
         loss, dlogits = outputs.loss, outputs.dlogits
@@ -115,12 +116,12 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         known, scale = ctx.call
         watched = torch.is_grad_enabled() or is_dynamo_compiling() or n_dispatch_modes() != 0
-        is_alike = not watched and known.takes_dloss(dloss)
-        if is_alike and ctx.has_gradient and not keeps_graph():
+        is_plain = not watched and (known.takes_dloss(dloss) or nobody_watches(dloss))
+        if is_plain and ctx.has_gradient and not keeps_graph():
             dlogits = _taken(ctx)
             known.prepared.scale_gradient(dlogits, dloss)
             return dlogits, None
-        if not ctx.has_gradient and (is_alike or (not watched and nobody_watches(dloss))):
+        if is_plain and not ctx.has_gradient:
             logits, target, *weight, saved = ctx.saved_tensors
             return known.prepared.backward(dloss, logits, target, weight[0] if weight else None, saved), None
         options = known.options._replace(scale=scale)
@@ -138,10 +139,11 @@ def forgets_logits(options: Options, logits: Tensor) -> bool:
     return logits.numel() * logits.element_size() > KEPT_BYTES and affine.is_affine(options)
 
 
-def alike_lengths(logits: Tensor) -> range:
-    """The numbers of examples, these logits' among them, for which `forgets_logits` has one answer."""
-    last_kept = KEPT_BYTES // max(1, logits.element_size() * math.prod(logits.shape[1:]))
-    return range(last_kept + 1) if logits.shape[0] <= last_kept else range(last_kept + 1, sys.maxsize)
+def alike_lengths(logits: Tensor, options: Options) -> range:
+    """The numbers of examples, these logits' among them, for which `forgets_logits` and `fuses_rows` have one answer."""
+    most = ELEMENTS_PER_THREAD if options.reduction == "none" else KEPT_BYTES // logits.element_size()
+    last = most // max(1, math.prod(logits.shape[1:]))
+    return range(last + 1) if logits.shape[0] <= last else range(last + 1, sys.maxsize)
 
 
 def save_gradient(ctx: Any, dlogits: Tensor, inputs: Inputs) -> None:
@@ -214,7 +216,7 @@ def _gradient(
 
         return _read(ctx, from_made) if ctx.has_gradient else from_made(None)
     inputs = Inputs(**by_name)
-    if fuses_gradient(options.reduction, inputs.logits.dtype):
+    if options.fuses_gradient(inputs.logits.dtype):
         dlogits = ops.forward(kernel_inputs(inputs, backend), options, out_dtype, True, backend).dlogits.view(inputs.logits.shape)
         ops.scale_gradient(dlogits, dloss, backend)
         return dlogits

@@ -16,7 +16,7 @@ from fusedloss.linear_autograd import RowLosses, SummedLoss
 from fusedloss.linear_checks import Chunking, check_chunking, check_dtypes, check_layer, check_targets, logits_shape
 from fusedloss.linear_passes import LinearInputs, NeedsGrad, Settings
 from fusedloss.option_checks import check_options
-from fusedloss.plan import ROW_REDUCTIONS, Extras, Inputs, Options, are_probabilities, fuses_gradient
+from fusedloss.plan import ROW_REDUCTIONS, Extras, Inputs, Options, are_probabilities
 from fusedloss.plan_linear import LinearPlan, chunks_of, leaves_rows_out, overwrites, sums_in_float32
 from fusedloss.route import Route, autocast_is_on, facts_of, route_with, without_strides
 from fusedloss.serving import check_if_asked, labels_of, serve_checked, with_scale_apart, without_numbers
@@ -45,7 +45,7 @@ def planned(device: DeviceFacts | None, **arguments: Any) -> LinearPlan:
     if route.backend in ("torch", "reference"):
         held = shape.numel() * dtype.itemsize * (2 if any(needs_grad) else 1)
         return LinearPlan(route.backend, route.reason, "unfused", n_rows, 1, 1 + sum(needs_grad[:2]), held)
-    fused = fuses_gradient(options.reduction, dtype)
+    fused = options.fuses_gradient(dtype)
     n_classes = shape[-1]
     soft = _as_rows(inputs).has_probabilities()
     cut = n_rows, n_classes, dtype, route.backend, chunking.chunk_rows
@@ -110,7 +110,7 @@ def _serve(
         if not inputs.has_probabilities():
             check_if_asked(inputs.target, inputs.target_b, len(inputs.linear_weight), options, route)
         settings = Settings(NeedsGrad(*map(_needs_grad, inputs[:3])), chunking, route.backend)
-        fused = any(settings.needs_grad) and fuses_gradient(options.reduction, dtype)
+        fused = any(settings.needs_grad) and options.fuses_gradient(dtype)
         loss, stats = (_summed if fused else _from_rows)(inputs, options, settings)
         if factor is not None:
             loss = loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)

@@ -15,7 +15,7 @@ from fusedloss.backends import cpu_prepared
 from fusedloss.backends import triton as triton_backend
 from fusedloss.backends.outputs import ENTROPY, Outputs, allocate_forward, allocate_gradient
 from fusedloss.entropy import add_gradient
-from fusedloss.plan import Inputs, Options, fuses_gradient
+from fusedloss.plan import Inputs, Options
 from fusedloss.world import nobody_watches
 
 _INPUTS = "Tensor logits, Tensor target, Tensor? target_b, Tensor? lam, Tensor? weight, Tensor? sample_weight, Tensor? scale"
@@ -99,7 +99,7 @@ def overwrites(inputs: Inputs, options: Options, backend: str) -> bool:
     return can
 
 
-def scale_gradient(dlogits: Tensor, dloss: Tensor, backend: str) -> None:  # dloss: 0-d
+def scale_gradient(dlogits: Tensor, dloss: Tensor, backend: str) -> None:  # dloss: 0-d, or of the rows (N, d1, ...)
     """Multiplies a fused gradient by the upstream gradient, in place; where that is 1 the gradient is not touched."""
     if nobody_watches(dlogits, dloss):
         _BACKENDS[backend].scale_gradient(dlogits, dloss)
@@ -107,8 +107,9 @@ def scale_gradient(dlogits: Tensor, dloss: Tensor, backend: str) -> None:  # dlo
         torch.ops.fusedloss.scale_gradient.default(dlogits, dloss, backend)
 
 
-def scaled(dlogits: Tensor, dloss: Tensor) -> Tensor:  # dloss: 0-d
+def scaled(dlogits: Tensor, dloss: Tensor) -> Tensor:  # dloss: as above
     """dlogits * dloss out of place, by PyTorch's operators. Zeros, as an ignored row has, stay so whatever dloss is."""
+    dloss = dloss if dloss.dim() == 0 else dloss.unsqueeze(1)
     return torch.where(dlogits == 0, dlogits, (dlogits.to(dloss.dtype) * dloss).to(dlogits.dtype))
 
 
@@ -164,7 +165,7 @@ def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.mark_non_differentiable(saved, dlogits, counts, *([] if options.differentiates_entropy() else [row_stats]))
     ctx.set_materialize_grads(False)
     ctx.call = options, needs_grad, backend
-    if fuses_gradient(options.reduction, tensors.logits.dtype):
+    if options.fuses_gradient(tensors.logits.dtype):
         ctx.save_for_backward(dlogits)
     else:
         ctx.save_for_backward(*tensors, saved)

@@ -64,7 +64,7 @@ def _options(
     if not torch.compiler.is_compiling() and not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit 64 bits, but got {ignore_index}: Overflow when unpacking long long")
     k, fraction = _check_top_k(reduction, top_k)
-    numbers = {name: _in_range(name, number) for name, number in zip(NUMBERS, asked, strict=True)}
+    numbers: dict[str, Any] = {name: _in_range(name, number) for name, number in zip(NUMBERS, asked, strict=True)}
     if not 0 <= lam <= 1:
         raise ValueError(f"lam, the share of the first of two labels, must be in [0, 1], but got {lam}")
     # nan and negative smoothing act as 0, as in PyTorch; more than 1 is an error once the shapes are known.

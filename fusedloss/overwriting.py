@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedloss import functional, ops
 from fusedloss.autograd import CrossEntropyFunction, save_gradient
 from fusedloss.option_checks import check_options
-from fusedloss.plan import EXTRAS, Inputs, Options, fuses_gradient, spatial_dims_collapse
+from fusedloss.plan import EXTRAS, Inputs, Options, spatial_dims_collapse
 from fusedloss.route import route_of
 from fusedloss.rows import kernel_inputs
 from fusedloss.serving import with_scale_apart
@@ -64,7 +64,7 @@ def cross_entropy_overwriting_logits(
     route = route_of(inputs, options, out_dtype)
     if route.backend not in ("cpu", "triton"):
         raise RuntimeError(f"only the kernels can overwrite the logits, and here: {route.reason}")
-    if not fuses_gradient(options.reduction, input.dtype):
+    if not options.fuses_gradient(input.dtype):
         raise RuntimeError(
             "the forward makes the gradient, and can overwrite the logits, for reduction 'sum' and 'mean' and any dtype but "
             f"torch.float16, but got reduction {options.reduction!r} and {input.dtype}"

@@ -65,6 +65,16 @@ class Options(NamedTuple):
     focal_gamma: float = 0.0  # a row's loss is multiplied by (1 - p_t)^focal_gamma; 0: by nothing
     lam: float = 1.0  # share of the first of two labels; Inputs.lam takes its place
     return_stats: bool = False
+    fuses_rows: bool = False  # for "none": the forward makes each row's gradient, too, for an upstream gradient of 1
+
+    def fuses_gradient(self, dtype: torch.dtype) -> bool:
+        """Whether the forward writes the gradient while it has the row at hand: the fused strategy, else recompute.
+
+        "max" and "topk" know a row's coefficient only after the forward, and "none" in the backward: its gradient takes a pass
+        more then, but the exponentials of few rows take longer. A gradient rounded to float16 before GradScaler's factor
+        arrives underflows: p / N below 6e-8 would be 0.
+        """
+        return (self.reduction in ("sum", "mean") or self.fuses_rows) and dtype != torch.float16
 
     def differentiates_entropy(self) -> bool:
         """Whether one of the statistics has a gradient."""
@@ -230,15 +240,6 @@ class Plan:
         if self.threads is not None:
             lines.append(f"  threads   {self.threads}")
         return "\n".join(lines)
-
-
-def fuses_gradient(reduction: str, dtype: torch.dtype) -> bool:
-    """Whether the forward writes the gradient while it has the row at hand: the fused strategy, else recompute.
-
-    "none", "max" and "topk" know a row's coefficient only after the forward. A gradient rounded to float16 before GradScaler's
-    factor arrives underflows: p / N below 6e-8 would be 0.
-    """
-    return reduction in ("sum", "mean") and dtype != torch.float16
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedloss.plan import Options, Plan, fuses_gradient, spatial_dims_collapse
+from fusedloss.plan import Options, Plan, spatial_dims_collapse
 
 # Logits for which another thread is worth waking. Sharing 128 x 10 among two threads costs more than the work (5 us).
 ELEMENTS_PER_THREAD = 16384
@@ -59,6 +59,11 @@ def reads_planes(logits: Tensor, *probabilities: Tensor) -> bool:
     return are_few or are_rows or all(tensor.stride(3) == 1 for tensor in tensors)
 
 
+def fuses_rows(logits: Tensor, options: Options) -> bool:
+    """Whether a loss of rows, which are few, makes its gradient in the forward: to recompute it would take as long again."""
+    return options.reduction == "none" and not options.return_stats and logits.numel() <= ELEMENTS_PER_THREAD
+
+
 def max_threads(n_elements: int) -> int:
     """Threads worth waking for a problem of so many logits; the result is the same whatever their number."""
     return max(1, n_elements // ELEMENTS_PER_THREAD)
@@ -79,7 +84,7 @@ def cpu_plan(reason: str, logits: Tensor, options: Options, needs_grad: bool) ->
     )
     if not needs_grad:
         return plan
-    if fuses_gradient(options.reduction, logits.dtype):
+    if options.fuses_gradient(logits.dtype):
         return replace(plan, strategy="fused", write_bytes=one_pass)
     return replace(
         plan,

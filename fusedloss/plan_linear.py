@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fusedloss.geometry import DeviceFacts, operands
-from fusedloss.plan import Options, fuses_gradient
+from fusedloss.plan import Options
 from fusedloss.plan_triton import forward_cuts, holds_rows
 
 # Bytes of a chunk's logits, and rows of a chunk at least: each chunk reads the weight and its gradient again. More rows are
@@ -98,7 +98,7 @@ def overwrites(n_rows: int, n_classes: int, dtype: torch.dtype, soft: bool, opti
     shape, strides = torch.Size((n_rows, n_classes)), (n_classes, 1)
     t = operands(shape, strides, strides, strides if soft else None, dtype.itemsize)
     options = options._replace(reduction="sum")
-    return fuses_gradient("sum", dtype) and holds_rows(forward_cuts(t, options, device).main)
+    return Options("sum").fuses_gradient(dtype) and holds_rows(forward_cuts(t, options, device).main)
 
 
 def chunks_of(

@@ -12,7 +12,7 @@ from fusedloss.cut_rows import backward_rows, forward_rows, fused_rows, may_meet
 from fusedloss.cut_tiles import cut_tiles
 from fusedloss.geometry import DeviceFacts, Operands, operands, probabilities_strides, register_limit, warps
 from fusedloss.kernels.constants import DIGIT_BITS, MAX_UNGROUPED, N_GROUPS, PARTIALS_BLOCK
-from fusedloss.plan import ROW_REDUCTIONS, Block, Cut, Inputs, Options, Plan, fuses_gradient, spatial_dims_collapse
+from fusedloss.plan import ROW_REDUCTIONS, Block, Cut, Inputs, Options, Plan, spatial_dims_collapse
 
 # Up to so many rows, every program of a fused mean reads all targets, 512 bytes, which saves a launch.
 COUNTED_ROWS = 64
@@ -151,7 +151,7 @@ def triton_plan(reason: str, inputs: Inputs, options: Options, needs_grad: bool,
         probabilities = probabilities_strides(rows, inputs.target if logits.dim() == 2 else inputs.target.flatten(2))
     of_forward = operands(rows.shape, rows.stride(), None, probabilities, itemsize)
     of_gradient = operands(rows.shape, rows.stride(), torch.empty_like(rows, device="meta").stride(), probabilities, itemsize)
-    fused = needs_grad and fuses_gradient(options.reduction, logits.dtype)
+    fused = needs_grad and options.fuses_gradient(logits.dtype)
     forward = forward_cuts(of_gradient if fused else of_forward, options, device)
     if fused:
         strategy, backward = "fused", scale_cut(logits.numel(), device)

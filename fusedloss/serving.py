@@ -22,8 +22,8 @@ from fusedloss.backends.triton import device_facts
 from fusedloss.checks import check_class_indices
 from fusedloss.geometry import DeviceFacts
 from fusedloss.option_checks import check_options
-from fusedloss.plan import Extras, Inputs, Options, Plan, fuses_gradient
-from fusedloss.plan_cpu import cpu_plan
+from fusedloss.plan import Extras, Inputs, Options, Plan
+from fusedloss.plan_cpu import cpu_plan, fuses_rows
 from fusedloss.plan_triton import triton_plan
 from fusedloss.recover import forget_logits
 from fusedloss.route import Route, route_of
@@ -99,12 +99,20 @@ def serve_checked(
             route = route._replace(out_dtype=torch.promote_types(route.out_dtype, torch.float32))
     else:
         inputs, factor = with_scale_apart(inputs)
+    options = with_strategy(options, inputs, route)
     loss, stats = compute(inputs, options, route)
     if key is not None:
         _remember(key, inputs, options, route, loss)
     if factor is not None:
         loss = (loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)).to(out_dtype)
     return loss, stats
+
+
+def with_strategy(options: Options, inputs: Inputs, route: Route) -> Options:
+    """The same, where a backend has a choice between strategies. A compiler has none: each other size would compile anew."""
+    if route.backend != "cpu" or route.world.kind is Kind.COMPILED:
+        return options
+    return options._replace(fuses_rows=fuses_rows(inputs.logits, options))
 
 
 def without_numbers(inputs: Any, options: Options) -> tuple[Any, Options, float | Tensor | None]:
@@ -145,10 +153,10 @@ def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Rou
         prepared = ops.prepare(taken, options, route.out_dtype, needs_grad, route.backend, inputs, varies)
     if prepared is None:
         return
-    fused = needs_grad and fuses_gradient(options.reduction, logits.dtype)
+    fused = needs_grad and options.fuses_gradient(logits.dtype)
     forgets = fused and forgets_logits(options, logits)
     tensors = (logits, target) if weight is None else (logits, target, weight)
-    lengths = alike_lengths(logits) if prepared.any_batch else None
+    lengths = alike_lengths(logits, options) if prepared.any_batch else None
     takes, takes_dloss = known.same_kind(*tensors, any_batch=lengths is not None), known.same_kind(loss.detach())
     if takes is None or takes_dloss is None:
         return
@@ -255,5 +263,5 @@ def planned(device: DeviceFacts | None, **arguments: Any) -> Plan:
         inputs = inputs.as_one_row()
     needs_grad = input.requires_grad and torch.is_grad_enabled()
     if route.backend == "cpu":
-        return cpu_plan(route.reason, inputs.logits, options, needs_grad)
+        return cpu_plan(route.reason, inputs.logits, with_strategy(options, inputs, route), needs_grad)
     return triton_plan(route.reason, inputs, options, needs_grad, device or device_facts(input.device))

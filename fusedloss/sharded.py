@@ -157,12 +157,12 @@ class _SlicedRowLosses(torch.autograd.Function):
         if all(values is None or has_memory(values) for values in (drows, dentropy)):
             return gradient(logits, zeros if drows is None else drows, dentropy), None, None, None, None
         # No kernel serves them, but the gradient is linear in both; unrounded, as it is not yet of its size.
-        wide, of_row = logits.to(merged.dtype), (logits.shape[0], 1, *logits.shape[2:])
+        wide, rows = logits.to(merged.dtype), (logits.shape[0], *logits.shape[2:])
         dlogits = torch.zeros_like(wide)
         if drows is not None:
-            dlogits = dlogits + ops.scaled(gradient(wide, zeros + 1, None), drows.reshape(of_row))
+            dlogits = dlogits + ops.scaled(gradient(wide, zeros + 1, None), drows.reshape(rows))
         if dentropy is not None:
-            dlogits = dlogits + ops.scaled(gradient(wide, zeros, zeros + 1), dentropy.reshape(of_row))
+            dlogits = dlogits + ops.scaled(gradient(wide, zeros, zeros + 1), dentropy.reshape(rows))
         return dlogits.to(logits.dtype), None, None, None, None
 
 

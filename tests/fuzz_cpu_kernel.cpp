@@ -264,12 +264,10 @@ void one_problem(int number) {
         require(n_counted == 0 ? worst == -1 : worst >= 0 && worst < int64_t(n_rows) && !ignored[size_t(worst)],
                 "the worst row counts", number);
       }
-      if (p.reduction != kNone) {
-        Buffer dense(n_rows * size_t(p.n_cols) * item_size(p.logits_dtype), 0x3c);  // small numbers of any dtype
-        backward.dlogits = dense.bytes.get();
-        require(fusedloss_scale_gradient(&backward, &backward) == 0, "a finite factor is no reason to refuse", number);
-        results[round].push_back(std::move(dense));
-      }
+      Buffer scaled(gradient.size, 0x3c);  // small numbers of any dtype
+      backward.dlogits = scaled.bytes.get();
+      fusedloss_scale_gradient(&backward, &backward);
+      results[round].push_back(std::move(scaled));
       results[round].push_back(std::move(row_stats)), results[round].push_back(std::move(counts));
       results[round].push_back(std::move(loss)), results[round].push_back(std::move(gradient));
       results[round].push_back(std::move(saved));

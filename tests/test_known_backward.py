@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from known_calls import C, kernel_path, none_known, problem, served, without_known
 from paths import Path
-from problems import make_weight
+from problems import make_logits, make_target, make_weight
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fusedloss
 from fusedloss import autograd, known
+from fusedloss.backends import cpu
+from fusedloss.plan_cpu import ELEMENTS_PER_THREAD
 
 path = kernel_path
 
@@ -130,3 +133,66 @@ def test_what_was_edited_is_noticed_in_every_call(loss: Callable[..., Any], n_ro
         for _ in range(2):
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 value.backward()
+
+
+@pytest.mark.skipif(cpu.LIBRARY is None, reason="the compiled CPU kernel is missing")
+@pytest.mark.parametrize("layout", ["rows", "pixels", "channels last", "every other class"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_of_few_rows_is_made_once(dtype: torch.dtype, layout: str) -> None:
+    """A known call's, a first call's, one that keeps the graph, and one that is recomputed for a checkpoint: the same bits, and
+    PyTorch's numbers, where some upstream gradient is 0, infinite or of an ignored row, too; NaN there may be infinite here."""
+    logits = {
+        "rows": lambda: make_logits(70, C, dtype=dtype),
+        "pixels": lambda: make_logits(2, C, 5, 7, dtype=dtype),
+        "channels last": lambda: make_logits(2, C, 5, 7, dtype=dtype).to(memory_format=torch.channels_last),
+        "every other class": lambda: make_logits(70, 2 * C, dtype=dtype)[:, ::2],
+    }[layout]().requires_grad_()
+    shape = (logits.shape[0], *logits.shape[2:])
+    target, weight = make_target(*shape, n_classes=C, ignored=-100), make_weight(C, dtype=dtype)
+    assert fusedloss.plan(logits, target, reduction="none").strategy == ("recompute" if dtype == torch.float16 else "fused")
+    dloss = make_logits(target.numel(), dtype=dtype).view(shape)
+    for edge, value in ((0, 0.0), (1, float("inf")), (3, 0.0)):
+        dloss.view(-1)[edge] = value
+    dloss[target == -100] = float("inf")
+    with torch.no_grad():  # (3, ...) or (0, ..., 0, 3): a row whose loss is NaN, and has a gradient of 0
+        logits[3 if logits.dim() == 2 else (0, slice(None), 0, 3)] = torch.nan
+
+    def gradient(function: Callable[..., Tensor], dloss: Tensor, **keywords: Any) -> Tensor:
+        loss = function(logits, target, weight, reduction="none", label_smoothing=0.1)
+        return torch.autograd.grad(loss, logits, dloss, **keywords)[0]
+
+    def exactly(input: Tensor, target: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        return F.cross_entropy(input.double(), target, weight.double(), **options).to(dtype)
+
+    def checkpointed(*arguments: Any, **options: Any) -> Tensor:
+        return checkpoint(lambda: fusedloss.cross_entropy(*arguments, **options), use_reentrant=False)
+
+    for upstream in (dloss, dloss.flatten()[2:3].expand(shape)):
+        theirs = gradient(exactly, upstream)
+        first = without_known(lambda: gradient(fusedloss.cross_entropy, upstream))  # noqa: B023
+        masked = logits.isnan() & (upstream == 0).unsqueeze(1)
+        assert (first[masked] == 0).all()
+        theirs = theirs.masked_fill(masked, 0)
+        assert torch.equal(first.isfinite(), theirs.isfinite())
+        torch.testing.assert_close(first[theirs.isfinite()], theirs[theirs.isfinite()])
+        for function in (fusedloss.cross_entropy, checkpointed):
+            for keywords in ({}, {"retain_graph": True}) * 2:
+                assert torch.equal(gradient(function, upstream, **keywords).nan_to_num(7), first.nan_to_num(7))
+    assert known.KNOWN
+
+
+@pytest.mark.skipif(cpu.LIBRARY is None, reason="the compiled CPU kernel is missing")
+def test_a_known_number_of_rows_may_be_fewer_or_more_than_few() -> None:
+    """Calls with any number of examples are alike, but not those with another strategy."""
+    few = ELEMENTS_PER_THREAD // C
+    for n_rows in (few - 2, few - 1, few, few + 1, few + 2, few - 3, few + 3) * 3:
+        logits, target = make_logits(n_rows, C).requires_grad_(), make_target(n_rows, n_classes=C)
+        strategy = fusedloss.plan(logits, target, reduction="none").strategy
+        assert strategy == ("fused" if n_rows <= few else "recompute")
+        losses = fusedloss.cross_entropy(logits, target, reduction="none")
+        node = losses.grad_fn
+        assert node is not None
+        assert node.has_gradient == (strategy == "fused")
+        (gradient,) = torch.autograd.grad(losses.mean(), logits)
+        torch.testing.assert_close(gradient, torch.autograd.grad(F.cross_entropy(logits, target), logits)[0])
+    assert known.KNOWN

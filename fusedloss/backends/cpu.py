@@ -4,7 +4,6 @@ Its functions take tensors (kernels/cpu/python.cpp). What shapes, strides, dtype
 alike, and handed over as one bytes object.
 """
 
-import math
 from typing import NoReturn
 
 import torch
@@ -104,13 +103,18 @@ def shard_gradient(
     return dlogits
 
 
-def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d
-    """dlogits *= dloss, but a row of zeros, as an ignored one is, stays so whatever dloss is."""
-    factor = dloss.item()
-    if not math.isfinite(factor):
-        dloss = torch.where(dlogits.any(min(1, dlogits.dim() - 1), keepdim=True), dloss, 0)
-    if factor != 1:
-        dlogits.mul_(dloss)
+def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d, or a number for each row
+    """dlogits *= dloss, but a row of zeros, as an ignored one is, stays so whatever dloss is; and a number 0 for it makes any row
+    zeros."""
+    check_memory(dloss, bytes_spanned(dloss))  # PyTorch's operators do not look
+    if dloss.dim() == 0 and dloss.item() == 1:
+        return
+    factors = dloss if dloss.dim() == 0 else dloss.unsqueeze(1)
+    if not dloss.isfinite().all():
+        factors = torch.where(dlogits.any(min(1, dlogits.dim() - 1), keepdim=True), factors, 0)
+    dlogits.mul_(factors)
+    if dloss.dim() > 0:
+        dlogits.masked_fill_(factors == 0, 0)
 
 
 def library() -> Library:

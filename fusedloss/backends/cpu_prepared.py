@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedloss.backends.cpu import all_as_read, library, raise_out_of_bounds, scale_gradient
+from fusedloss.backends.cpu import all_as_read, library, raise_out_of_bounds
 from fusedloss.backends.cpu_abi import Functions
 from fusedloss.backends.cpu_call import Prepacked, bytes_spanned, converted, prepack
 from fusedloss.backends.outputs import (
@@ -145,14 +145,14 @@ class Prepared:
         return dlogits
 
     def scale_gradient(self, dlogits: Tensor, dloss: Tensor) -> None:
-        """dlogits *= dloss."""
+        """dlogits *= dloss, of each row its own; a row of zeros stays so."""
         n_examples = self.n_examples if self.per_example is None else dlogits.shape[0]
+        if not dloss.is_contiguous():
+            dloss = converted(dloss, dloss.dtype, bytes_spanned(dloss))
         n_threads, holds_gil = self.workers or self.kind.workers(n_examples)
-        nothing = (None,) * 5
-        if self.run.scale_gradient(
-            self.packed, holds_gil, None, None, dlogits, *nothing, dloss, 1.0, n_threads, n_examples
-        ):  # of a number that is not finite
-            scale_gradient(dlogits, dloss)
+        self.run.scale_gradient(
+            self.packed, holds_gil, None, None, dlogits, None, None, None, None, None, dloss, 1.0, n_threads, n_examples
+        )
 
 
 def prepare(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.kernels.constants import STATE
-from fusedloss.plan import ROW_REDUCTIONS, Inputs, Options, accumulation_dtype, fuses_gradient
+from fusedloss.plan import ROW_REDUCTIONS, Inputs, Options, accumulation_dtype
 
 
 class Outputs(NamedTuple):
@@ -40,7 +40,7 @@ class Sizes(NamedTuple):
 
 def kept(options: Options, needs_grad: bool, dtype: torch.dtype) -> tuple[bool, bool]:
     """Whether the forward keeps `saved`, and whether it makes the gradient."""
-    fused = needs_grad and fuses_gradient(options.reduction, dtype)
+    fused = needs_grad and options.fuses_gradient(dtype)
     return (needs_grad and not fused) or options.reduction in ROW_REDUCTIONS, fused
 
 

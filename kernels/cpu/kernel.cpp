@@ -182,12 +182,16 @@ extern "C" int64_t fusedloss_backward(const Call* call, const Rest* rest) {
 extern "C" int64_t fusedloss_scale_gradient(const Call* call, const Rest* rest) {
   const Problem problem{*call, *rest};
   const fusedloss::Kernels& kernels = fusedloss::kernels_for(problem);
-  const double factor = kernels.load_dloss(problem);
-  if (!std::isfinite(factor)) return 1;
+  const double factor = problem.reduction == fusedloss::kNone ? std::nan("") : kernels.load_dloss(problem);
   if (factor == 1) return 0;
+  if (!std::isfinite(factor)) {
+    const fusedloss::Chunks rows = fusedloss::row_chunks(problem);
+    fusedloss::parallel_for(problem, rows.n, [&](int64_t chunk) { kernels.scale_rows(problem, rows.begin(chunk), rows.end(chunk)); });
+    return 0;
+  }
   const fusedloss::Chunks chunks(problem.n_rows() * problem.n_cols, fusedloss::CHUNK_ELEMENTS, fusedloss::CHUNK_ROWS_MULTIPLE);
   fusedloss::parallel_for(problem, chunks.n, [&](int64_t chunk) {
-    kernels.scale_gradient(problem, chunks.begin(chunk), chunks.end(chunk), factor);
+    kernels.scale_numbers(problem, chunks.begin(chunk), chunks.end(chunk), factor);
   });
   return 0;
 }

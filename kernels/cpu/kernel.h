@@ -78,35 +78,66 @@ void store_loss(const Problem& problem, double loss) {
   }
 }
 
-double load_dloss(const Problem& problem) {
+double dloss_of(const Problem& problem, int64_t row) {
   switch (problem.loss_dtype) {
-    case kFloat32: return load1(static_cast<const float*>(problem.dloss));
-    case kFloat64: return load1(static_cast<const double*>(problem.dloss));
-    case kBfloat16: return load1(static_cast<const bfloat16*>(problem.dloss));
-    default: return load1(static_cast<const float16*>(problem.dloss));
+    case kFloat32: return load1(static_cast<const float*>(problem.dloss) + row);
+    case kFloat64: return load1(static_cast<const double*>(problem.dloss) + row);
+    case kBfloat16: return load1(static_cast<const bfloat16*>(problem.dloss) + row);
+    default: return load1(static_cast<const float16*>(problem.dloss) + row);
+  }
+}
+double load_dloss(const Problem& problem) { return dloss_of(problem, 0); }
+
+template <class T>
+void scale(T* numbers, int64_t n, int64_t stride, double by) {
+  using A = typename Accumulate<T>::type;
+  const A factor = A(by);
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + Simd<A>::W <= n; i += Simd<A>::W) store(numbers + i, Vector<A>(load(numbers + i) * factor));
+    if (i < n) store_partial<A, T>(numbers + i, n - i, load_partial<A, T>(numbers + i, n - i) * factor);
+  } else {
+    for (; i < n; ++i) store1(numbers + i * stride, A(load1(numbers + i * stride) * factor));
   }
 }
 
 template <class T>
-void scale_typed(T* numbers, int64_t n, double factor) {
-  using A = typename Accumulate<T>::type;
-  constexpr int W = Simd<A>::W;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store(numbers + i, Vector<A>(load(numbers + i) * A(factor)));
-  if (i < n) store_partial<A, T>(numbers + i, n - i, load_partial<A, T>(numbers + i, n - i) * A(factor));
+void scale_rows_typed(const Problem& problem, int64_t begin, int64_t end) {
+  const int64_t n = problem.n_cols, stride = problem.dlogits_strides.col;
+  for (int64_t row = begin; row < end; ++row) {
+    T* numbers = static_cast<T*>(problem.dlogits) + problem.offset(problem.dlogits_strides, row);
+    const double factor = dloss_of(problem, problem.reduction == kNone ? row : 0);
+    if (factor == 0) {  // a loss that nobody asks for, though it be NaN
+      for (int64_t c = 0; c < n; ++c) store1(numbers + c * stride, 0);
+      continue;
+    }
+    int64_t zeros = 0;
+    if (!__builtin_isfinite(factor))
+      while (zeros < n && load1(numbers + zeros * stride) == 0) ++zeros;
+    if (factor != 1 && zeros < n) scale(numbers, n, stride, factor);
+  }
 }
 
-void scale_gradient(const Problem& problem, int64_t begin, int64_t end, double factor) {
+void scale_rows(const Problem& problem, int64_t begin, int64_t end) {
   switch (problem.logits_dtype) {
-    case kFloat32: return scale_typed(static_cast<float*>(problem.dlogits) + begin, end - begin, factor);
-    case kFloat64: return scale_typed(static_cast<double*>(problem.dlogits) + begin, end - begin, factor);
-    case kBfloat16: return scale_typed(static_cast<bfloat16*>(problem.dlogits) + begin, end - begin, factor);
-    default: return scale_typed(static_cast<float16*>(problem.dlogits) + begin, end - begin, factor);
+    case kFloat32: return scale_rows_typed<float>(problem, begin, end);
+    case kFloat64: return scale_rows_typed<double>(problem, begin, end);
+    case kBfloat16: return scale_rows_typed<bfloat16>(problem, begin, end);
+    default: return scale_rows_typed<float16>(problem, begin, end);
+  }
+}
+
+void scale_numbers(const Problem& problem, int64_t begin, int64_t end, double factor) {
+  switch (problem.logits_dtype) {
+    case kFloat32: return scale(static_cast<float*>(problem.dlogits) + begin, end - begin, 1, factor);
+    case kFloat64: return scale(static_cast<double*>(problem.dlogits) + begin, end - begin, 1, factor);
+    case kBfloat16: return scale(static_cast<bfloat16*>(problem.dlogits) + begin, end - begin, 1, factor);
+    default: return scale(static_cast<float16*>(problem.dlogits) + begin, end - begin, 1, factor);
   }
 }
 
 }  // namespace
 
-extern const Kernels FUSEDLOSS_KERNELS = {summarise, forward, backward, store_loss, load_dloss, scale_gradient};
+extern const Kernels FUSEDLOSS_KERNELS = {summarise, forward, backward, store_loss, load_dloss, scale_numbers, scale_rows};
 
 }  // namespace fusedloss

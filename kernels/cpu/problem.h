@@ -175,7 +175,8 @@ using ForwardRows = RowSums (*)(const Problem&, int64_t begin, int64_t end, doub
 using BackwardRows = void (*)(const Problem&, int64_t begin, int64_t end);
 using StoreLoss = void (*)(const Problem&, double loss);
 using LoadDloss = double (*)(const Problem&);  // of the batch
-using ScaleGradient = void (*)(const Problem&, int64_t begin, int64_t end, double factor);  // numbers of dlogits, which are dense
+using ScaleNumbers = void (*)(const Problem&, int64_t begin, int64_t end, double factor);  // of dlogits, which are dense
+using ScaleRows = void (*)(const Problem&, int64_t begin, int64_t end);
 
 struct Kernels {
   SummariseRows summarise;
@@ -183,7 +184,8 @@ struct Kernels {
   BackwardRows backward;
   StoreLoss store_loss;  // of the batch
   LoadDloss load_dloss;
-  ScaleGradient scale_gradient;
+  ScaleNumbers scale_numbers;
+  ScaleRows scale_rows;
 };
 
 extern const Kernels baseline_kernels;
@@ -198,9 +200,10 @@ extern const Kernels avx512bf16_kernels;  // for bfloat16 logits only
 extern "C" {
 // Returns 0, or 1 + the first row whose class index is out of range; nothing is written then.
 int64_t fusedloss_forward(const fusedloss::Call*, const fusedloss::Rest*);
-// Returns 0, as the next.
+// Returns 0, as the next, for one kind of caller.
 int64_t fusedloss_backward(const fusedloss::Call*, const fusedloss::Rest*);
-// dlogits *= dloss, a number of loss_dtype, where dlogits are dense; or returns 1 and does nothing, where dloss is not finite.
+// dlogits *= dloss, which is of loss_dtype, where dlogits are dense. A row of zeros, as an ignored one is, stays so whatever dloss
+// is; and whatever a row is, for kNone a dloss of 0 makes it zeros.
 int64_t fusedloss_scale_gradient(const fusedloss::Call*, const fusedloss::Rest*);
 int64_t fusedloss_best_isa();
 }

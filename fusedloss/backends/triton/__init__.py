@@ -22,7 +22,7 @@ from fusedloss.backends.triton import given, launching
 from fusedloss.backends.triton.given import Launches
 from fusedloss.backends.triton.launching import Launch, device_facts
 from fusedloss.kernels.constants import STATE
-from fusedloss.plan import ClassShard, Inputs, Options, accumulation_dtype, fuses_gradient
+from fusedloss.plan import ClassShard, Inputs, Options, accumulation_dtype
 
 __all__ = [
     "Prepared",
@@ -64,7 +64,7 @@ def _forward(outputs: Outputs, inputs: Inputs, options: Options, keeps_workspace
 
 def overwrites(inputs: Inputs, options: Options) -> bool:
     """Whether `forward_overwriting` uses the memory of the logits."""
-    if not fuses_gradient(options.reduction, inputs.logits.dtype):
+    if not options.fuses_gradient(inputs.logits.dtype):
         return False
     return given.overwrites(given.laid_out(inputs), options, device_facts(inputs.logits.device))
 
@@ -72,7 +72,7 @@ def overwrites(inputs: Inputs, options: Options) -> bool:
 def forward_overwriting(inputs: Inputs, options: Options, out_dtype: torch.dtype, keeps_workspace: bool = True) -> Outputs:
     """The same for reduction "sum" or "mean", and any dtype; the gradient takes the place of the logits where that can be."""
     logits = inputs.logits
-    if fuses_gradient(options.reduction, logits.dtype):
+    if options.fuses_gradient(logits.dtype):
         inputs = given.laid_out(inputs)
         if given.overwrites(inputs, options, device_facts(logits.device)):
             outputs = allocate_forward(inputs, options, out_dtype, False)
