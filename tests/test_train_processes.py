@@ -45,8 +45,8 @@ def whole(tmp_path_factory):
 def assert_same_run(got: dict, expected: dict) -> None:
     assert got["config"] == expected["config"]
     assert got["step"] == expected["step"] == 8
-    # Sums of other parts, by matrix products of other shapes: with torch 2.9 weights are off by up to 1.1e-4.
-    atol = 2e-4 if torch.__version__.startswith("2.9.") else 1e-5
+    # Sums of other parts, by matrix products of other shapes: with torch 2.9 weights are off by up to 4e-4.
+    atol = 5e-4 if torch.__version__.startswith("2.9.") else 1e-5
     torch.testing.assert_close(got["losses"], expected["losses"], rtol=1e-4, atol=0)
     torch.testing.assert_close(got["model"], expected["model"], rtol=1e-4, atol=atol)
     torch.testing.assert_close(got["averaged"], expected["averaged"], rtol=1e-4, atol=atol)
