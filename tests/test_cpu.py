@@ -6,25 +6,22 @@ Values, gradients and semantics are tested with all other paths in test_values.p
 
 import ctypes
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import check_against_torch
-from fusedloss.kernels.constants import FRACTION_BITS, STATE
 from problems import make_logits, make_probabilities, make_target, make_weight
 
 import fusedloss
 from fusedloss.backends import cpu, cpu_abi
 from fusedloss.backends.outputs import Outputs
-from fusedloss.plan import NUMBERS, Inputs, Options
+from fusedloss.plan import Inputs, Options
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"no C++ kernel: {cpu.MISSING}")
 
@@ -254,50 +251,6 @@ except RuntimeError as error:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env={**os.environ})
     assert result.returncode == 0, result.stderr
     assert "backend 'cpu' was asked for, but the compiled CPU kernel is missing" in result.stdout
-
-
-def _body(source: str, start: str) -> str:
-    return source.split(start, 1)[1].split("}", 1)[0]
-
-
-def _fields(source: str, struct: str) -> list[tuple[str, str]]:
-    """Names and types of a C++ struct's fields in order, as cpu_abi.py has them."""
-    code = re.sub(r"//[^\n]*", "", _body(source, f"struct {struct} {{"))
-    code = re.sub(r"void \(\*(\w+)\)\([^;]*;", r"void* \1;", code)
-    pointer = "Address" if struct == "Kind" else "torch.Tensor | None"
-    fields = []
-    for declaration in filter(None, map(str.strip, code.split(";"))):
-        kind, names = re.fullmatch(r"((?:const )?\w+\*?)\s+(.*)", declaration, re.DOTALL).groups()  # type: ignore[union-attr]
-        for name in map(str.strip, names.split(",")):
-            if kind == "Strides":
-                fields += [(f"{name.removesuffix('_strides')}_{dim}", "int") for dim in ("outer", "middle", "row", "col")]
-            else:
-                fields.append((name, {"double": "float", "int64_t": "int"}.get(kind, pointer)))
-    return fields
-
-
-def test_python_and_the_header_agree() -> None:
-    """One order of fields and of names on both sides: nothing else would notice."""
-    folder = Path(__file__).parent.parent / "kernels" / "cpu"
-    source, taken = (folder / "problem.h").read_text(), (folder / "python.cpp").read_text()
-    for fields in (cpu_abi.Call, cpu_abi.Extras, cpu_abi.Kind):
-        here = [(name, str(getattr(kind, "__name__", kind))) for name, kind in get_type_hints(fields).items()]
-        assert here == _fields(source, fields.__name__)
-    assert [(name, "float") for name in NUMBERS] == _fields(source, "Numbers")
-    assert list(cpu_abi.Call._fields) == re.findall(r"\bcall\.(\w+)", taken)
-    assert list(cpu_abi.Extras._fields) == re.findall(r"\brest\.(\w+)", taken.split("if (n == N_LONG)")[1])
-    enumerators = {
-        "Dtype": [str(dtype).removeprefix("torch.") for dtype in cpu_abi.DTYPES],
-        "Reduction": cpu_abi.REDUCTIONS,
-        "TargetKind": cpu_abi.TARGET_KINDS,
-        "Isa": ("best", *cpu_abi.ISA_NAMES[1:]),
-    }
-    for name, here in enumerators.items():
-        there = [word.strip().removeprefix("k").lower() for word in _body(source, f"enum {name} : int64_t {{").split(",")]
-        assert there == [word.replace("_", "") for word in here]
-    constants = {"Abi": cpu_abi.ABI, "State": STATE, "FractionBits": FRACTION_BITS}
-    for name, value in constants.items():
-        assert f"constexpr int64_t k{name} = {value};" in source
 
 
 @pytest.mark.parametrize("shape", [(4000, 10), (400, 100), (4, 100, 500)], ids=str)

@@ -1,7 +1,7 @@
 """The compiled C++ kernel: where it is found, and what its functions take.
 
 The fields of `Call`, `Extras` and `Kind`, `plan.NUMBERS`, and the names that stand for numbers are those of kernels/cpu/problem.h
-in the same order; tests/test_cpu.py compares the two files.
+in the same order; tests/test_cpu_abi.py compares the two files.
 """
 
 import ctypes

@@ -2,7 +2,7 @@
 // What shapes, dtypes and options decide are Numbers and a Kind, packed once for all calls alike. What a call has of its own are
 // arguments in Python, and a Call here (python.cpp); what few calls have besides are Extras, null pointers for the others.
 //
-// The fields, the enumerators and kAbi stand in cpu_abi.py in the same order; tests/test_cpu.py compares the two files.
+// The fields, the enumerators and kAbi stand in cpu_abi.py in the same order; tests/test_cpu_abi.py compares the two files.
 //
 // Nothing here is validated but the class indices, and nothing is allocated.
 #pragma once
