@@ -212,6 +212,8 @@ def _gradient(
         place = vars(ctx).get("place")
 
         def from_made(made: Tensor | None) -> Tensor:
+            if place is not None and place[1] != place[0]._version:
+                _check_edit(place[0], ctx.next_functions[0][0], options)
             return _differentiable_gradient(place, dloss, dentropy, by_name, made, options, out_dtype)
 
         return _read(ctx, from_made) if ctx.has_gradient else from_made(None)
@@ -221,6 +223,17 @@ def _gradient(
         ops.scale_gradient(dlogits, dloss, backend)
         return dlogits
     return ops.backward(dloss, kernel_inputs(inputs, backend), tensors[-1], options, backend, dentropy).view(inputs.logits.shape)
+
+
+def _check_edit(logits: Tensor, node: Any, options: Options) -> None:
+    """Raises where logits that were edited since the forward cannot be had again from their gradient (recover.py), or no longer
+    have the place in the graph that they had, which was at this node."""
+    moved = logits.grad_fn is not node if logits.grad_fn is not None else not logits.requires_grad
+    if moved or not affine.is_affine(options):
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: the logits of shape "
+            f"{list(logits.shape)}, which a second derivative reads"
+        )
 
 
 def _differentiable_gradient(

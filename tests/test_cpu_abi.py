@@ -65,6 +65,7 @@ def test_python_and_the_header_agree() -> None:
         ({"scale": "1"}, TypeError),
         ({"n_examples": 2.5}, TypeError),
         ({"n_examples": None, "scale": None}, TypeError),
+        ({"row_stats": torch.zeros(2), "n_threads": "1"}, TypeError),
         ({"surplus": 0}, TypeError),
     ],
     ids=str,

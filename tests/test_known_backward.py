@@ -196,3 +196,46 @@ def test_a_known_number_of_rows_may_be_fewer_or_more_than_few() -> None:
         (gradient,) = torch.autograd.grad(losses.mean(), logits)
         torch.testing.assert_close(gradient, torch.autograd.grad(F.cross_entropy(logits, target), logits)[0])
     assert known.KNOWN
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"focal_gamma": 2.0}, {"z_loss": 0.1}], ids=str)
+def test_a_second_derivative_of_edited_logits_is_right_or_refused(path: Path, options: dict[str, Any], reduction: str) -> None:
+    """PyTorch's loss keeps what it needs. Ours has the logits from its gradient, unless an extra makes that more than affine in
+    the softmax, or the edit is part of the graph; a first derivative is made already."""
+    if path.backend == "auto" and cpu.LIBRARY is None:
+        pytest.skip("the compiled CPU kernel is missing")
+    data, target = problem()
+
+    def gradients(loss: Callable[..., Tensor], edit: str, order: int) -> Tensor:
+        leaf = data.detach().clone().requires_grad_()
+        logits = leaf * 1
+        total = loss(logits, target, reduction=reduction, **options).sum()
+        with torch.set_grad_enabled(edit == "in the graph"):
+            logits.mul_(7)
+        (gradient,) = torch.autograd.grad(total, leaf, create_graph=order == 2)
+        return gradient if order == 1 else torch.autograd.grad(gradient.square().sum(), leaf)[0]
+
+    for _ in range(3):
+        for edit in ("around the graph", "in the graph"):
+            if reduction == "none" and path.backend != "auto":  # there the first derivative needs the logits
+                continue
+            if not options:
+                expected = gradients(F.cross_entropy, edit, 1)
+                torch.testing.assert_close(gradients(fusedloss.cross_entropy, edit, 1), expected)
+            if options or edit == "in the graph":
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    gradients(fusedloss.cross_entropy, edit, 2)
+            else:
+                expected = gradients(F.cross_entropy, edit, 2)
+                torch.testing.assert_close(gradients(fusedloss.cross_entropy, edit, 2), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(cpu.LIBRARY is None, reason="the compiled CPU kernel is missing")
+def test_rows_are_scaled_alike_whatever_the_losss_dtype() -> None:
+    logits, target = make_logits(128, C).requires_grad_(), make_target(128, n_classes=C)
+    found = []
+    for _ in range(4):
+        losses = fusedloss.cross_entropy(logits, target, reduction="none", out_dtype=torch.float64)
+        found.append(torch.autograd.grad(losses, logits, make_logits(128, seed=1).to(losses) / 3)[0])
+    assert all(torch.equal(gradient, found[0]) for gradient in found)

@@ -109,7 +109,8 @@ def scale_gradient(dlogits: Tensor, dloss: Tensor) -> None:  # dloss: 0-d, or a 
     check_memory(dloss, bytes_spanned(dloss))  # PyTorch's operators do not look
     if dloss.dim() == 0 and dloss.item() == 1:
         return
-    factors = dloss if dloss.dim() == 0 else dloss.unsqueeze(1)
+    # As the kernel multiplies the rows of a known call.
+    factors = dloss if dloss.dim() == 0 else dloss.unsqueeze(1).to(accumulation_dtype(dlogits.dtype))
     if not dloss.isfinite().all():
         factors = torch.where(dlogits.any(min(1, dlogits.dim() - 1), keepdim=True), factors, 0)
     dlogits.mul_(factors)

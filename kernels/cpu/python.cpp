@@ -68,7 +68,7 @@ class Arguments {
   }
 
   void* address_of(PyObject* tensor) {
-    if (tensor == &_Py_NoneStruct || has_failed) return nullptr;
+    if (tensor == &_Py_NoneStruct || failed()) return nullptr;  // Python calls nothing while an exception is set
     static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
     PyObject* number = PyObject_CallMethodObjArgs(tensor, data_ptr, nullptr);
     void* address = number ? PyLong_AsVoidPtr(number) : nullptr;
