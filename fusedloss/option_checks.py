@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from fusedloss.plan import DEFAULTS, EXTRAS, NUMBERS, ROW_REDUCTIONS, Extras, Options
+from fusedloss.plan import EXTRAS, NUMBERS, ROW_REDUCTIONS, Extras, Options
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _POSITIVE, _NOT_NEGATIVE = ("softcap",), ("focal_gamma",)  # all NUMBERS are finite
@@ -115,9 +115,8 @@ def _number(name: str, value: Any) -> float | None:
 
 
 def _in_range(name: str, number: float | None) -> float:
-    if number is None:
-        default: float = getattr(DEFAULTS, name)
-        return default
+    if number is None:  # a softcap; not read from DEFAULTS: to a compiler with dynamic=True that is a number nobody knows
+        return 0.0
     if not -math.inf < number < math.inf:  # not math.isfinite: numbers are symbols to a compiler
         raise ValueError(f"{name} must be finite, but got {number}")
     if name in _POSITIVE and not number > 0:
@@ -135,7 +134,7 @@ def _check_top_k(reduction: str, top_k: int | float | None) -> tuple[int, float]
     if top_k is None:
         raise ValueError("reduction 'topk' needs top_k: a number of rows, or a fraction of the counted rows")
     if isinstance(top_k, float):
-        if not 0 < top_k <= 1 or math.isnan(top_k):
+        if not 0 < top_k <= 1:  # nan, too; no function of math, as above
             raise ValueError(f"a fractional top_k must be in (0, 1], but got {top_k}")
         return 0, top_k
     k = integer("top_k", top_k)

@@ -256,6 +256,27 @@ def test_sizes_and_numbers_that_only_the_data_tell(function: Callable[[Call, Ten
     close(*results)
 
 
+def _layer(x: Tensor, t: Tensor, **options: Any) -> Any:
+    return fusedloss.linear_cross_entropy(x, torch.eye(x.shape[1]), t, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"reduction": "topk", "top_k": 0.5}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("call", [fusedloss.cross_entropy, _layer])
+def test_several_losses_whose_sizes_and_numbers_are_unknown(call: Call, options: dict[str, Any]) -> None:
+    """dynamic=True takes every number that is no literal for one that changes, those in defaults and closures, too."""
+    theirs = fusedloss.cross_entropy if options.keys() & {"top_k", "softcap"} else F.cross_entropy
+
+    def step(call: Call, x: Tensor, t: Tensor) -> Tensor:
+        return call(x.sin(), t, **options).sum() + 2 * call(x, t, **options).sum()
+
+    ours = torch.compile(lambda x, t: step(call, x, t), fullgraph=True, dynamic=True, backend="aot_eager")
+    for n_rows in (4, 7):
+        logits, target = problem(n_rows)[0].requires_grad_(), problem(n_rows)[1]
+        found, expected = ours(logits, target), step(theirs, logits, target)
+        close(found, expected)
+        close(torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_compiled_autograd(reduction: str) -> None:
     results = []
