@@ -110,9 +110,9 @@ def serve_checked(
 
 def with_strategy(options: Options, inputs: Inputs, route: Route) -> Options:
     """The same, where a backend has a choice between strategies. A compiler has none: each other size would compile anew."""
-    if route.backend != "cpu" or route.world.kind is Kind.COMPILED:
-        return options
-    return options._replace(fuses_rows=fuses_rows(inputs.logits, options))
+    if route.backend == "cpu" and route.world.kind is not Kind.COMPILED and fuses_rows(inputs.logits, options):
+        return options._replace(fuses_rows=True)
+    return options
 
 
 def without_numbers(inputs: Any, options: Options) -> tuple[Any, Options, float | Tensor | None]:

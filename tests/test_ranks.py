@@ -42,6 +42,19 @@ def join_group(rank: int, folder: Path, seconds: float = LIMIT) -> None:
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=N_RANKS, timeout=timedelta(seconds=seconds))
 
 
+def leave(rank: int, folder: Path) -> None:
+    """Ends a rank, once all are done, and says that it came so far."""
+    (folder / str(rank)).touch()
+    dist.barrier()
+    os._exit(0)
+
+
+def launch_to_the_end(main: Callable[..., None], folder: Path) -> None:
+    """Runs a main that ends by `leave`."""
+    launch(main, folder)
+    assert all((folder / str(rank)).exists() for rank in range(N_RANKS))
+
+
 def with_a_rank_that_is_not_there(rank: int, folder: Path, fate: str) -> None:
     join_group(rank, folder, PATIENCE)
     shard, target = make_logits(5, 4).requires_grad_(), make_target(5, n_classes=8)
@@ -137,16 +150,13 @@ def under_a_compiler(rank: int, folder: Path) -> None:
     torch.testing.assert_close(found[1], found[0])
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(step, backend="aot_eager", fullgraph=True)(shard)
-    (folder / str(rank)).touch()
-    dist.barrier()
-    os._exit(0)
+    leave(rank, folder)
 
 
 # Of the compiler itself, which looks at what lies on either side of the call.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_under_a_compiler(tmp_path: Path) -> None:
-    launch(under_a_compiler, tmp_path / "compiled")
-    assert all((tmp_path / "compiled" / str(rank)).exists() for rank in range(N_RANKS))
+    launch_to_the_end(under_a_compiler, tmp_path / "compiled")
 
 
 def upstream_without_memory(rank: int, folder: Path) -> None:
@@ -178,16 +188,13 @@ def upstream_without_memory(rank: int, folder: Path) -> None:
                 (exact,) = torch.autograd.grad(expected, whole, first, retain_graph=True)
                 both = [torch._from_functional_tensor(one) if torch._is_functional_tensor(one) else one for one in (found, exact)]
                 torch.testing.assert_close(both[0], both[1].tensor_split(N_RANKS, 1)[rank])
-    (folder / str(rank)).touch()
-    dist.barrier()
-    os._exit(0)
+    leave(rank, folder)
 
 
 # make_dual() itself makes PyTorch script its decompositions.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 def test_upstream_gradients_without_memory(tmp_path: Path) -> None:
-    launch(upstream_without_memory, tmp_path / "upstream")
-    assert all((tmp_path / "upstream" / str(rank)).exists() for rank in range(N_RANKS))
+    launch_to_the_end(upstream_without_memory, tmp_path / "upstream")
 
 
 def negative_views(rank: int, folder: Path) -> None:
@@ -215,11 +222,8 @@ def negative_views(rank: int, folder: Path) -> None:
     expected = loss_and_gradient(**tensors)
     for name, tensor in tensors.items():
         torch.testing.assert_close(loss_and_gradient(**{**tensors, name: torch._neg_view(-tensor.detach())}), expected)
-    (folder / str(rank)).touch()
-    dist.barrier()
-    os._exit(0)
+    leave(rank, folder)
 
 
 def test_negative_views(tmp_path: Path) -> None:
-    launch(negative_views, tmp_path / "negative")
-    assert all((tmp_path / "negative" / str(rank)).exists() for rank in range(N_RANKS))
+    launch_to_the_end(negative_views, tmp_path / "negative")

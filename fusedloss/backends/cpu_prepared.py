@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedloss.backends.cpu import all_as_read, library, raise_out_of_bounds
 from fusedloss.backends.cpu_abi import Functions
-from fusedloss.backends.cpu_call import Prepacked, bytes_spanned, converted, prepack
+from fusedloss.backends.cpu_call import Prepacked, as_read, bytes_spanned, converted, prepack
 from fusedloss.backends.outputs import (
     N_ROW_STATS,
     NO_STATS,
@@ -123,8 +123,7 @@ class Prepared:
             n_examples, dlogits = self.n_examples, self.new_gradient()
         else:
             n_examples, dlogits = logits.shape[0], torch.empty_like(logits)
-        if dloss.dtype != self.dloss_dtype or not dloss.is_contiguous():
-            dloss = converted(dloss, self.dloss_dtype, bytes_spanned(dloss))
+        dloss = as_read(dloss, self.dloss_dtype)
         n_threads, holds_gil = self.workers or self.kind.workers(n_examples)
         self.run.backward(
             self.backward_packed,
@@ -147,8 +146,7 @@ class Prepared:
     def scale_gradient(self, dlogits: Tensor, dloss: Tensor) -> None:
         """dlogits *= dloss, of each row its own; a row of zeros stays so."""
         n_examples = self.n_examples if self.per_example is None else dlogits.shape[0]
-        if not dloss.is_contiguous():
-            dloss = converted(dloss, dloss.dtype, bytes_spanned(dloss))
+        dloss = as_read(dloss, dloss.dtype)
         n_threads, holds_gil = self.workers or self.kind.workers(n_examples)
         self.run.scale_gradient(
             self.packed, holds_gil, None, None, dlogits, None, None, None, None, None, dloss, 1.0, n_threads, n_examples

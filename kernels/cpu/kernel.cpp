@@ -182,7 +182,7 @@ extern "C" int64_t fusedloss_backward(const Call* call, const Rest* rest) {
 extern "C" int64_t fusedloss_scale_gradient(const Call* call, const Rest* rest) {
   const Problem problem{*call, *rest};
   const fusedloss::Kernels& kernels = fusedloss::kernels_for(problem);
-  const double factor = problem.reduction == fusedloss::kNone ? std::nan("") : kernels.load_dloss(problem);
+  const double factor = problem.reduction == fusedloss::kNone ? std::nan("") : kernels.dloss_of(problem, 0);
   if (factor == 1) return 0;
   if (!std::isfinite(factor)) {
     const fusedloss::Chunks rows = fusedloss::row_chunks(problem);

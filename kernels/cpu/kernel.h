@@ -86,7 +86,6 @@ double dloss_of(const Problem& problem, int64_t row) {
     default: return load1(static_cast<const float16*>(problem.dloss) + row);
   }
 }
-double load_dloss(const Problem& problem) { return dloss_of(problem, 0); }
 
 template <class T>
 void scale(T* numbers, int64_t n, int64_t stride, double by) {
@@ -138,6 +137,6 @@ void scale_numbers(const Problem& problem, int64_t begin, int64_t end, double fa
 
 }  // namespace
 
-extern const Kernels FUSEDLOSS_KERNELS = {summarise, forward, backward, store_loss, load_dloss, scale_numbers, scale_rows};
+extern const Kernels FUSEDLOSS_KERNELS = {summarise, forward, backward, store_loss, dloss_of, scale_numbers, scale_rows};
 
 }  // namespace fusedloss

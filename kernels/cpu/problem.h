@@ -174,7 +174,7 @@ using SummariseRows = TargetSummary (*)(const Problem&, int64_t begin, int64_t e
 using ForwardRows = RowSums (*)(const Problem&, int64_t begin, int64_t end, double coefficient, double weight_total);
 using BackwardRows = void (*)(const Problem&, int64_t begin, int64_t end);
 using StoreLoss = void (*)(const Problem&, double loss);
-using LoadDloss = double (*)(const Problem&);  // of the batch
+using DlossOf = double (*)(const Problem&, int64_t row);  // 0 where the loss is of the batch
 using ScaleNumbers = void (*)(const Problem&, int64_t begin, int64_t end, double factor);  // of dlogits, which are dense
 using ScaleRows = void (*)(const Problem&, int64_t begin, int64_t end);
 
@@ -183,7 +183,7 @@ struct Kernels {
   ForwardRows forward;
   BackwardRows backward;
   StoreLoss store_loss;  // of the batch
-  LoadDloss load_dloss;
+  DlossOf dloss_of;
   ScaleNumbers scale_numbers;
   ScaleRows scale_rows;
 };

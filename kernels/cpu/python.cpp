@@ -53,12 +53,11 @@ class Arguments {
     (take_one(fields), ...);
   }
   const char* take_bytes() { return PyBytes_AsString(*next++); }
-  bool failed() const { return has_failed || PyErr_Occurred(); }
+  bool failed() const { return PyErr_Occurred(); }
 
  private:
   PyObject* check_memory;  // of a tensor: raises where there is none
   PyObject* const* next;
-  bool has_failed = false;
 
   void take_one(double& number) { number = PyFloat_AsDouble(*next++); }
   void take_one(int64_t& number) { number = PyLong_AsLongLong(*next++); }
@@ -76,7 +75,6 @@ class Arguments {
       Py_DecRef(number);
       number = PyObject_CallFunctionObjArgs(check_memory, tensor, nullptr);
     }
-    has_failed = !number;
     if (number) Py_DecRef(number);
     return address;
   }
