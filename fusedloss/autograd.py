@@ -59,7 +59,8 @@ class CrossEntropyFunction(torch.autograd.Function):
         outputs = ops.forward(kernel_inputs(inputs, backend), options, out_dtype, needs_grad, backend)
         loss, dlogits = outputs.loss, outputs.dlogits
         if logits.dim() > 2 and options.reduction == "none":
-            loss = loss.view(_rows_shape(logits))
+            # Autograd forbids to edit a view that a Function made.
+            loss = torch.ops.aten._unsafe_view.default(loss, _rows_shape(logits))
         has_gradient = fused and needs_grad
         ctx.call, ctx.has_gradient = (options, out_dtype, backend), has_gradient
         if has_gradient:

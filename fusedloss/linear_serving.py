@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusedloss import backends, distributed, linear_ops, reference
+from fusedloss.backends.outputs import ENTROPY
 from fusedloss.backends.triton import device_facts
 from fusedloss.checks import Facts
 from fusedloss.geometry import DeviceFacts
@@ -231,8 +232,8 @@ def _denominator(inputs: LinearInputs, options: Options) -> Tensor:
 
 
 def _statistics(row_stats: Tensor, n_correct: Any, inputs: LinearInputs, options: Options) -> LossStats:
-    lse, row_loss, entropy = row_stats.unbind()
+    lse, row_loss, entropy = row_stats.detach().unbind()
     counted = _counted(inputs, options)
-    entropy = entropy if options.differentiates_entropy() else entropy.detach()
-    row_loss = row_loss.detach()
-    return LossStats(lse.detach(), row_loss, counted.sum(), n_correct, reference.worst_row(row_loss, counted), entropy)
+    if options.differentiates_entropy():
+        entropy = row_stats[ENTROPY]  # autograd forbids to edit what unbind() returns
+    return LossStats(lse, row_loss, counted.sum(), n_correct, reference.worst_row(row_loss, counted), entropy)

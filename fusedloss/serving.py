@@ -17,7 +17,7 @@ from fusedloss.autograd import (
     forgets_logits,
     kernel_forward,
 )
-from fusedloss.backends.outputs import N_ROW_STATS, RowStats
+from fusedloss.backends.outputs import ENTROPY, N_ROW_STATS, RowStats
 from fusedloss.backends.triton import device_facts
 from fusedloss.checks import check_class_indices
 from fusedloss.geometry import DeviceFacts
@@ -203,9 +203,11 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
 def _loss_stats(stats: RowStats, logits: Tensor) -> LossStats:
     row_stats, counts = stats
     rows = () if logits.dim() == 1 else (logits.shape[0], *logits.shape[2:])
-    lse, row_loss, entropy = row_stats.view(N_ROW_STATS, *rows).unbind()
+    row_stats = row_stats.view(N_ROW_STATS, *rows)
+    lse, row_loss, _ = row_stats.detach().unbind()
     n_counted, n_correct, worst = counts.unbind()
-    return LossStats(lse.detach(), row_loss.detach(), n_counted, n_correct, worst, entropy)
+    entropy = row_stats[ENTROPY]  # autograd forbids to edit what unbind() returns
+    return LossStats(lse, row_loss, n_counted, n_correct, worst, entropy)
 
 
 def check_if_asked(target: Tensor, target_b: Tensor | None, n_classes: int, options: Options, route: Route) -> None:

@@ -112,6 +112,22 @@ def test_gradient(
             torch.testing.assert_close(gradient.double(), exact_gradient, rtol=rounding + 1e-6, atol=least)
 
 
+@pytest.mark.parametrize("with_layer", [False, True])
+def test_it_may_be_edited_in_place(with_layer: bool) -> None:
+    logits, target = make_logits(4, 5).requires_grad_(), torch.tensor([0, 1, 4, 3])
+
+    def entropy_of_rows() -> Tensor:
+        if with_layer:
+            return fusedloss.linear_cross_entropy(logits, torch.eye(5), target, reduction="none", return_stats=True)[1].entropy
+        return fusedloss.cross_entropy(logits, target, reduction="none", return_stats=True)[1].entropy
+
+    (expected,) = torch.autograd.grad(entropy_of_rows() @ torch.tensor([0.0, 2.0, 2.0, 2.0]), logits)
+    edited = entropy_of_rows()
+    edited[0] = 0
+    (gradient,) = torch.autograd.grad(edited.mul_(2).sum(), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_without_a_loss_of_it_the_gradient_is_the_same(path: Path) -> None:
     logits, target = make_problem((7, 300), FP32)
     logits.requires_grad_()

@@ -1,10 +1,12 @@
 """Points 23 to 29 of PyTorch's semantics: upstream gradients, repeated backwards, edits after the forward, layouts."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compare import check_against_torch
 from paths import Path
 from problems import make_logits, make_probabilities, make_target, make_weight
@@ -90,6 +92,22 @@ def test_25_logits_edited_after_the_forward(path: Path, reduction: str) -> None:
         assert "modified by an inplace operation" in str(error)  # noqa: PT017 (either outcome is right)
     else:
         torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3), (2, 5, 3, 4)], ids=str)
+def test_25_loss_edited_in_place(cross_entropy: Function, shape: tuple[int, ...]) -> None:
+    """A row taken out of the loss by hand, in the first call as in those that are known by then."""
+    target = torch.arange(shape[0] * math.prod(shape[2:])).view(shape[0], *shape[2:]) % 5
+
+    def gradient(of: Function) -> Tensor:
+        logits = make_logits(*shape).requires_grad_()
+        loss = of(logits, target, reduction="none")
+        loss[0] = 0
+        loss.mul_(2)
+        return _gradient(loss.sum(), logits)
+
+    for _ in range(4):
+        torch.testing.assert_close(gradient(cross_entropy), gradient(F.cross_entropy))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
