@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedloss import backends
+from fusedloss.ops import Prepared
 from fusedloss.plan import Options
+from fusedloss.reference import TorchLoss
 from fusedloss.world import PLAIN_TYPES, hooks_are_active, n_dispatch_modes
 
 MAX_KEYS = 256
@@ -42,7 +44,7 @@ class KnownCall:
     backend: str
     names: tuple[str, ...]  # of the tensors that are saved, besides what the kernel made
     forgets: bool  # whether logits are only saved for their place in the graph
-    prepared: Any  # the backend's Prepared
+    prepared: Prepared | TorchLoss  # the latter needs no backward: autograd differentiates it
 
 
 KNOWN: dict[tuple[Any, ...], tuple[KnownCall, ...]] = {}  # by options and settings; only a cache: it may be emptied at any time

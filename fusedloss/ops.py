@@ -5,7 +5,7 @@ has its own gradient, for compiled graphs and for whoever calls it directly; in 
 loss of a 128 x 10 batch takes, so there autograd.py has a Function, below which the dispatcher differentiates nothing.
 """
 
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedloss.backends import cpu as cpu_backend
 from fusedloss.backends import cpu_prepared
 from fusedloss.backends import triton as triton_backend
-from fusedloss.backends.outputs import ENTROPY, Outputs, allocate_forward, allocate_gradient
+from fusedloss.backends.outputs import ENTROPY, Outputs, RowStats, allocate_forward, allocate_gradient
 from fusedloss.entropy import add_gradient
 from fusedloss.plan import Inputs, Options
 from fusedloss.world import nobody_watches
@@ -52,10 +52,33 @@ def forward(
     return Outputs(*torch.ops.fusedloss.forward.default(*inputs, *options, out_dtype, needs_grad, backend))
 
 
+class Prepared(Protocol):
+    """Forward and backward of calls alike, with class indices or probabilities, and weights or not. Each backend has its own."""
+
+    @property
+    def any_batch(self) -> bool:
+        """Whether calls with another number of examples are alike, too."""
+        ...
+
+    def forward(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, RowStats | None]:
+        """The loss, what the backward reads, the gradient for an upstream gradient of 1 and statistics; as `Outputs` has them."""
+        ...
+
+    def backward(self, dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, saved: Tensor) -> Tensor:
+        """The gradient of the logits; saved: the forward's, the scale in it."""
+        ...
+
+    def scale_gradient(self, dlogits: Tensor, dloss: Tensor) -> None:
+        """dlogits *= dloss, of each row its own; a row of zeros stays so."""
+        ...
+
+
 def prepare(
     inputs: Inputs, options: Options, out_dtype: torch.dtype, needs_grad: bool, backend: str, as_given: Inputs, varies: bool
-) -> Any:
-    """What serves calls alike while nobody watches: the backend's Prepared, or None where such calls take more than a launch.
+) -> Prepared | None:
+    """What serves calls alike while nobody watches; None where such calls take more than a launch.
     as_given: the inputs as the caller has them; varies: calls with another number of examples should be alike, too."""
     if backend == "cpu":
         return cpu_prepared.prepare(inputs, options, out_dtype, needs_grad, as_given, varies)

@@ -39,7 +39,7 @@ def serve(
     input: Tensor,
     target: Any,
     weight: Tensor | None,
-    scale: float | Tensor,
+    scale: Any,  # float | Tensor; of a known call a float
     arguments: tuple[Any, ...],
 ) -> Any:
     """What `cross_entropy` returns for these arguments; the last are all others, those of PyTorch first, ignore_index the first
@@ -49,8 +49,8 @@ def serve(
         key, call = known.find(input, target, weight, scale, arguments)
         if call is not None:
             if not call.needs_grad:
-                loss, _, _, stats = call.prepared.forward(input, target, weight, scale)
-                return loss if stats is None else (loss, _loss_stats(stats, input))
+                loss, _, _, row_stats = call.prepared.forward(input, target, weight, scale)
+                return loss if row_stats is None else (loss, _loss_stats(row_stats, input))
             loss = KnownCrossEntropyFunction.apply(input, (target, weight, scale, call))
             if call.forgets:
                 forget_logits(loss)
@@ -147,7 +147,7 @@ def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Rou
     if not (varies or known.is_worth_remembering(key, logits, target)):
         return
     needs_grad = route.backend != "torch" and logits.requires_grad and torch.is_grad_enabled()
-    prepared: Any = reference.TorchLoss(options)
+    prepared: ops.Prepared | reference.TorchLoss | None = reference.TorchLoss(options)
     if route.backend != "torch":
         taken = kernel_inputs(inputs, route.backend)
         prepared = ops.prepare(taken, options, route.out_dtype, needs_grad, route.backend, inputs, varies)
