@@ -191,6 +191,7 @@ class Plan:
         read_bytes, write_bytes: predicted traffic of the logits and their gradient, forward and backward together, for an
             upstream gradient of 1. For another, a fused gradient is read and written once more; `scale` costs nothing.
         threads: of the CPU kernel.
+        keeps_logits: the loss refers to the logits until its backward, besides the gradient that its forward made.
     """
 
     backend: str
@@ -203,6 +204,7 @@ class Plan:
     write_bytes: int | None = None
     kernels: tuple[str, ...] = ()
     threads: int | None = None
+    keeps_logits: bool = False
 
     @property
     def launches(self) -> int:
@@ -213,7 +215,7 @@ class Plan:
         """What of the logits' size a loss keeps until its backward. PyTorch's keeps their log-softmax."""
         return {
             "forward only": "nothing",
-            "fused": "the gradient; also the logits, where they are at most 1 MiB, or with z_loss, focal_gamma or softcap",
+            "fused": "the gradient and the logits" if self.keeps_logits else "the gradient",
             "recompute": "the logits",
             "autograd": "what PyTorch's operators save",
         }[self.strategy]

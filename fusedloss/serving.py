@@ -1,6 +1,7 @@
 """A call, from the arguments to the loss: known already; or checked, routed, and served by a kernel or by PyTorch's operators."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -265,5 +266,7 @@ def planned(device: DeviceFacts | None, **arguments: Any) -> Plan:
         inputs = inputs.as_one_row()
     needs_grad = input.requires_grad and torch.is_grad_enabled()
     if route.backend == "cpu":
-        return cpu_plan(route.reason, inputs.logits, with_strategy(options, inputs, route), needs_grad)
-    return triton_plan(route.reason, inputs, options, needs_grad, device or device_facts(input.device))
+        plan = cpu_plan(route.reason, inputs.logits, with_strategy(options, inputs, route), needs_grad)
+    else:
+        plan = triton_plan(route.reason, inputs, options, needs_grad, device or device_facts(input.device))
+    return replace(plan, keeps_logits=plan.strategy == "fused" and not forgets_logits(options, input))

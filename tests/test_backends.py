@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from problems import make_logits, make_probabilities, make_target
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fusedloss
 from fusedloss import backends
@@ -124,6 +125,21 @@ def test_the_plan_of_a_cpu_call(options: dict[str, Any]) -> None:
         served = "reference" if options.get("reduction") in ("max", "topk") else "torch"
         assert (plan.backend, plan.reason) == (served, cpu.MISSING)
     assert str(plan).startswith(f"{plan.backend}: {plan.reason}")
+
+
+@pytest.mark.skipif(cpu.MISSING is not None, reason=str(cpu.MISSING))
+@pytest.mark.parametrize("n_rows", [2, 300])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"logit_scale": 2.0}, {"reduction": "none"}], ids=str)
+def test_the_plan_says_whether_the_logits_are_kept(n_rows: int, options: dict[str, Any]) -> None:
+    leaf, target = make_logits(n_rows, 1000).requires_grad_(), make_target(n_rows, n_classes=1000)
+    for _ in range(3):  # the third call is a known one
+        logits = leaf * 1
+        holds = fusedloss.plan(logits, target, **options).holds()
+        memory = StorageWeakRef(logits.untyped_storage())
+        loss = fusedloss.cross_entropy(logits, target, **options)
+        del logits
+        assert holds.endswith("the logits") is not memory.expired(), holds
+        del loss
 
 
 def test_the_plan_says_why_it_is_no_kernel() -> None:
