@@ -10,6 +10,8 @@ from torch import Tensor
 
 import fusedloss
 
+BOTH = fusedloss.cross_entropy, torch.nn.functional.cross_entropy  # ours, then PyTorch's
+
 
 def check_against_torch(
     logits: Tensor,

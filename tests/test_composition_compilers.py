@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import BOTH
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -22,7 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 Call = Callable[..., Any]
 ROOT = Path(__file__).parent.parent
-BOTH = (fusedloss.cross_entropy, F.cross_entropy)
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +38,6 @@ def compiled(function: Call) -> Call:
 
 def problem(n_rows: int = 6, n_classes: int = 5) -> tuple[Tensor, Tensor]:
     return make_logits(n_rows, n_classes), make_target(n_rows, n_classes=n_classes, ignored=-100)
-
-
-def close(ours: Any, theirs: Any) -> None:
-    torch.testing.assert_close(ours, theirs)
 
 
 TRANSFORMS: dict[str, Callable[[Call, Tensor, Tensor], Any]] = {
@@ -66,14 +62,14 @@ def test_a_transform_under_compile(transform: Callable[[Call, Tensor, Tensor], A
     except torch._dynamo.exc.TorchDynamoException as error:  # earlier versions know fewer transforms
         pytest.skip(f"PyTorch cannot compile its own: {error}"[:200])
     ours = result(fusedloss.cross_entropy)
-    close(ours, theirs)
+    torch.testing.assert_close(ours, theirs)
     assert max(tensor.abs().max() for tensor in torch.utils._pytree.tree_leaves(ours)) > 1e-3
 
 
 def test_compile_under_a_transform() -> None:
     """The transform is there before the compiler is."""
     ours, theirs = (torch.func.grad(torch.compile(call, backend="aot_eager"))(*problem()) for call in BOTH)
-    close(ours, theirs)
+    torch.testing.assert_close(ours, theirs)
 
 
 class Model(nn.Module):
@@ -100,7 +96,7 @@ def test_what_is_exported_trains(options: dict[str, Any], strict: bool) -> None:
         loss = module(*problem())
         loss.backward()
         results.append((loss.detach(), module.factor.grad))
-    close(*results)
+    torch.testing.assert_close(*results)
 
 
 HOW: dict[str, Callable[[nn.Module, tuple[Tensor, Tensor]], Call]] = {
@@ -160,7 +156,7 @@ def test_ahead_of_time_inductor(tmp_path: Path) -> None:
     model = Model(fusedloss.cross_entropy, label_smoothing=0.1)
     program = torch.export.export(model, problem())
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    close(torch._inductor.aoti_load_package(path)(*problem()), model(*problem()).detach())
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(*problem()), model(*problem()).detach())
 
 
 CACHED = """
@@ -188,7 +184,7 @@ def test_what_is_exported_with_extras_trains(options: dict[str, Any]) -> None:
     for each in (model, module):
         loss = each(*problem())
         results.append((loss.detach(), torch.autograd.grad(loss, each.factor)[0]))
-    close(*results)
+    torch.testing.assert_close(*results)
 
 
 def test_onnx_export() -> None:
@@ -218,8 +214,8 @@ def test_a_new_number_in_every_step_compiles_twice(name: str) -> None:
     for number in range(5):
         value = number if name == "ignore_index" else 0.15 + number / 10
         loss, expected = call(logits, target, value), THEIRS[name](logits, target, value)
-        close(loss, expected)
-        close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
     assert counter.frame_count <= 2
 
 
@@ -228,7 +224,7 @@ def test_a_scale_under_compile_does_not_overflow_before_it_is_applied() -> None:
     logits = torch.zeros(2**15, 64, dtype=torch.float16)
     target = torch.zeros(2**15, dtype=torch.int64)
     loss = compiled(lambda x, t: fusedloss.cross_entropy(x, t, reduction="sum", scale=2.0**-10))(logits, target)
-    close(loss, fusedloss.cross_entropy(logits, target, reduction="sum", scale=2.0**-10))
+    torch.testing.assert_close(loss, fusedloss.cross_entropy(logits, target, reduction="sum", scale=2.0**-10))
     assert loss.isfinite()
 
 
@@ -253,7 +249,7 @@ def test_sizes_and_numbers_that_only_the_data_tell(function: Callable[[Call, Ten
                     pytest.skip("this PyTorch cannot, either")
                 raise
             results.append((loss.detach(), *torch.autograd.grad(loss, logits)))
-    close(*results)
+    torch.testing.assert_close(*results)
 
 
 def _layer(x: Tensor, t: Tensor, **options: Any) -> Any:
@@ -273,8 +269,8 @@ def test_several_losses_whose_sizes_and_numbers_are_unknown(call: Call, options:
     for n_rows in (4, 7):
         logits, target = problem(n_rows)[0].requires_grad_(), problem(n_rows)[1]
         found, expected = ours(logits, target), step(theirs, logits, target)
-        close(found, expected)
-        close(torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits))
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -291,7 +287,7 @@ def test_compiled_autograd(reduction: str) -> None:
                 return loss.detach()
 
             results.append((step(logits, target), logits.grad))
-    close(*results)
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("n_rows", [16, 40000], ids=["small logits are kept", "large ones are forgotten"])
@@ -304,7 +300,7 @@ def test_a_compiled_backward_of_eager_calls(reduction: str, n_rows: int) -> None
         loss, logits.grad = fusedloss.cross_entropy(logits, target, reduction=reduction).sum(), None
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
             loss.backward()
-        close(logits.grad, expected)
+        torch.testing.assert_close(logits.grad, expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -314,7 +310,7 @@ def test_the_operator_differentiates_itself(reduction: str) -> None:
     arguments = (logits, target, None, None, None, None, None, *Options(reduction), torch.float32)
     backend = "cpu" if fusedloss.plan(logits, target).backend == "cpu" else pytest.skip("no C++ kernel")
     loss = torch.ops.fusedloss.forward(*arguments, True, backend)[0].sum()
-    close(
+    torch.testing.assert_close(
         *(
             torch.autograd.grad(each, logits, retain_graph=True)
             for each in (loss, F.cross_entropy(*arguments[:2], reduction=reduction).sum())
@@ -332,4 +328,4 @@ def test_probabilities_and_weights_under_compile() -> None:
         tensors = [tensor.requires_grad_() for tensor in (make_logits(4, 5), make_probabilities(4, 5), make_weight(5))]
         loss = compiled(call)(*tensors)
         results.append((loss.detach(), torch.autograd.grad(loss, tensors)))
-    close(*results)
+    torch.testing.assert_close(*results)

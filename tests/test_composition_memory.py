@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import BOTH
 from problems import make_logits, make_target, make_weight
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -19,11 +20,6 @@ import fusedloss
 from fusedloss import recover
 
 Call = Callable[..., Any]
-BOTH = (fusedloss.cross_entropy, F.cross_entropy)
-
-
-def close(ours: Any, theirs: Any) -> None:
-    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.fixture(params=["kept", "forgotten"])
@@ -100,7 +96,7 @@ def test_hooks_have_all_of_it_in_their_hands(reduction: str) -> None:
         results.append(
             (loss.detach(), *torch.autograd.grad(loss, hidden, retain_graph=True), *torch.autograd.grad(3 * loss, hidden))
         )
-    close(*results)
+    torch.testing.assert_close(*results)
     assert counts[0] == 1 <= counts[1]
 
 
@@ -120,7 +116,7 @@ def test_checkpointed_chunks(reduction: str) -> None:
         results.append(torch.autograd.grad(torch.stack(chunks).sum(), (hidden, head)))
 
     ours, theirs = (memory(lambda mark, call=call: step(mark, call), 4 * 256 * 128) for call in BOTH)
-    close(*results)
+    torch.testing.assert_close(*results)
     assert ours[0] == theirs[0] == 0
     assert ours[1] <= theirs[1]
 
@@ -133,7 +129,7 @@ def test_save_on_cpu_and_a_backward_of_second_order() -> None:
             loss = call(2.0 * logits, target)
         (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
         results.append((gradient.detach(), *torch.autograd.grad(gradient.square().sum(), logits)))
-    close(*results)
+    torch.testing.assert_close(*results)
 
 
 def test_hooks_that_copy_and_a_gradient_under_inference_mode() -> None:
@@ -146,7 +142,7 @@ def test_hooks_that_copy_and_a_gradient_under_inference_mode() -> None:
         with torch.inference_mode():
             (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
         results.append(gradient.clone())
-    close(*results)
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -163,7 +159,7 @@ def test_no_examples_under_a_selective_checkpoint(reduction: str) -> None:
             context_fn=lambda: create_selective_checkpoint_contexts([]),
         )
         results.append(torch.autograd.grad(loss, logits, create_graph=True)[0].detach())
-    close(*results)
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.usefixtures("_logits_are")
@@ -189,7 +185,7 @@ def test_a_graph_used_many_times(options: dict[str, Any]) -> None:
             (curvature,) = torch.autograd.grad(slope.square().sum(), hidden)
             assert torch.equal(torch.autograd.grad(call(2.0 * hidden, target, **options).sum(), hidden)[0], second)
         results.append((second, tripled, batched, slope.detach(), curvature))
-    close(*results)
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -213,7 +209,7 @@ def test_second_order_of_forgotten_logits(dtype: torch.dtype, monkeypatch: pytes
             loss = fusedloss.cross_entropy(2.0 * logits, target, scale=0.7, **options)
             (slope,) = torch.autograd.grad(loss, logits, create_graph=True)
             found.append((slope.detach(), *torch.autograd.grad(slope.square().sum(), logits)))
-        close(*found)
+        torch.testing.assert_close(*found)
 
 
 @pytest.mark.usefixtures("_logits_are")
@@ -275,4 +271,4 @@ def test_logits_edited_behind_autograds_back(order: int, monkeypatch: pytest.Mon
         logits.data.zero_()
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=order == 2)
         results.append(torch.autograd.grad(gradient.square().sum(), leaf)[0] if order == 2 else gradient)
-    close(*results)
+    torch.testing.assert_close(*results)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import BOTH
 from oracle import torch_loss
 from paths import Path
 from problems import make_logits, make_probabilities, make_weight
@@ -123,7 +124,7 @@ def test_26_gradients_per_sample(any_path: Path) -> None:
 
     ours, torchs = (
         vmap(grad(lambda p, x, y, call=call: loss(call, p, x, y)), in_dims=(None, 0, 0))(parameters, inputs, target)
-        for call in (fusedloss.cross_entropy, F.cross_entropy)
+        for call in BOTH
     )
     for name, expected in torchs.items():
         assert expected.abs().max() > 1e-3
@@ -152,7 +153,7 @@ def test_double_backward_through_a_gradient_penalty(path: Path) -> None:
     weight = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     inputs = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     results = []
-    for call in (fusedloss.cross_entropy, F.cross_entropy):
+    for call in BOTH:
         loss = call(inputs @ weight, torch.tensor(TARGET), label_smoothing=0.1)
         (slope,) = torch.autograd.grad(loss, inputs, create_graph=True)
         results.append(torch.autograd.grad(loss + slope.square().sum(), weight)[0])
