@@ -7,6 +7,7 @@ bytes by which a call raises the allocator's peak beyond the gradients that it r
 losses are those of bench_linear.py.
 """
 
+import argparse
 import random
 import statistics
 import sys
@@ -70,11 +71,12 @@ def measure(case: Case, device: str) -> None:
         gpu_run.emit({"case": str(case), "implementation": name, "device_us": 1e6 * seconds, "extra_bytes": max(0, peaks[name])})
 
 
-def main(device: str = "cuda") -> int:
+def main(arguments: list[str], device: str = "cuda") -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(arguments)
     for case in CASES:
         measure(case, device)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

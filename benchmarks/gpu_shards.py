@@ -5,6 +5,7 @@
 Prints the lines of all, each whole. Ctrl-C reaches all, and what they print at their end is still printed.
 """
 
+import argparse
 import signal
 import subprocess
 import sys
@@ -15,8 +16,11 @@ NOTHING_TO_RUN = 5  # pytest's exit status
 
 
 def main(arguments: list[str]) -> int:
-    n = int(arguments[0])
-    command = [sys.executable, "-m", "pytest", *arguments[1:]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("n", type=int, metavar="N", help="processes")
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="for pytest")
+    given = parser.parse_args(arguments)
+    n, command = given.n, [sys.executable, "-m", "pytest", *given.options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     shards = [subprocess.Popen([*command, f"--shard={i}/{n}"], **pipes, text=True, errors="replace") for i in range(n)]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the shards, which have been started with the usual handler, end this process

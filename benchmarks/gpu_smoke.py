@@ -6,6 +6,7 @@
 Prints, or hands to gpu.py, a record before and one after each case: a kernel that never ends is the case without a second one.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -70,9 +71,11 @@ def check(case: str, device: str) -> None:
     check_against_torch(logits, target, weight, roundings=4 if logits.dtype == FP32 else 1, **options)
 
 
-def main(cases: list[str], device: str = "cuda") -> int:
+def main(arguments: list[str], device: str = "cuda") -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(map(repr, CASES))} (default: all)")
     wrong = 0
-    for case in cases or CASES:
+    for case in parser.parse_args(arguments).cases or CASES:
         emit({"case": case, "outcome": "started"})
         start = time.perf_counter()
         try:

@@ -4,8 +4,8 @@ gpu.py runs this file under ncu and reads what ncu prints. A launch is the forwa
 the five tensors is so large that what the L2 still holds at the end is little of it.
 """
 
+import argparse
 import csv
-import sys
 from collections import defaultdict
 from typing import Any
 
@@ -34,6 +34,7 @@ OPTIONS = (
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for case, shape in CASES.items():
         logits = torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
         target = torch.randint(shape[1], (shape[0], *shape[2:]), device="cuda")
@@ -74,4 +75,4 @@ def with_counts(records: list[dict[str, Any]], printed: str) -> list[dict[str, A
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

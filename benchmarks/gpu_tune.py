@@ -8,6 +8,7 @@ the last: what the two differ by is noise. "packed rows" is no constant: gathere
 with FUSEDLOSS_ is an environment variable.
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -97,8 +98,10 @@ def measure(setting: dict[str, Any], device: str = "cuda") -> None:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments:
-        setting = json.loads(arguments[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", nargs="?", type=json.loads, metavar="SETTING", help="JSON; default: all, one after another")
+    setting = parser.parse_args(arguments).setting
+    if setting is not None:
         apply(setting)
         measure(setting)
         return 0

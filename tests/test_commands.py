@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -170,3 +171,17 @@ def test_pytest_benchmark_saves_and_compares(tmp_path: Path, monkeypatch: pytest
     for phase in ("forward", "backward", "both"):
         for tests in (2, 4):  # and of the earlier run, beside which they stand
             assert f"benchmark 'float32 128 x 10, {phase}': {tests} tests" in output
+
+
+SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_says_what_it_does(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {script.name}")

@@ -50,7 +50,7 @@ def records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
     monkeypatch.setattr(gpu_linear.peers, "installed", lambda: {"Liger": None})
     monkeypatch.setattr(gpu_linear.peers, "liger_linear", _broken)
     monkeypatch.setenv("FUSEDLOSS_RECORDS", str(tmp_path / "records"))
-    assert gpu_linear.main("cpu") == 0
+    assert gpu_linear.main([], "cpu") == 0
     printed = capsys.readouterr().out
     assert "Liger: RuntimeError: no kernel image" in printed
     assert "float32 1048576 x 4 -> 1024: too large for this device's memory" in printed
