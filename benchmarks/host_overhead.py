@@ -20,21 +20,27 @@ import cProfile
 import pstats
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 import fusedloss
 from fusedloss.backends.triton import launching
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from stub_driver import StubDriver
+
 SHAPE = (128, 10)
-TARGET = 90
 
 
 class _Nothing(torch.autograd.Function):
@@ -49,56 +55,11 @@ class _Nothing(torch.autograd.Function):
         return torch.empty_like(logits)
 
 
-class _Utils:
-    """What Triton asks of a CUDA driver to load a kernel."""
-
-    @staticmethod
-    def load_binary(*_: object) -> tuple[object, object, int, int, int]:
-        return object(), object(), 0, 0, 1024
-
-    @staticmethod
-    def get_device_properties(_: str) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
-
-
-class StubDriver:
-    """A CUDA driver for Triton that compiles for sm_90 and launches nothing."""
-
-    utils = _Utils
-
-    def __init__(self) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", TARGET, 32)
-
-    def get_current_device(self) -> str:
-        return "stub"  # the key of Triton's caches: never that of a GPU, whose compiled kernels would really be launched
-
-    def get_current_stream(self, device: str = "stub") -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    @staticmethod
-    def launcher_cls(*_: object) -> Callable[..., None]:
-        return lambda *_: None
-
-
-@contextmanager
-def stubbed_driver() -> Iterator[None]:
-    """Inside, Triton's launcher runs as on a GPU up to the driver, on CPU tensors."""
-    from triton.runtime import driver
-
-    with mock.patch.object(driver, "_active", StubDriver()):
-        yield
-
-
 @contextmanager
 def stubbed_launcher() -> Iterator[None]:
     """Inside, the arms may replace our launcher's parts, on CPU tensors; afterwards all is as before."""
     with (
-        stubbed_driver(),
+        mock.patch.object(driver, "_active", StubDriver(GPUTarget("cuda", 90, 32))),
         fusedloss.backend("triton"),
         mock.patch.object(launching, "launch", launching.launch),
         mock.patch.object(launching, "keeps_compiled", launching.keeps_compiled),

@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import triton
+from stub_driver import StubDriver
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -118,25 +119,10 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield recorded
 
 
-class _Driver:
-    """Has Triton compile for a GPU that is not here."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-
-    def get_current_device(self) -> str:
-        return self.target  # the key of Triton's caches
-
-    def get_current_target(self) -> GPUTarget:
-        return {**TARGETS, **OTHER_TARGETS}[self.target]
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
-def compile_for(launch: Launch, target: str) -> Any:
-    """The compiled kernel, specialised as Triton's launcher does; options that the target refuses raise."""
-    with mock.patch.object(driver, "_active", _Driver(target)):
+def compile_for(launch: Launch, target: str, device: str | None = None) -> Any:
+    """The compiled kernel, specialised as Triton's launcher does; options that the target refuses raise. device: the key by which
+    Triton finds what it has compiled, by default the target."""
+    with mock.patch.object(driver, "_active", StubDriver({**TARGETS, **OTHER_TARGETS}[target], device or target)):
         return launch.function.warmup(**launch.arguments, grid=(launch.n_programs,))
 
 
@@ -147,12 +133,9 @@ def variants(recorded: list[Launch], target: str) -> set[tuple[str, str]]:
     def keep(function: Any, key: str, *_: Any) -> None:
         found.add((function.__name__, key))
 
-    with (
-        mock.patch.object(triton.JITFunction, "_do_compile", keep),
-        mock.patch.object(_Driver, "get_current_device", return_value=f"none for which {target} was compiled"),
-    ):
+    with mock.patch.object(triton.JITFunction, "_do_compile", keep):
         for launch in recorded:
-            compile_for(launch, target)
+            compile_for(launch, target, device=f"none for which {target} was compiled")
     return found
 
 

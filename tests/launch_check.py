@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import compiled_cases
 import torch
-from compiled import FACTS
-from triton.backends.compiler import GPUTarget
+from compiled import FACTS, TARGETS
+from stub_driver import StubDriver
 from triton.runtime import driver
 
 import fusedloss
@@ -65,22 +65,14 @@ class Launched(ctypes.Structure):
     )
 
 
-class Driver:
-    """Triton's driver for NVIDIA's GPUs, on the stub; what it would ask torch.cuda is answered here."""
+class Driver(StubDriver):
+    """With what Triton's driver for NVIDIA's GPUs has to load and to launch, on the stub of libcuda."""
 
     def __init__(self) -> None:
+        super().__init__(TARGETS["sm_90"], device=0, stream=STREAM)
         module = importlib.import_module("triton.backends.nvidia.driver")
         self.utils = module.CudaUtils()
         self.launcher_cls = module.CudaLauncher
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return STREAM
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
 
 
 def flattened(value: Any, kind: Any) -> list[tuple[str, Any]]:

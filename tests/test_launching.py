@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import triton
-from compiled import FACTS, _Driver, launches, variants
+from compiled import FACTS, TARGETS, launches, variants
+from stub_driver import StubDriver
 from triton.runtime import driver
 
 import fusedloss
@@ -95,8 +96,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         def run(self) -> None:
             found.append(self.names)
 
-    monkeypatch.setattr(driver, "_active", _Driver("sm_90"))
-    monkeypatch.setattr(_Driver, "get_current_device", lambda _: "nothing was compiled for")
+    monkeypatch.setattr(driver, "_active", StubDriver(TARGETS["sm_90"], "one for which nothing was compiled"))
     monkeypatch.setattr(triton.JITFunction, "_do_compile", lambda function, key, *_: Kernel(function.__name__, key))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -46,7 +46,8 @@ class Variants:
 
     def recording(self) -> ExitStack:
         """Every call that the C++ kernel serves is planned and specialised for the Triton kernels as well."""
-        from compiled import _Driver
+        from compiled import TARGETS
+        from stub_driver import StubDriver
         from triton.runtime import JITFunction, driver
 
         from fusedloss.backends import cpu, cpu_prepared
@@ -73,7 +74,7 @@ class Variants:
             mock.patch.object(cpu, "scale_gradient", both(ours.scale_gradient, cpu.scale_gradient)),
             mock.patch.object(cpu_prepared, "prepare", return_value=None),  # known calls launch what they did before they were
             mock.patch.object(launching, "launch", record),
-            mock.patch.object(driver, "_active", _Driver("sm_90")),
+            mock.patch.object(driver, "_active", StubDriver(TARGETS["sm_90"])),
             mock.patch.object(JITFunction, "_do_compile", keep),
         ):
             stack.enter_context(patch)
