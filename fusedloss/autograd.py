@@ -15,6 +15,7 @@ The fused gradient belongs to the graph until the graph is freed: then it is sca
 
 import math
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -54,8 +55,8 @@ class CrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, inputs: Inputs, options: Options, out_dtype: torch.dtype, backend: str) -> Any:
-        fused = options.fuses_gradient(logits.dtype)
-        needs_grad = not (fused and hooks_are_active())
+        fused, hooked = options.fuses_gradient(logits.dtype), hooks_are_active()
+        needs_grad = not (fused and hooked)
         outputs = ops.forward(kernel_inputs(inputs, backend), options, out_dtype, needs_grad, backend)
         loss, dlogits = outputs.loss, outputs.dlogits
         if logits.dim() > 2 and options.reduction == "none":
@@ -68,11 +69,12 @@ class CrossEntropyFunction(torch.autograd.Function):
             save_gradient(ctx, dlogits.view(logits.shape), inputs)
         else:
             ctx.names = _present(inputs)
+            ctx.hooked = (weakref.ref(logits.untyped_storage()), logits._version) if hooked else None
             ctx.save_for_backward(*(getattr(inputs, name) for name in ctx.names), *([] if fused else [outputs.saved]))
+        ctx.set_materialize_grads(False)
         if not options.return_stats:
             return loss
         if options.differentiates_entropy():
-            ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(outputs.counts)
         else:
             ctx.mark_non_differentiable(outputs.row_stats, outputs.counts)
@@ -83,8 +85,8 @@ class CrossEntropyFunction(torch.autograd.Function):
         dentropy = None
         if ctx.call[0].differentiates_entropy():
             dentropy = None if dstats[0] is None else dstats[0][ENTROPY]
-            if dloss is None and dentropy is None:
-                return None, None, None, None, None
+        if dloss is None and dentropy is None:
+            return None, None, None, None, None
         return _gradient(ctx, ctx.names, dloss, dentropy, *ctx.call), None, None, None, None
 
 
@@ -96,6 +98,7 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
         target, weight, scale, known = rest  # one by one they would cost a percent of a small step
         loss, saved, dlogits, stats = known.prepared.forward(logits, target, weight, scale)
         ctx.call, ctx.has_gradient = (known, scale), dlogits is not None
+        ctx.materialize_grads = False  # what set_materialize_grads() does, which is a call more
         if dlogits is None or known.forgets:
             ctx.place = None
             last = saved if dlogits is None else dlogits
@@ -114,7 +117,9 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dloss is None:
+            return None, None
         known, scale = ctx.call
         watched = torch.is_grad_enabled() or is_dynamo_compiling() or n_dispatch_modes() != 0
         is_plain = not watched and (known.takes_dloss(dloss) or nobody_watches(dloss))
@@ -209,6 +214,8 @@ def _gradient(
         return dlogits
     tensors = ctx.saved_tensors
     by_name = dict(zip(names, tensors[: len(names)], strict=True))
+    if not ctx.has_gradient:
+        _check_kept(ctx, by_name["logits"])
     if torch.is_grad_enabled() or not has_memory(dloss) or not (dentropy is None or has_memory(dentropy)):
         place = vars(ctx).get("place")
 
@@ -226,15 +233,26 @@ def _gradient(
     return ops.backward(dloss, kernel_inputs(inputs, backend), tensors[-1], options, backend, dentropy).view(inputs.logits.shape)
 
 
+def _check_kept(ctx: Any, logits: Tensor) -> None:
+    """Raises where hooks kept the logits in the memory where they lay, and they were edited: autograd does not look then."""
+    storage, version = vars(ctx).get("hooked") or (None, 0)
+    if storage is not None and storage() is logits.untyped_storage() and logits._version > version:
+        raise _modified(logits, "which hooks kept in place")
+
+
+def _modified(logits: Tensor, which: str) -> RuntimeError:
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: the logits of shape "
+        f"{list(logits.shape)}, {which}"
+    )
+
+
 def _check_edit(logits: Tensor, node: Any, options: Options) -> None:
     """Raises where logits that were edited since the forward cannot be had again from their gradient (recover.py), or no longer
     have the place in the graph that they had, which was at this node."""
     moved = logits.grad_fn is not node if logits.grad_fn is not None else not logits.requires_grad
     if moved or not affine.is_affine(options):
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: the logits of shape "
-            f"{list(logits.shape)}, which a second derivative reads"
-        )
+        raise _modified(logits, "which a second derivative reads")
 
 
 def _differentiable_gradient(

@@ -35,14 +35,16 @@ class SummedLoss(torch.autograd.Function):
         outputs = linear_ops.gradient_pass(inputs, options, settings)
         ctx.save_for_backward(*inputs, *outputs.gradients())
         ctx.call = options, settings
+        ctx.set_materialize_grads(False)
         if not options.return_stats:
             return outputs.loss
         ctx.mark_non_differentiable(outputs.row_stats, outputs.n_correct)
         return outputs.loss, outputs.row_stats, outputs.n_correct
 
     @staticmethod
-    def backward(ctx: Any, *dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        dloss = dlosses[0]  # the others are of statistics
+    def backward(ctx: Any, dloss: Tensor | None, *dstats: None) -> tuple[Tensor | None, ...]:
+        if dloss is None:
+            return _padded([None] * 3)
         options, settings = ctx.call
         tensors = ctx.saved_tensors
         inputs, gradients = LinearInputs(*tensors[:_N_TENSORS]), tensors[_N_TENSORS:]
@@ -69,9 +71,9 @@ class RowLosses(torch.autograd.Function):
         outputs = linear_ops.row_pass(inputs, options, settings)
         ctx.save_for_backward(*inputs)
         ctx.call = options, settings
+        ctx.set_materialize_grads(False)
         if not options.return_stats:
             return outputs.row_losses
-        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs.n_correct)
         return tuple(outputs)
 
@@ -95,12 +97,14 @@ def _differentiable(
     inputs: LinearInputs, options: Options, needs_grad: NeedsGrad, dloss: Tensor, dentropy: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
     """The gradients of PyTorch's own layer and the reference, which have derivatives of any order."""
-    x, linear_weight, bias, *loss_tensors = inputs
-    wanted = [tensor for tensor, needed in zip(inputs[:3], needs_grad, strict=True) if needed]
+    options = options._replace(return_stats=dentropy is not None)
     with torch.enable_grad():
-        loss_inputs = Inputs(F.linear(x, linear_weight, bias), *loss_tensors)  # type: ignore[arg-type]
-        options = options._replace(return_stats=dentropy is not None)
-        loss, stats = reference.cross_entropy(loss_inputs, options, accumulation_dtype(x.dtype))
+        # Views, where the derivative ends: the input may be made of the weight, as of an embedding that is tied to it, whose
+        # gradient would have the input's part twice.
+        views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs[:3]]
+        wanted = [view for view, needed in zip(views, needs_grad, strict=True) if needed]
+        loss_inputs = Inputs(F.linear(*views), *inputs[3:])  # type: ignore[arg-type]
+        loss, stats = reference.cross_entropy(loss_inputs, options, accumulation_dtype(inputs.input.dtype))
         results, upstream = [loss], [dloss]
         if dentropy is not None:
             assert stats is not None

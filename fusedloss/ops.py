@@ -203,17 +203,16 @@ def _gradient_of_forward(
             "torch.ops.fusedloss.forward has a gradient of first order, where needs_grad=True asks for it; "
             "fusedloss.cross_entropy has all of them"
         )
+    dentropy = None if drow_stats is None else drow_stats[ENTROPY]
+    if dloss is None:  # no loss was made of the rows' losses
+        if dentropy is None:
+            return (None,) * (1 + _N_INPUTS + _N_OPTIONS + 2)
+        dloss = torch.zeros_like(dentropy)
     if len(ctx.saved_tensors) == 1:
-        assert dloss is not None
         (dlogits,) = ctx.saved_tensors
         gradient = scaled(dlogits, dloss)  # out of place: a graph may run its backward again
     else:
         *tensors, saved = ctx.saved_tensors
-        dentropy = None if drow_stats is None else drow_stats[ENTROPY]
-        if dloss is None:  # no loss was made of the rows' losses
-            if dentropy is None:
-                return (None,) * (1 + _N_INPUTS + _N_OPTIONS + 2)
-            dloss = torch.zeros_like(dentropy)
         gradient = torch.ops.fusedloss.backward.default(dloss, *tensors, saved, *options, backend, dentropy)
     return gradient, *[None] * (_N_INPUTS + _N_OPTIONS + 2)
 

@@ -109,5 +109,6 @@ class _Overwriting(CrossEntropyFunction):
         outputs = ops.forward_overwriting(kernel_inputs(inputs), options, out_dtype, backend)
         torch.autograd.graph.increment_version(logits)
         ctx.call, ctx.has_gradient, ctx.place = (options, out_dtype, backend), True, None
+        ctx.set_materialize_grads(False)
         save_gradient(ctx, logits.detach(), inputs)
         return outputs.loss

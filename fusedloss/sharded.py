@@ -138,6 +138,8 @@ class _SlicedRowLosses(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("the loss of sharded classes has no second derivative (create_graph=True)")
+        if dlosses is None and dentropy is None:
+            return None, None, None, None, None
         logits, merged, *saved = ctx.saved_tensors
         log_d, entropy, saved = (*saved[:2], saved[2:]) if ctx.has_entropy else (None, None, saved)
         rest = iter(saved)

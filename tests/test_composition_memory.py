@@ -132,6 +132,27 @@ def test_save_on_cpu_and_a_backward_of_second_order() -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.usefixtures("_logits_are")
+@pytest.mark.parametrize("pack", [lambda tensor: tensor, torch.clone], ids=["in place", "copies"])
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_edit_of_what_hooks_keep_is_noticed(reduction: str, create_graph: bool, pack: Callable[[Tensor], Tensor]) -> None:
+    """Hooks keep the logits, PyTorch's loss has its own tensor; of what hooks keep autograd compares no versions."""
+    weight, target = make_logits(9, 32).requires_grad_(), make_target(9, n_classes=32)
+    (expected,) = torch.autograd.grad(F.cross_entropy(2.0 * weight, target, reduction=reduction).sum(), weight)
+    for call in BOTH:
+        logits = 2.0 * weight
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = call(logits.view(9, 32), target, reduction=reduction).sum()
+        logits.detach().zero_()
+        if call is F.cross_entropy or pack is torch.clone:
+            (gradient,) = torch.autograd.grad(loss, weight, create_graph=create_graph)
+            torch.testing.assert_close(gradient, expected)
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(loss, weight, create_graph=create_graph)
+
+
 def test_hooks_that_copy_and_a_gradient_under_inference_mode() -> None:
     """What hooks unpack there has no version; nor has the gradient a derivative, though create_graph asks for one."""
     results = []

@@ -207,3 +207,53 @@ def test_tensors_that_outlived_their_transform(
     for _ in range(3):  # the later ones are calls like an earlier one
         for ours, theirs in zip(results(call), results(F.cross_entropy), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["create_graph", "batched"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_last_layer_whose_input_is_made_of_its_weight(reduction: str, kind: str) -> None:
+    """As of a tied embedding. The layer's own gradient with respect to the weight has no part of the input's."""
+    results = []
+    for fused in (True, False):
+        embedding, target = make_logits(7, 3, dtype=torch.float64).requires_grad_(), torch.tensor([0, 5, -100, 3])
+        hidden = embedding[[1, 5, 2, 0]].sin()
+        if fused:
+            loss = fusedloss.linear_cross_entropy(hidden, embedding, target, reduction=reduction)
+        else:
+            loss = F.cross_entropy(F.linear(hidden, embedding), target, reduction=reduction)
+        dloss = torch.ones_like(loss)
+        if kind == "batched":
+            results.append(torch.autograd.grad(loss, embedding, torch.stack([dloss, 2 * dloss]), is_grads_batched=True))
+        else:
+            (first,) = torch.autograd.grad(loss, embedding, dloss, create_graph=True)
+            results.append((first.detach(), *torch.autograd.grad(first.square().sum(), embedding)))
+    torch.testing.assert_close(*results)
+
+
+class _GivesNone(torch.autograd.Function):
+    """The same value, which has no gradient: None, where others have zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_upstream_gradient_gives_none(reduction: str, create_graph: bool) -> None:
+    """Not zeros, which an optimizer takes for a step."""
+    calls: list[Callable[..., Tensor]] = [F.cross_entropy, fusedloss.cross_entropy]
+    calls.append(lambda logits, target, **options: fusedloss.linear_cross_entropy(logits, torch.eye(5), target, **options))
+    if reduction == "mean":
+        calls.append(lambda logits, *rest: fusedloss.cross_entropy_overwriting_logits(1 * logits, *rest))
+    for call in calls:
+        for _ in range(3):  # known by then
+            logits = make_logits(4, 5).requires_grad_()
+            loss = call(logits, torch.tensor(TARGET), **({} if reduction == "mean" else {"reduction": reduction}))
+            no_loss = _GivesNone.apply(loss).sum()
+            found = torch.autograd.grad(no_loss, logits, create_graph=create_graph, allow_unused=True)
+            assert found == (None,)
