@@ -154,24 +154,23 @@ def _check_probabilities(input: Facts, weight: Facts | None, n_classes: int, opt
 def _check_indices(input: Facts, target: Facts, weight: Facts | None, n_classes: int, options: Options, autocast: bool) -> None:
     _check_smoothing(options)
     _check_input_dtype(input)
-    if len(input.shape) == 1:
-        if len(target.shape) > 1:
-            raise RuntimeError("0D or 1D target tensor expected, multi-target not supported")
-        if len(target.shape) == 1 and target.shape[0] != 1:
-            raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.shape[0]}")
-    elif len(target.shape) == 0 or not _same_sizes(input.shape[:1], target.shape[:1]):
-        found = target.shape[0] if target.shape else "none, a 0-d target"
-        raise ValueError(f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({found}).")
-    elif len(input.shape) == 2 and len(target.shape) != 1:
-        raise RuntimeError(f"0D or 1D target tensor expected, multi-target not supported: got target size {list(target.shape)}")
-    elif len(input.shape) > 2 and not _same_sizes(input.shape[2:], target.shape[1:]):
+    n_dims, batch = len(input.shape), target.shape[:1] or (0,)  # PyTorch counts no example in a 0-d target
+    if n_dims > 1 and not _same_sizes(input.shape[:1], batch):
+        raise ValueError(f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({batch[0]}).")
+    if n_dims > 2 and not _same_sizes(input.shape[2:], target.shape[1:]):
         expected = [input.shape[0], *input.shape[2:]]
         raise RuntimeError(f"Expected target size {expected}, got {list(target.shape)}")
-    if target.dtype != torch.int64:
-        if target.dtype != torch.uint8:
-            raise RuntimeError(f"expected target dtype to be Long or Byte, but got {_name(target.dtype)}")
-        if len(input.shape) > 2:
-            raise RuntimeError("expected scalar type Long but found Byte")
+    if n_dims < 3 and len(target.shape) > 1:
+        raise RuntimeError(f"0D or 1D target tensor expected, multi-target not supported: got target size {list(target.shape)}")
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"expected target dtype to be Long or Byte, but got {_name(target.dtype)}")
+    # PyTorch does not look at the labels of no row for a sum or a mean.
+    if n_dims > 2 and target.dtype == torch.uint8 and not (options.reduction in ("sum", "mean") and 0 in target.shape):
+        raise RuntimeError("expected scalar type Long but found Byte")
+    if n_dims == 2 and len(target.shape) == 0:
+        raise IndexError("Dimension specified as 0 but tensor has no dimensions: for no example the target must be of shape [0]")
+    if n_dims == 1 and len(target.shape) == 1 and target.shape[0] != 1:
+        raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.shape[0]}")
     _check_weight(weight, n_classes)
     if weight is None:
         return
@@ -186,7 +185,7 @@ def _check_indices(input: Facts, target: Facts, weight: Facts | None, n_classes:
         )
 
 
-def _same_sizes(sizes: torch.Size, others: torch.Size) -> bool:
+def _same_sizes(sizes: tuple[int, ...], others: tuple[int, ...]) -> bool:
     """Whether they are equal; sizes that a compiler knows only when it runs, as of x[mask], are asserted to be."""
     if not torch.compiler.is_compiling() or len(sizes) != len(others):
         return sizes == others

@@ -9,6 +9,7 @@ from paths import Path
 from problems import make_logits
 
 import fusedloss
+from fusedloss import known
 
 
 def test_ignored_row_of_nan_has_gradient_zero(path: Path) -> None:
@@ -43,6 +44,15 @@ def test_bytes_with_weight_and_smoothing(path: Path) -> None:
     assert fusedloss.cross_entropy(logits, target.to(torch.uint8), weight, label_smoothing=0.1).item() == expected.item()
     with pytest.raises(RuntimeError, match="gather"):
         F.cross_entropy(logits.cpu(), target.to(torch.uint8).cpu(), weight.cpu(), label_smoothing=0.1)
+
+
+def test_the_label_of_a_single_row_in_brackets_and_label_smoothing(any_path: Path) -> None:
+    """PyTorch takes a label of shape (1,) for logits (C,), but not with label smoothing."""
+    logits, label = make_logits(1, 5)[0], torch.tensor([3])
+    expected = fusedloss.cross_entropy(logits, label[0], label_smoothing=0.1)
+    assert fusedloss.cross_entropy(logits, label, label_smoothing=0.1).item() == expected.item()
+    with pytest.raises(RuntimeError, match="shape"):
+        F.cross_entropy(logits.cpu(), label.cpu(), label_smoothing=0.1)
 
 
 @pytest.mark.interpreter
@@ -91,6 +101,7 @@ def test_class_out_of_range_in_the_reference_on_a_gpu(monkeypatch: pytest.Monkey
 
 def test_class_out_of_range_can_be_an_error_everywhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusedloss.serving._CHECK_TARGETS", True)
+    monkeypatch.setattr(known, "KNOWN", {})  # calls that nobody checked
     with pytest.raises(IndexError, match=r"Target 7 is out of bounds\."):
         fusedloss.cross_entropy(make_logits(4, 5), torch.tensor([0, 7, -100, 3]))
 

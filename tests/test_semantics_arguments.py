@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import approximation
+from compare import BOTH
 from paths import Path
 from problems import make_logits, make_probabilities, make_weight
 from torch import Tensor
@@ -37,6 +38,42 @@ def test_14_byte_targets_can_be_ignored(cross_entropy: Function) -> None:
 def test_14_byte_targets_are_for_one_dimension(cross_entropy: Function) -> None:
     with pytest.raises(RuntimeError, match="expected scalar type Long but found Byte"):
         cross_entropy(make_logits(2, 5, 3), torch.zeros(2, 3, dtype=torch.uint8))
+
+
+# Earlier versions look at a dtype later, in the kernel: after the sizes, and not at all of no example.
+OTHERS = (torch.int32, torch.float32) if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13) else ()
+
+
+def _outcome(loss: Function, *arguments: Tensor, **options: Any) -> Tensor | type:
+    """The loss, or the type of what is raised."""
+    try:
+        return loss(*arguments, **options)
+    except (RuntimeError, ValueError, IndexError) as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum", "label_smoothing": 0.1}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (2, 1), (0, 3, 2), (2, 3, 0), (0, 3, 2, 2), (2, 3, 0, 2), (0, 3, 2, 2, 2), (0, 0, 2)])
+def test_14_which_targets_no_example_has(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    """Shapes that are right or nearly so, in every kind of dtype: what is served, and which error comes first."""
+    rows, logits = (shape[0], *shape[2:]), torch.zeros(shape)
+    for of_target in {rows, (*rows, 1), (1, *rows), rows[:-1], rows[1:], (0,), ()}:
+        for dtype in (torch.int64, torch.uint8, *OTHERS):
+            target = torch.zeros(of_target, dtype=dtype)
+            ours, torchs = (_outcome(call, logits, target, **options) for call in BOTH)
+            if isinstance(torchs, Tensor):
+                torch.testing.assert_close(ours, torchs, equal_nan=True, msg=lambda words: f"{words}: {target}")  # noqa: B023
+            else:
+                assert ours is torchs, target
+
+
+def test_14_of_one_row_the_dtype_is_looked_at_before_the_size(cross_entropy: Function) -> None:
+    for n_labels in (0, 2):
+        for dtype in OTHERS:
+            with pytest.raises(RuntimeError, match="expected target dtype to be Long or Byte"):
+                cross_entropy(make_logits(1, 5)[0], torch.zeros(n_labels, dtype=dtype))
+        with pytest.raises(ValueError, match=f"For 1D input, 1D target must have size 1, but got target size: {n_labels}"):
+            cross_entropy(make_logits(1, 5)[0], torch.zeros(n_labels, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
