@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusedloss.option_checks import FLOATING
 from fusedloss.plan import Options, are_probabilities
+from fusedloss.world import has_values
 
 _TORCH_NAMES = {
     torch.int32: "Int",
@@ -201,6 +202,8 @@ def _same_sizes(sizes: tuple[int, ...], others: tuple[int, ...]) -> bool:
 def check_class_indices(target: Tensor, n_classes: int, ignore_index: int, target_b: Tensor | None = None) -> None:
     """Raises IndexError naming the first class index out of range, of a row that counts, and its position. Reads the values: on a
     GPU this waits."""
+    if not has_values(target):
+        return
     every = [label.long() for label in (target, target_b) if label is not None]  # -100 is 156 to bytes, and 256 classes are none
     counted = torch.stack([label != ignore_index for label in every]).all(0)
     for label in every:

@@ -17,6 +17,7 @@ from fusedloss.plan import EXTRAS, Inputs, Options, spatial_dims_collapse
 from fusedloss.route import route_of
 from fusedloss.rows import kernel_inputs
 from fusedloss.serving import with_scale_apart
+from fusedloss.world import has_values
 
 
 def cross_entropy_overwriting_logits(
@@ -71,6 +72,8 @@ def cross_entropy_overwriting_logits(
         )
     if torch.compiler.is_compiling():
         raise RuntimeError("torch.compile cannot trace a forward that overwrites its input")
+    if not has_values(input):
+        raise RuntimeError("fake and meta tensors hold no logits that could be overwritten")
     if input.is_leaf:
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
     strided = input.dim() >= 2 and (input.dim() <= 3 or spatial_dims_collapse(input))

@@ -15,7 +15,7 @@ from fusedloss.plan import ClassShard, Inputs, Options, accumulation_dtype
 from fusedloss.route import TOO_MANY_ROWS, autocast_is_on, dtype_of_loss
 from fusedloss.rows import expanded_to_rows, kernel_inputs, rows_of
 from fusedloss.stats import LossStats
-from fusedloss.world import has_memory
+from fusedloss.world import has_memory, has_values
 
 # PyTorch 2.14 renamed it and warns of the old name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -109,6 +109,8 @@ class _SlicedRowLosses(torch.autograd.Function):
         whole = kernel_inputs(inputs._replace(logits=logits))
         local, is_soft = _local(whole, shard), whole.has_probabilities()
         backend = _backend(local)
+        if not has_values(logits):  # PyTorch's operators know shapes and dtypes
+            backend = shards
         published = backend.shard_statistics(local, options, shard)
         if is_soft and options.return_stats:
             published[2] = shards.logits_of_likeliest(local, whole.target.amax(1), options) if logits.shape[1] else -torch.inf
@@ -182,7 +184,7 @@ def _gathered(published: Tensor, shard: ClassShard, n_local: int, group: "dist.P
     gathered = gathered.view(n_ranks, -1)
     places = gathered[:, -3:].contiguous().view(dtype).long()
     makes_up_rows = _make_up_rows(places)
-    if published.device.type == "cpu" and not makes_up_rows:
+    if published.device.type == "cpu" and has_values(makes_up_rows) and not makes_up_rows:
         held = ", ".join(f"{width} from {first} on of {n_classes}" for first, width, n_classes in places.tolist())
         raise ValueError(
             f"the shards do not make up the rows: the ranks hold {held}; of unequal ones pass first_class, n_classes"

@@ -120,6 +120,11 @@ def has_memory(tensor: Tensor) -> bool:
     )
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are any to be read: not of a fake tensor, nor of one on the meta device."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
 def hooks_are_active() -> bool:
     """Whether somebody else has the say over what autograd saves: a checkpoint, save_on_cpu, any saved_tensors_hooks."""
     return _top_hooks(False) is not None

@@ -5,6 +5,7 @@ import torch
 from paths import GPU, INTERPRETER, Path
 from problems import make_logits, make_probabilities, make_target
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedloss
@@ -66,6 +67,10 @@ def test_misuse_raises() -> None:
     with pytest.raises(RuntimeError, match="negative view"):
         overwriting(leaf * 1, target, scale=torch._neg_view(torch.ones(())))
     with pytest.raises(RuntimeError, match="only the kernels"), fusedloss.backend("reference"):
+        overwriting(leaf * 1, target)
+    with pytest.raises(RuntimeError, match="no logits that could be overwritten"), fusedloss.backend("cpu"):
+        overwriting((leaf * 1).to("meta"), target.to("meta"))
+    with pytest.raises(RuntimeError, match="no logits that could be overwritten"), FakeTensorMode(allow_non_fake_inputs=True):
         overwriting(leaf * 1, target)
     with pytest.raises(IndexError, match="Target 10 is out of bounds"):
         overwriting(leaf * 1, torch.full((4,), 10))

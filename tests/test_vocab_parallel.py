@@ -1,6 +1,7 @@
 """vocab_parallel_cross_entropy on 2, 3 and 4 ranks of gloo: the loss and gradient of the rows put together, in one collective."""
 
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from problems import make_logits, make_target, make_weight
 from sharded_cases import CASES, SHARDS, SWEEP, Case, assert_within, exact, limits, run
 from sharded_statistics import N_RANKS, ROWS, STATISTICS, check_statistics, statistics
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
 
 import fusedloss
 from fusedloss import sharded
@@ -284,3 +288,28 @@ def test_a_group_of_one_is_the_plain_loss() -> None:
     assert all(torch.equal(found, value) for found, value in zip(stats, expected_stats, strict=True))
     (gradient,) = torch.autograd.grad(loss, logits)
     assert torch.equal(gradient[:, 7:], torch.zeros(ROWS, 3))
+
+
+@pytest.fixture
+def _the_other_rank_is_not_there() -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_the_other_rank_is_not_there")
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "return_stats": True}, {"reduction": "topk", "top_k": 2}], ids=str)
+def test_tensors_without_values(kind: str, options: dict[str, Any]) -> None:
+    """Nobody looks at their labels, nor at the other ranks' shards; shapes and dtypes are those of whole rows."""
+    logits, weight = make_logits(4, 10, dtype=torch.bfloat16), make_weight(10, torch.bfloat16)
+    tensors, shard = (logits, make_target(4, n_classes=10), weight), logits[:, :5].clone()
+    whole = fusedloss.cross_entropy(*tensors, **options)
+    mode = FakeTensorMode() if kind == "fake" else nullcontext()
+    with mode:
+        hollow = [tensor.to("meta") if kind == "meta" else mode.from_tensor(tensor) for tensor in (shard, *tensors[1:])]
+        hollow[0].requires_grad_()
+        found = vocab_parallel_cross_entropy(*hollow, **options)
+        (gradient,) = torch.autograd.grad(tree_leaves(found)[0].sum(), hollow[0])
+    for ours, expected in zip(tree_leaves((found, gradient)), tree_leaves((whole, shard)), strict=True):
+        assert (ours.shape, ours.dtype, ours.device) == (expected.shape, expected.dtype, hollow[0].device)
