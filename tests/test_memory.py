@@ -17,10 +17,11 @@ from compare import BOTH
 from poison import poisoned_memory
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedloss
-from fusedloss.backends import cpu
-from fusedloss.plan import Inputs, Options
+from fusedloss.backends import cpu, cpu_prepared
+from fusedloss.plan import ClassShard, Inputs, Options
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason=f"no C++ kernel: {cpu.MISSING}")
 
@@ -95,6 +96,38 @@ def freed_before_the_call() -> None:
 
 def test_memory_that_was_freed_before_the_call() -> None:
     assert _run("import test_memory; test_memory.freed_before_the_call()") == "done\n"
+
+
+def hollow_tensors_for_the_kernel() -> None:
+    """Of each function in turn one tensor without values, which are looked for on the meta device."""
+    f32, options, shard = torch.float32, Options(), ClassShard(0, 20)
+    real = Inputs(make_logits(8, 10), make_target(8, n_classes=10), weight=make_weight(10))
+    prepared = cpu_prepared.prepare(real, options, f32, True, real, False)
+    assert prepared is not None
+    dloss, rows, saved, stats = torch.tensor(2.0), torch.rand(8), torch.rand(32), torch.rand(3, 8)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for hollow in (lambda tensor: tensor.to("meta"), mode.from_tensor):
+        for name in ("logits", "target", "weight"):
+            inputs = real._replace(**{name: hollow(getattr(real, name))})
+            logits, target, _, _, weight, *_ = inputs
+            for call in (
+                lambda: cpu.forward(inputs, options, f32, True),  # noqa: B023
+                lambda: cpu.forward_overwriting(inputs, options, f32),  # noqa: B023
+                lambda: cpu.backward(dloss, inputs, saved, options),  # noqa: B023
+                lambda: cpu.shard_statistics(inputs, options, shard),  # noqa: B023
+                lambda: cpu.shard_gradient(rows, inputs, stats, 1.0, options, shard),  # noqa: B023
+                lambda: prepared.forward(logits, target, weight, 1.0),  # noqa: B023
+                lambda: prepared.backward(dloss, logits, target, weight, saved),  # noqa: B023
+            ):
+                assert outcome(call) == "RuntimeError"
+        assert outcome(lambda: prepared.scale_gradient(hollow(real.logits), dloss)) == "RuntimeError"  # noqa: B023
+        assert outcome(lambda: prepared.scale_gradient(real.logits, hollow(dloss))) == "RuntimeError"  # noqa: B023
+        assert outcome(lambda: cpu.scale_gradient(real.logits, hollow(dloss))) == "RuntimeError"  # noqa: B023
+    print("done")
+
+
+def test_tensors_without_values_end_no_process() -> None:
+    assert _run("import test_memory; test_memory.hollow_tensors_for_the_kernel()") == "done\n"
 
 
 def freed_before_the_backward() -> None:

@@ -121,14 +121,17 @@ def bytes_spanned(tensor: Tensor) -> int:
 
 def check_memory(tensor: Tensor | None, n_bytes: int) -> None:
     """Raises RuntimeError where a tensor's memory is not there: `tensor.untyped_storage().resize_(0)` frees what it lies in, and
-    FSDP does that to logits between forward and backward. n_bytes: from the first value to the end of the last."""
-    if tensor is None:
+    FSDP does that to logits between forward and backward; that of a fake tensor is on the meta device. n_bytes: from the first
+    value to the end of the last."""
+    if tensor is None or n_bytes == 0:
         return
-    needed = n_bytes + tensor.storage_offset() * tensor.itemsize
-    if tensor.untyped_storage().nbytes() < needed and n_bytes > 0:
+    storage, needed = tensor.untyped_storage(), n_bytes + tensor.storage_offset() * tensor.itemsize
+    if storage.device.type != "cpu":
+        raise RuntimeError(f"the CPU kernel reads no tensor of shape {list(tensor.shape)} on device {str(storage.device)!r}")
+    if storage.nbytes() < needed:
         raise RuntimeError(
             f"a tensor of shape {list(tensor.shape)} and strides {list(tensor.stride())} needs {needed} bytes of memory, but "
-            f"has {tensor.untyped_storage().nbytes()}: its data is not allocated yet, or was freed"
+            f"has {storage.nbytes()}: its data is not allocated yet, or was freed"
         )
 
 
