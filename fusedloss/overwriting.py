@@ -82,11 +82,11 @@ def cross_entropy_overwriting_logits(
             f"logits of shape {list(input.shape)} and strides {list(input.stride())} cannot be overwritten in place"
         )
     inputs, factor = with_scale_apart(inputs)
-    memory = input.untyped_storage().data_ptr()
+    memory = input.untyped_storage().data_ptr()  # 0 of no logits, and of no targets
     for name, tensor in (("target", target), ("weight", weight), ("scale", inputs.scale)):
         if tensor is not None and tensor.is_neg():
             raise RuntimeError(f"{name} is a negative view, which the kernel cannot read")
-        if tensor is not None and tensor.untyped_storage().data_ptr() == memory:
+        if tensor is not None and memory != 0 and tensor.untyped_storage().data_ptr() == memory:
             raise RuntimeError(f"{name} lies in the memory of the logits, which are overwritten while it is read")
     if not ops.overwrites(kernel_inputs(inputs), options, route.backend):
         raise RuntimeError(f"rows of logits of shape {list(input.shape)} do not stay on chip until their gradient is written")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from paths import GPU, INTERPRETER, Path
 from problems import make_logits, make_probabilities, make_target
 from torch import Tensor
@@ -41,6 +42,17 @@ def test_without_gradient_the_logits_stay() -> None:
     before = logits.clone()
     assert fusedloss.cross_entropy_overwriting_logits(logits, target) == fusedloss.cross_entropy(logits, target)
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("shape", [(0, 10), (0, 10, 3), (2, 10, 0)], ids=str)
+def test_no_rows(shape: tuple[int, ...]) -> None:
+    """Memory of no elements has no address to compare."""
+    results = []
+    for call in (fusedloss.cross_entropy_overwriting_logits, F.cross_entropy):
+        leaf = torch.zeros(shape, requires_grad=True)
+        loss = call(leaf * 1, torch.zeros(shape[0], *shape[2:], dtype=torch.long), torch.ones(10))
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    torch.testing.assert_close(*results, equal_nan=True)
 
 
 def test_autograd_notices_who_saved_the_logits() -> None:
