@@ -28,8 +28,8 @@ def cross_entropy_overwriting_logits(
     ignore_index: int = -100,
     reduction: Literal["sum", "mean"] = "mean",
     label_smoothing: float = 0.0,
-    scale: float | Tensor = 1.0,
-    out_dtype: torch.dtype | None = None,
+    scale: float | Tensor = EXTRAS.scale,
+    out_dtype: torch.dtype | None = EXTRAS.out_dtype,
 ) -> Tensor:
     """`fusedloss.cross_entropy`, but the forward overwrites `input` with its gradient and the backward hands that out.
 

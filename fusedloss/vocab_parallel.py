@@ -9,7 +9,7 @@ from torch import Tensor
 from fusedloss.checks import Facts
 from fusedloss.functional import cross_entropy
 from fusedloss.option_checks import check_options, integer
-from fusedloss.plan import ClassShard, Extras, Inputs, Reduction
+from fusedloss.plan import EXTRAS, ClassShard, Extras, Inputs, Reduction, Target
 from fusedloss.serving import labels_of
 from fusedloss.sharded import check_whole_rows, sharded_cross_entropy
 from fusedloss.world import Kind, world_of
@@ -17,7 +17,7 @@ from fusedloss.world import Kind, world_of
 
 def vocab_parallel_cross_entropy(
     input: Tensor,
-    target: Tensor | tuple[Tensor, Tensor, float | Tensor],
+    target: Target,
     weight: Tensor | None = None,
     *,
     group: "dist.ProcessGroup | None" = None,
@@ -26,15 +26,15 @@ def vocab_parallel_cross_entropy(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
-    top_k: int | float | None = None,
-    scale: float | Tensor = 1.0,
-    sample_weight: Tensor | None = None,
-    z_loss: float = 0.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    return_stats: bool = False,
-    out_dtype: torch.dtype | None = None,
-) -> Any:
+    top_k: int | float | None = EXTRAS.top_k,
+    scale: float | Tensor = EXTRAS.scale,
+    sample_weight: Tensor | None = EXTRAS.sample_weight,
+    z_loss: float = EXTRAS.z_loss,
+    logit_scale: float = EXTRAS.logit_scale,
+    softcap: float | None = EXTRAS.softcap,
+    return_stats: bool = EXTRAS.return_stats,
+    out_dtype: torch.dtype | None = EXTRAS.out_dtype,
+) -> Any:  # Tensor, or (Tensor, LossStats) with return_stats
     """The loss of logits whose classes are sharded over the ranks of a group; each rank gets the gradient of its own.
 
     It is `cross_entropy` of the logits concatenated along the classes, with one collective in the forward, of 3 numbers per row
