@@ -148,8 +148,8 @@ def _check_probabilities(input: Facts, weight: Facts | None, n_classes: int, opt
     if options.ignore_index >= 0:
         raise RuntimeError(f"ignore_index is not supported for floating point target, but got {options.ignore_index}")
     _check_weight(weight, n_classes)
-    _check_smoothing(options)
     _check_input_dtype(input)
+    _check_smoothing(options)
 
 
 def _check_indices(input: Facts, target: Facts, weight: Facts | None, n_classes: int, options: Options, autocast: bool) -> None:

@@ -46,6 +46,18 @@ def test_bytes_with_weight_and_smoothing(path: Path) -> None:
         F.cross_entropy(logits.cpu(), target.to(torch.uint8).cpu(), weight.cpu(), label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3), (3, 1, 1)])
+def test_a_weight_of_another_shape(any_path: Path, shape: tuple[int, ...]) -> None:
+    """PyTorch refuses it as well, but for class indices of (N, C, d1, ...) without label smoothing."""
+    weight = torch.ones(shape)
+    for spatial in ((), (2,), (2, 2)):
+        logits, target = make_logits(2, 3, *spatial), torch.zeros(2, *spatial, dtype=torch.long)
+        with pytest.raises(RuntimeError, match="weight tensor should be defined either for all 3 classes or no classes"):
+            fusedloss.cross_entropy(logits, target, weight)
+        if spatial:
+            assert F.cross_entropy(logits.cpu(), target.cpu(), weight.cpu()).isfinite()
+
+
 def test_the_label_of_a_single_row_in_brackets_and_label_smoothing(any_path: Path) -> None:
     """PyTorch takes a label of shape (1,) for logits (C,), but not with label smoothing."""
     logits, label = make_logits(1, 5)[0], torch.tensor([3])

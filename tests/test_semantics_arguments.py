@@ -236,6 +236,11 @@ ODD_CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "8-bit floats": lambda: {"input": make_logits(4, 5).to(torch.float8_e4m3fn), "target": _indices()},
     "target elsewhere": lambda: {"input": make_logits(4, 5), "target": _indices().to("meta")},
     "weight elsewhere": lambda: {"input": make_logits(4, 5), "target": _indices(), "weight": torch.ones(5, device="meta")},
+    "integer logits, probabilities and smoothing above 1": lambda: {
+        "input": torch.zeros(4, 5, dtype=torch.long),
+        "target": make_probabilities(4, 5),
+        "label_smoothing": 1.5,
+    },
     "complex probabilities": lambda: {"input": make_logits(4, 5), "target": torch.zeros(4, 5, dtype=torch.complex64)},
 }
 
