@@ -5,6 +5,7 @@ calls after it that go past Triton's. test_launches.py runs this file; its argum
     python tests/launch_check.py FOLDER --swap            # must fail: two arguments of the later calls change places
 """
 
+import argparse
 import ctypes
 import importlib
 import struct
@@ -152,4 +153,8 @@ def main(folder: str, cases: list[str], swap: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [word for word in sys.argv[2:] if word != "--swap"], "--swap" in sys.argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("cases", nargs="*")
+    parser.add_argument("--swap", action="store_true")
+    main(**vars(parser.parse_intermixed_args()))  # FOLDER --swap CASE, too
