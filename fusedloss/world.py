@@ -111,9 +111,11 @@ def nobody_watches(*tensors: Tensor | None) -> bool:
 
 def has_memory(tensor: Tensor) -> bool:
     """Whether a kernel finds its values at an address. Not those of a tensor of zeros, nor of one that stands for others, as
-    torch.func and is_grads_batched make them and some code keeps them; asked for its address, some end the process."""
+    torch.func and is_grads_batched make them and some code keeps them, or a subclass that is made of others; asked for its
+    address, some end the process."""
     return torch.compiler.is_compiling() or not (
-        tensor._is_zerotensor()
+        takes_operators_apart(tensor)
+        or tensor._is_zerotensor()
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         or _is_legacy_batched(tensor)
         or torch._is_functional_tensor(tensor)

@@ -96,3 +96,19 @@ def test_another_subclass_with_a_dispatch_of_its_own() -> None:
         loss.backward()
         results.append((loss.detach().inner, logits.grad.inner))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_upstream_gradient_of_another_subclass(reduction: str, create_graph: bool) -> None:
+    """The loss is a plain tensor, its gradient one that only the class's own rules can multiply."""
+    layer = torch.eye(5)
+    for call in (*BOTH, lambda logits, *rest, **options: fusedloss.linear_cross_entropy(logits, layer, *rest, **options)):
+        for _ in range(3):  # known by then
+            logits, target = make_logits(6, 5).requires_grad_(), make_target(6, n_classes=5)
+            loss = call(logits, target, reduction=reduction)
+            (expected,) = torch.autograd.grad(2 * loss.sum(), logits, retain_graph=True)
+            dloss = Logged(torch.full_like(loss, 2.0))
+            (gradient,) = torch.autograd.grad(loss, logits, dloss, create_graph=create_graph)
+            assert type(gradient) is Logged
+            torch.testing.assert_close(gradient.inner, expected)
