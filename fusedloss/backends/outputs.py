@@ -112,6 +112,8 @@ def _stats_allocator(row_stats: tuple[int, int], dtype: torch.dtype, device: tor
 
 def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
     """Makes contiguous tensors of this shape."""
+    if shape == () and device.type == "cpu":  # on a GPU the template would hold memory, perhaps that of a graph's pool
+        return partial(torch.empty_like, torch.empty(shape, dtype=dtype, device=device))
     return partial(torch.empty_strided, tuple(shape), contiguous_strides(shape), dtype=dtype, device=device)
 
 
