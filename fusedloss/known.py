@@ -19,7 +19,7 @@ from fusedloss import backends
 from fusedloss.ops import Prepared
 from fusedloss.plan import Options
 from fusedloss.reference import TorchLoss
-from fusedloss.world import PLAIN_TYPES, hooks_are_active, n_dispatch_modes
+from fusedloss.world import PLAIN_TYPES, hooks_are_active, is_transformed, n_dispatch_modes
 
 MAX_KEYS = 256
 MAX_CALLS = 8  # of one key: each that is another costs a tenth of a microsecond
@@ -35,7 +35,7 @@ _TensorGuards = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # nor wi
 class KnownCall:
     """What was decided for a call, which plain tensors made that nobody watched."""
 
-    takes: Callable[..., bool]  # logits, target and weight, if any
+    takes: Callable[..., bool]  # FIRST, logits, target and weight, if any
     lengths: range | None  # numbers of examples that are alike, the same of logits and target; None: that of the first call
     takes_dloss: Callable[[Tensor], bool]
     needs_grad: bool
@@ -47,6 +47,9 @@ class KnownCall:
     prepared: Prepared | TorchLoss  # the latter needs no backward: autograd differentiates it
 
 
+# Compared before a call's tensors. Where a transform of torch.func is active it is of another kind, and they are not looked at: a
+# batch of nested tensors has no sizes, and the comparison would end the process.
+FIRST = torch.empty((), device="cpu")
 KNOWN: dict[tuple[Any, ...], tuple[KnownCall, ...]] = {}  # by options and settings; only a cache: it may be emptied at any time
 _seen: dict[tuple[Any, ...], int] = {}  # how often, by key, shape, strides and dtypes
 _lengths: dict[tuple[Any, ...], int] = {}  # the first number of examples, by key, shape of an example, strides and dtype
@@ -82,13 +85,13 @@ def find(
             return key, None
         for call in calls:
             takes = call.takes  # Python calls a name faster than an attribute
-            if not (takes(input, target) if weight is None else takes(input, target, weight)):
+            if not (takes(FIRST, input, target) if weight is None else takes(FIRST, input, target, weight)):
                 continue
             if call.needs_grad and hooks_are_active():  # their way is another: the gradient is made when it is asked for
                 return None, None
             if call.lengths is None or (input.shape[0] == target.shape[0] and input.shape[0] in call.lengths):
                 return key, call
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, RuntimeError):
         # What cannot be looked up, which the checks see to; or a private name of torch is missing.
         return None, None
     return key, None
@@ -126,16 +129,27 @@ def remember(key: tuple[Any, ...], call: KnownCall) -> None:
 def same_kind(*tensors: Tensor, any_batch: bool = False) -> Callable[..., bool] | None:
     """A test whether others are such tensors, no two of them the same; None where PyTorch has none, or not for these.
 
-    any_batch: the first two, logits and target, may have another number of examples.
+    any_batch: those after the first, logits and target, may have another number of examples.
     """
-    if _TensorGuards is None:
+    if _TensorGuards is None or any(type(tensor) not in PLAIN_TYPES for tensor in tensors):
         return None
     sizes: list[list[int | None]] = [list(tensor.shape) for tensor in tensors]
     if any_batch:
-        sizes[0][0] = sizes[1][0] = None
+        sizes[1][0] = sizes[2][0] = None
     strides = [list(tensor.stride()) for tensor in tensors]
     try:
         check = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-        return check if check(*tensors) else None
+        if not check(*tensors):
+            return None
+        return _after_asking_for_shapes(check) if is_transformed() else check
     except (TypeError, AttributeError):  # other parameters, or methods
         return None
+
+
+def _after_asking_for_shapes(check: Callable[..., bool]) -> Callable[..., bool]:
+    """The same test of what a transform of torch.func made. Where a tensor has no sizes, Python raises."""
+
+    def takes(*tensors: Tensor) -> bool:
+        return bool([tensor.shape for tensor in tensors]) and check(*tensors)
+
+    return takes

@@ -30,7 +30,7 @@ from fusedloss.recover import forget_logits
 from fusedloss.route import Route, route_of
 from fusedloss.rows import expanded_to_rows, kernel_inputs
 from fusedloss.stats import LossStats
-from fusedloss.world import PLAIN, Kind
+from fusedloss.world import PLAIN, TRANSFORMED, Kind
 
 _CHECK_TARGETS = environment.choice("FUSEDLOSS_CHECK_TARGETS", ("0", "1")) == "1"
 
@@ -142,7 +142,8 @@ def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Rou
         return
     if options.differentiates_entropy():
         return
-    if route.world is not PLAIN or route.backend not in ("cpu", "triton", "torch") or (_CHECK_TARGETS and route.backend != "cpu"):
+    is_known_kind = route.world is PLAIN or (route.world is TRANSFORMED and route.backend == "torch")
+    if not is_known_kind or route.backend not in ("cpu", "triton", "torch") or (_CHECK_TARGETS and route.backend != "cpu"):
         return
     varies = route.backend == "cpu" and known.varies(key, logits)  # a launch is cut for a number of rows
     if not (varies or known.is_worth_remembering(key, logits, target)):
@@ -156,7 +157,7 @@ def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Rou
         return
     fused = needs_grad and options.fuses_gradient(logits.dtype)
     forgets = fused and forgets_logits(options, logits)
-    tensors = (logits, target) if weight is None else (logits, target, weight)
+    tensors = (known.FIRST, logits, target) if weight is None else (known.FIRST, logits, target, weight)
     lengths = alike_lengths(logits, options) if prepared.any_batch else None
     takes, takes_dloss = known.same_kind(*tensors, any_batch=lengths is not None), known.same_kind(loss.detach())
     if takes is None or takes_dloss is None:

@@ -39,14 +39,15 @@ _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lam
 _is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 PLAIN, WATCHED, COMPILED = World(Kind.PLAIN), World(Kind.WATCHED), World(Kind.COMPILED)
+TRANSFORMED = World(Kind.COMPOSED, "a torch.func transform is active")
 
 
 def world_of(*tensors: Tensor | None) -> World:
     """The world of a call with these tensors."""
     if _is_exporting():
         return World(Kind.COMPOSED, "torch.export is recording: whoever loads the program needs not have fusedloss")
-    if _is_transformed():
-        return World(Kind.COMPOSED, "a torch.func transform is active")
+    if is_transformed():
+        return TRANSFORMED
     for tensor in tensors:
         if tensor is not None and takes_operators_apart(tensor):
             return World(Kind.COMPOSED, f"{type(tensor).__name__} has a __torch_dispatch__ that knows PyTorch's operators only")
@@ -68,19 +69,27 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler: a second. torch 2.11 takes is_exporting() for true
 # in all that it compiles; a transform that is compiled is active, too.
 _is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_strided(tensor: Tensor) -> bool:
     """Whether its values lie in memory one by one, by strides: not those of a sparse, mkldnn, nested or quantised tensor."""
-    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
+    return tensor.layout is torch.strided and not tensor.is_quantized and not _is_nested(tensor)
+
+
+def _is_nested(tensor: Tensor) -> bool:
+    """Also of a batch of nested tensors, as torch.func makes them."""
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.is_nested
 
 
 def takes_operators_apart(tensor: Tensor) -> bool:

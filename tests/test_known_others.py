@@ -160,3 +160,43 @@ def test_fx_traces_what_is_known() -> None:
         served(*problem())
     traced = torch.fx.symbolic_trace(lambda logits, target: fusedloss.cross_entropy(logits, target))
     assert [node.target for node in traced.graph.nodes][2] is fusedloss.cross_entropy
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
+    "grad": torch.func.grad,
+    "vmap(grad)": lambda loss: torch.vmap(torch.func.grad(loss)),
+    "grad(vmap)": lambda loss: torch.func.grad(lambda logits, target: torch.vmap(loss)(logits, target).sum()),
+    "jacfwd": torch.func.jacfwd,
+    "hessian": torch.func.hessian,
+    "functionalize": torch.func.functionalize,
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_knows_its_calls(calls: list[Any], name: str) -> None:
+    """PyTorch's own loss, found without the checks; out of the transform, the kernel serves."""
+    logits, target = problem()
+    for _ in range(4):
+        found = TRANSFORMS[name](fusedloss.cross_entropy)(logits.detach(), target)
+        torch.testing.assert_close(found, TRANSFORMS[name](F.cross_entropy)(logits.detach(), target))
+    assert len(calls) == 2
+    plain = served(logits, target)
+    assert len(calls) == 3
+    assert equal(plain, without_known(lambda: served(logits, target)))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:There is a performance drop")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_a_batch_of_nested_tensors(layout: torch.layout) -> None:
+    """PyTorch's comparison with known tensors ends the process where one has no sizes."""
+    logits, target = problem()
+    for _ in range(3):
+        served(logits, target)
+        torch.vmap(fusedloss.cross_entropy)(logits.detach().expand(2, N, C), target.expand(2, N))
+    nested = [
+        torch.nested.nested_tensor([value[:length] for length in (2, 3)], layout=layout) for value in (logits.detach(), target)
+    ]
+    for _ in range(3):
+        found, expected = torch.vmap(fusedloss.cross_entropy)(*nested), torch.vmap(F.cross_entropy)(*nested)
+        for mine, its in zip(found.unbind(), expected.unbind(), strict=True):
+            torch.testing.assert_close(mine, its)
