@@ -269,7 +269,9 @@ def _differentiable_gradient(
     place, version, _ = kept or (by_name["logits"], None, None)
     inputs = Inputs(**{**by_name, "logits": place})
     if place.dim() == 1:
-        inputs, dlogits = inputs.as_one_row(), dlogits if dlogits is None else dlogits.unsqueeze(0)
+        with torch.enable_grad():  # a batched gradient is not, and goes back to the place through this view
+            inputs = inputs.as_one_row()
+        dlogits = None if dlogits is None else dlogits.unsqueeze(0)
     if dlogits is not None and version != place._version:  # forgotten, or edited since, as it may be
         inputs = inputs._replace(logits=recovered(inputs, options, dlogits))
     if dentropy is None and affine.is_affine(options):

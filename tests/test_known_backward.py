@@ -51,6 +51,21 @@ def test_every_backward_of_a_known_call(path: Path, dtype: torch.dtype, reductio
     assert known.KNOWN
 
 
+@pytest.mark.parametrize("options", [{}, {"reduction": "max"}, {"reduction": "max", "softcap": 2.0}, {"z_loss": 0.1}], ids=str)
+def test_batched_gradients_of_one_row(path: Path, options: dict[str, Any]) -> None:
+    """(C,), which a kernel takes for (1, C)."""
+    for dtype in (torch.float32, torch.float16):
+        logits, target = make_logits(C, dtype=dtype).requires_grad_(), torch.tensor(1)
+
+        def gradient(logits: Tensor = logits, target: Tensor = target) -> Tensor:
+            loss = fusedloss.cross_entropy(logits, target, **options)
+            return torch.autograd.grad(loss, logits, loss.new_tensor([1.0, 3.0]), is_grads_batched=True)[0]
+
+        expected = without_known(gradient)
+        for _ in range(3):
+            torch.testing.assert_close(gradient(), expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", ["plain", "batched", "create_graph"])
 def test_every_kind_of_backward_frees_the_graph(path: Path, kind: str, reduction: str) -> None:
