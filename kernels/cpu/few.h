@@ -71,19 +71,18 @@ struct FewRows {
   // changed to one out of range since the first look.
   INLINE I targets() const {
     if constexpr (SOFT) return iota<A>() < Int(n) ? I{} + Int(problem.n_cols) : I{} - 1;
-    using Part = Simd<double>::I;
     typename Simd<A>::Longs all;
-    Part parts[sizeof all / sizeof(Part)];  // not one vector wider than the machine's: GCC would make scalars of it
-    if (problem.target_kind == kInt64 && n == W) {
-      __builtin_memcpy(parts, static_cast<const int64_t*>(problem.target) + row, sizeof parts);
-    } else {
-      int64_t labels[W];
-      for (int i = 0; i < W; ++i) labels[i] = i < n ? problem.label(problem.target, row + i) : problem.ignore_index;
-      __builtin_memcpy(parts, labels, sizeof parts);
-    }
-    for (Part& t : parts) {
-      const Part in_range = (t >= 0) & (t < problem.n_cols), ignored = t == problem.ignore_index;
-      t = ignored ? Part{} - 1 : in_range ? t : Part{} + problem.n_cols;
+    Labels parts[sizeof all / sizeof(Labels)];  // not one vector wider than the machine's: GCC would make scalars of it
+    const bool are_bytes = problem.target_kind == kUint8, is_full = n == W;
+    int64_t copies[W];
+    for (int i = 0; i < W && !is_full; ++i) copies[i] = i < n ? problem.label(problem.target, row + i) : problem.ignore_index;
+    UNROLL for (int i = 0; i < int(sizeof all / sizeof(Labels)); ++i) {
+      const int at = i * Simd<double>::W;
+      const Labels t = !is_full    ? load_labels(copies + at)
+                       : are_bytes ? load_labels(static_cast<const uint8_t*>(problem.target) + row + at)
+                                   : load_labels(static_cast<const int64_t*>(problem.target) + row + at);
+      const Labels in_range = (t >= 0) & (t < problem.n_cols), ignored = t == problem.ignore_index;
+      parts[i] = ignored ? Labels{} - 1 : in_range ? t : Labels{} + problem.n_cols;
     }
     __builtin_memcpy(&all, parts, sizeof all);
     return __builtin_convertvector(all, I);
