@@ -107,6 +107,7 @@ void load_tile_weights(const Problem& problem, const Terms<A>& terms, Tile<A>& t
   const int64_t first = start * strides.col;
   if (at.q) load_tile<A, A>(tile.a, tile.lanes, at.q + first, strides.row, strides.col, n_lanes, n);
   if (at.q_as_logits) load_tile<T, A>(tile.a, tile.lanes, at.q_as_logits + first, strides.row, strides.col, n_lanes, n);
+  if (terms.soft && !terms.weight && terms.smoothing == 0) return;  // they are the probabilities
   for (int64_t c = 0; c < n; ++c) {
     const Vector<A> w = broadcast(terms.weight ? terms.weight[start + c] : A(1));
     for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
@@ -139,7 +140,26 @@ void exp_tile(Tile<A>& tile, int64_t n, const GroupState<A>& s) {
   }
 }
 
-// The same, and the sums for the entropy, with s.rest for what came before. Not inline: the code around it would be slower.
+// The same, and adds them to the sums. Not inline: the code around it would be slower.
+template <class A>
+__attribute__((noinline)) void exp_tile_with_sums(Tile<A>& tile, int64_t n, GroupState<A>& s) {
+  using V = Vector<A>;
+  for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
+    const V m = finite_max_vector<A>(load(s.max + lane));
+    V sum = load(s.rest + lane);
+    for (int64_t flush = 0; flush < n; flush += kFlush) {
+      V part{};
+      for (int64_t c = flush; c < n && c < flush + kFlush; ++c) {
+        const V e = exp_nonpositive(V(load(tile.z + c * tile.lanes + lane)) - m);
+        store(tile.z + c * tile.lanes + lane, e), part += e;
+      }
+      sum += part;
+    }
+    store(s.rest + lane, sum);
+  }
+}
+
+// The same for the sums of the entropy, with s.rest for what came before.
 template <class A>
 __attribute__((noinline)) void exp_tile_with_gaps(Tile<A>& tile, int64_t n, GroupState<A>& s) {
   using V = Vector<A>;
@@ -172,6 +192,25 @@ INLINE void add_classes(A* sums, const Tile<A>& tile, int64_t n, const Value& va
   }
 }
 
+// Adds the classes of a tile, each with its a_c, to smooth_sum and weight_total.
+template <class A>
+void add_weighted_classes(const Tile<A>& tile, int64_t n, GroupState<A>& s) {
+  using V = Vector<A>;
+  for (int lane = 0; lane < tile.lanes; lane += Simd<A>::W) {
+    const V shift = load(s.shift + lane);
+    V sum = load(s.smooth_sum + lane), total = load(s.weight_total + lane);
+    for (int64_t flush = 0; flush < n; flush += kFlush) {
+      V part{}, total_part{};
+      for (int64_t c = flush; c < n && c < flush + kFlush; ++c) {
+        const V a = load(tile.a + c * tile.lanes + lane);
+        part += a * (shift - V(load(tile.z + c * tile.lanes + lane))), total_part += a;
+      }
+      sum += part, total += total_part;
+    }
+    store(s.smooth_sum + lane, sum), store(s.weight_total + lane, total);
+  }
+}
+
 // Adds classes [start, start + n) to the statistics of all lanes; leaves exp(x - m so far) in the tile, 0 at the target.
 template <class A>
 void tile_stats(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t n, GroupState<A>& s) {
@@ -187,8 +226,7 @@ void tile_stats(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t n, 
   auto difference = [&](int64_t at, int lane) { return V(load(s.shift + lane)) - V(load(tile.z + at)); };
   if (terms.uniform) add_classes(s.smooth_sum, tile, n, difference);
   if (terms.per_class) {
-    add_classes(s.weight_total, tile, n, [&](int64_t at, int) { return V(load(tile.a + at)); });
-    add_classes(s.smooth_sum, tile, n, [&](int64_t at, int lane) { return V(load(tile.a + at)) * difference(at, lane); });
+    add_weighted_classes(tile, n, s);
   }
   for (int lane = 0; lane < tile.lanes && !terms.soft; ++lane) {
     if (terms.two_labels && tile.has(s.target_b[lane], start, n)) s.x_b[lane] = tile.at(s.target_b[lane] - start, lane);
@@ -196,7 +234,8 @@ void tile_stats(const Terms<A>& terms, Tile<A>& tile, int64_t start, int64_t n, 
     A& z_t = tile.at(s.target[lane] - start, lane);
     s.x_t[lane] = z_t, z_t = -kInfinity<A>;
   }
-  terms.entropy ? exp_tile_with_gaps(tile, n, s) : exp_tile(tile, n, s);
+  if (!terms.entropy) return exp_tile_with_sums(tile, n, s);
+  exp_tile_with_gaps(tile, n, s);
   add_classes(s.rest, tile, n, [&](int64_t at, int) { return V(load(tile.z + at)); });
 }
 
