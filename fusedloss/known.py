@@ -89,7 +89,7 @@ def find(
                 continue
             if call.needs_grad and hooks_are_active():  # their way is another: the gradient is made when it is asked for
                 return None, None
-            if call.lengths is None or (input.shape[0] == target.shape[0] and input.shape[0] in call.lengths):
+            if call.lengths is None or ((n_examples := input.shape[0]) in call.lengths and target.shape[0] == n_examples):
                 return key, call
     except (TypeError, AttributeError, RuntimeError):
         # What cannot be looked up, which the checks see to; or a private name of torch is missing.
@@ -122,8 +122,7 @@ def remember(key: tuple[Any, ...], call: KnownCall) -> None:
     if len(KNOWN) >= MAX_KEYS:
         KNOWN.clear()
     others = KNOWN.get(key, ())[: MAX_CALLS - 1]
-    # Replaced as a whole: another thread may be looking through them. First those that are found fastest.
-    KNOWN[key] = (call, *others) if call.lengths is None else (*others, call)
+    KNOWN[key] = (call, *others)  # replaced as a whole: another thread may be looking through them
 
 
 def same_kind(*tensors: Tensor, any_batch: bool = False) -> Callable[..., bool] | None:

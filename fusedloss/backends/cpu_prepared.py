@@ -24,6 +24,7 @@ from fusedloss.backends.outputs import (
 )
 from fusedloss.plan import Inputs, Options, accumulation_dtype
 
+ALONE = 1, True  # a thread, for which Python's others wait
 _ON_CPU = partial(torch.empty_strided, device=torch.device("cpu"))  # torch.empty() takes half as long again
 
 
@@ -38,19 +39,23 @@ class PerExample(NamedTuple):
     """What outputs take for each example, where calls with any number of them are alike."""
 
     losses: tuple[int, ...] | None  # None: the loss is 0-d
+    loss_strides: tuple[int, ...]  # with that of the examples
     n_saved: int  # 0: nothing is saved
-    has_stats: bool
+    n_stats: int  # rows; 0: there are no statistics
     out_dtype: torch.dtype
     saved_dtype: torch.dtype
 
-    def allocate(self, logits: Tensor) -> tuple[Tensor, Tensor | None, RowStats | None]:
-        n_examples, saved, stats = logits.shape[0], None, None
-        losses = () if self.losses is None else (n_examples, *self.losses)
-        loss = _ON_CPU(losses, contiguous_strides(losses), dtype=self.out_dtype)
+    def allocate(self, n_examples: int, new: Allocators) -> tuple[Tensor, Tensor | None, RowStats | None]:
+        """Loss, saved and statistics; new: those of another number."""
+        saved = stats = None
+        if self.losses is None:
+            loss = new.loss()
+        else:
+            loss = _ON_CPU((n_examples, *self.losses), self.loss_strides, dtype=self.out_dtype)
         if self.n_saved:
             saved = _ON_CPU((STATE + n_examples * self.n_saved,), (1,), dtype=self.saved_dtype)
-        if self.has_stats:
-            n_rows = math.prod((n_examples, *logits.shape[2:]))
+        if self.n_stats:
+            n_rows = n_examples * self.n_stats
             row_stats = _ON_CPU((N_ROW_STATS, n_rows), (n_rows, 1), dtype=self.saved_dtype)
             stats = row_stats, _ON_CPU((3,), (1,), dtype=torch.int64)
         return loss, saved, stats
@@ -68,9 +73,9 @@ class Prepared:
     makes_gradient: bool
     new_gradient: Callable[[Tensor], Tensor]  # for these logits
     per_example: PerExample | None  # None: calls with another number of examples are not alike
-    n_examples: int  # where per_example is None, as the next two
-    new: Allocators
-    workers: tuple[int, bool] | None  # if one thread serves the call whatever torch's number of threads is
+    n_examples: int  # where per_example is None
+    new: Allocators  # for n_examples
+    examples_of_two_threads: int  # from so many on a second one is worth waking
     dloss_dtype: torch.dtype  # that the kernel reads
 
     @property
@@ -91,9 +96,9 @@ class Prepared:
             stats = None if new.stats is None else new.stats()
         else:
             n_examples = logits.shape[0]
-            loss, saved, stats = self.per_example.allocate(logits)
+            loss, saved, stats = self.per_example.allocate(n_examples, self.new)
         row_stats, counts = stats or NO_STATS
-        n_threads, holds_gil = self.workers or self.kind.workers(n_examples)
+        n_threads, holds_gil = ALONE if n_examples < self.examples_of_two_threads else self.kind.workers(n_examples)
         bad_row = self.run.forward(  # as cpu_call.run() does, but without names, which would take 3 % of a small step
             self.packed,
             holds_gil,
@@ -121,7 +126,7 @@ class Prepared:
         if self.conversions is not None:
             logits, target, weight = _converted(self.conversions, logits, target, weight)
         dloss = as_read(dloss, self.dloss_dtype)
-        n_threads, holds_gil = self.workers or self.kind.workers(n_examples)
+        n_threads, holds_gil = ALONE if n_examples < self.examples_of_two_threads else self.kind.workers(n_examples)
         self.run.backward(
             self.backward_packed,
             holds_gil,
@@ -144,7 +149,7 @@ class Prepared:
         """dlogits *= dloss, of each row its own; a row of zeros stays so."""
         n_examples = self.n_examples if self.per_example is None else dlogits.shape[0]
         dloss = as_read(dloss, dloss.dtype)
-        n_threads, holds_gil = self.workers or self.kind.workers(n_examples)
+        n_threads, holds_gil = ALONE if n_examples < self.examples_of_two_threads else self.kind.workers(n_examples)
         self.run.scale_gradient(
             self.packed, holds_gil, None, None, dlogits, None, None, None, None, None, dloss, 1.0, n_threads, n_examples
         )
@@ -195,10 +200,16 @@ def prepare(
         and (soft or as_given.target.stride() == contiguous_strides(as_given.target.shape))
     )
     n_examples = shape[0] if logits.dim() > 1 else 1
-    losses = tuple(shape[2:]) if options.reduction == "none" and logits.dim() > 1 else None
-    n_saved = (3 + soft) * kind.per_example if saves else 0
-    workers = kind.workers(n_examples) if not any_batch and n_examples < kind.examples_of_two_threads else None
-    loss_alone = not (makes_gradient or saves or options.return_stats or converts) and workers is not None
+    per_example = PerExample(
+        losses=tuple(shape[2:]) if options.reduction == "none" else None,
+        loss_strides=contiguous_strides((1, *shape[2:])),
+        n_saved=(3 + soft) * kind.per_example if saves else 0,
+        n_stats=kind.per_example if options.return_stats else 0,
+        out_dtype=out_dtype,
+        saved_dtype=saved_dtype,
+    )
+    makes_more = makes_gradient or saves or options.return_stats
+    loss_alone = not (makes_more or converts or any_batch) and n_examples < kind.examples_of_two_threads
     return (PreparedLoss if loss_alone else Prepared)(
         library().functions,
         kind,
@@ -207,10 +218,10 @@ def prepare(
         conversions if converts else None,
         makes_gradient,
         _gradient_allocator(logits, as_given_strides),
-        PerExample(losses, n_saved, options.return_stats, out_dtype, saved_dtype) if any_batch else None,
+        per_example if any_batch else None,
         n_examples,
         forward_allocators(read, options, out_dtype, needs_grad, shape),
-        workers,
+        kind.examples_of_two_threads,
         dloss_dtype,
     )
 
