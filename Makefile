@@ -97,6 +97,7 @@ bench: $(READY)
 	$(PY) benchmarks/bench_cpu.py $(ARGS)
 	$(PY) benchmarks/bench_linear.py $(ARGS)
 	$(PY) benchmarks/slow_calls.py
+	ATEN_CPU_CAPABILITY=avx2 FUSEDLOSS_CPU_ISA=avx2 $(PY) benchmarks/slow_calls.py
 	$(PY) benchmarks/bench_vocab_parallel.py
 	$(PY) benchmarks/host_overhead.py
 	if $(HAS_GPU); then $(PY) benchmarks/gpu.py --only benchmarks; fi

@@ -3,6 +3,8 @@
 Prints the worst ten as Markdown. A call is forward and backward, or the forward alone under no_grad. Each ratio is ours / eager,
 the median over pairs timed one after the other within one process, in the thread's own time: what else the machine does falls on
 both alike, and the time that it takes the core away is nobody's.
+
+On a CPU with AVX-512, ATEN_CPU_CAPABILITY=avx2 FUSEDLOSS_CPU_ISA=avx2 asks how both compare on one without.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedloss
+from fusedloss.backends import cpu
 
 BAR = 1.1  # no call that PyTorch serves should take more times as long
 
@@ -86,6 +89,10 @@ def in_turn(steps: list[Step]) -> Step:
 def batch_sizes(loss: Loss, sizes: range, n_classes: int) -> Step:
     """Another number of rows at every call, as padding to the longest makes it."""
     return in_turn([call(loss, *example(n_rows, n_classes)) for n_rows in sizes])
+
+
+def eight_shapes(loss: Loss, has_gradient: bool = True) -> Step:
+    return in_turn([call(loss, *example(128, n_classes), has_gradient=has_gradient) for n_classes in range(10, 18)])
 
 
 def next_tokens(loss: Loss) -> Step:
@@ -160,6 +167,8 @@ OTHERS: dict[str, Make] = {
     "double backward, 64 x 1000": double_backward,
     "another N at every call, N x 10": lambda loss: batch_sizes(loss, range(100, 132), 10),
     "another N at every call, 200 to 2000 x 100": lambda loss: batch_sizes(loss, range(200, 2000, 60), 100),
+    "eight shapes in turn, 128 x 10 to 17": eight_shapes,
+    "eight shapes in turn, 128 x 10 to 17, no_grad": lambda loss: eight_shapes(loss, has_gradient=False),
     "next tokens, 4 x 64 x 100": next_tokens,
     "an eighth of the loss, 128 x 10": accumulated,
     "losses times weights, 128 x 10": weighted_by_hand,
@@ -223,7 +232,8 @@ def main() -> None:
     found = [(*ratio(make, arguments.seconds), name) for name, make in chosen]
     found.sort(reverse=True)
     slow = sum(times > BAR for times, _, _ in found)
-    print(f"{slow} of {len(found)} calls take more than {BAR} times as long as PyTorch's, 1 thread\n")
+    isa = f"{torch.backends.cpu.get_cpu_capability()} for PyTorch, {cpu.ISA} for us"
+    print(f"{slow} of {len(found)} calls take more than {BAR} times as long as PyTorch's, 1 thread, {isa}\n")
     print("| call | ours / eager | eager |\n|---|---|---|")
     for times, eager, name in found if arguments.all else found[:10]:
         print(f"| {name} | {times:.2f} | {eager * 1e6:.0f} us |")
