@@ -13,6 +13,7 @@ import torch
 from paths import Path
 from problems import make_logits, make_probabilities, make_target, make_weight
 from torch import Tensor, nn
+from typing_extensions import get_overloads
 
 import fusedloss
 
@@ -181,7 +182,13 @@ def test_the_module_takes_every_argument_of_torchs() -> None:
         found = list(inspect.signature(ours).parameters.values())
         for mine, torchs in zip(found, expected, strict=False):
             assert (mine.name, mine.default, mine.kind) == (torchs.name, torchs.default, torchs.kind)
-        assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in found[len(expected) :])
+        # Of the function, which has no time for the `*`, the overloads: those that type checkers read.
+        for signature in [inspect.signature(each) for each in get_overloads(ours)] or [inspect.signature(ours)]:
+            extras = list(signature.parameters.values())[len(expected) :]
+            assert all(extra.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD) for extra in extras)
+            assert len(extras) > 0
+    with pytest.raises(ValueError, match="top_k"):
+        fusedloss.cross_entropy(*_problem(), None, None, -100, None, "mean", 0.0, 1)  # type: ignore[call-overload]
 
 
 def test_scale_at_the_call_replaces_the_constructors(any_path: Path) -> None:
