@@ -46,7 +46,7 @@ class PerExample(NamedTuple):
     saved_dtype: torch.dtype
 
     def allocate(self, n_examples: int, new: Allocators) -> tuple[Tensor, Tensor | None, RowStats | None]:
-        """Loss, saved and statistics; new: those of another number."""
+        """Loss, saved and statistics; new: what makes those of another number of examples."""
         saved = stats = None
         if self.losses is None:
             loss = new.loss()

@@ -26,7 +26,7 @@ class Outputs(NamedTuple):
 NO_OUTPUTS = Outputs(*(None,) * 5)
 RowStats = tuple[Tensor, Tensor]  # row_stats and counts
 NO_STATS = None, None
-TEMPLATE_NUMBERS = 256
+TEMPLATE_NUMBERS = 256  # of an output that is made like a template, at most
 N_ROW_STATS, ENTROPY = 3, 2  # rows of Outputs.row_stats, and which is the entropy
 
 
@@ -113,7 +113,7 @@ def _stats_allocator(row_stats: tuple[int, int], dtype: torch.dtype, device: tor
 
 def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
     """Makes contiguous tensors of this shape."""
-    # Like a small one: a tenth less time. On a GPU it would hold memory, perhaps that of a graph's pool.
+    # Like a template: a tenth less time. On a GPU it would hold memory, perhaps that of a graph's pool.
     if math.prod(shape) <= TEMPLATE_NUMBERS and device.type == "cpu":
         return partial(torch.empty_like, torch.empty(shape, dtype=dtype, device=device))
     return partial(torch.empty_strided, tuple(shape), contiguous_strides(shape), dtype=dtype, device=device)
