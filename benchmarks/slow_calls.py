@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import fusedloss
 from fusedloss.backends import cpu
 
+TORCH = F.cross_entropy  # before it is replaced
 BAR = 1.1  # no call that PyTorch serves should take more times as long
 
 Loss = Callable[..., Any]
@@ -152,7 +153,23 @@ def statistics_of(loss: Loss) -> Step:
         torch.autograd.grad(loss(logits, target), logits)
         (logits.detach().argmax(1) == target).sum()
 
-    return theirs if loss is F.cross_entropy else ours
+    return theirs if loss is TORCH else ours
+
+
+def of_module(loss: Loss, *shape: int, has_gradient: bool = True) -> Step:
+    """The module, and a leaf that its gradient is added up in."""
+    module = nn.CrossEntropyLoss() if loss is TORCH else fusedloss.CrossEntropyLoss()
+    logits, target = example(*shape)
+    logits.requires_grad_(has_gradient)
+    return lambda: module(logits, target).backward() if has_gradient else module(logits, target)
+
+
+def patched(loss: Loss, *shape: int) -> Step:
+    """What F.cross_entropy is after patch_torch(), with a gradient."""
+    if loss is not TORCH:
+        fusedloss.patch_torch()
+        loss = F.cross_entropy
+    return call(loss, *example(*shape))
 
 
 OTHERS: dict[str, Make] = {
@@ -173,11 +190,16 @@ OTHERS: dict[str, Make] = {
     "an eighth of the loss, 128 x 10": accumulated,
     "losses times weights, 128 x 10": weighted_by_hand,
     "statistics, 128 x 10": statistics_of,
+    "module, (10,)": lambda loss: of_module(loss, 10),
+    "module, (10,), no_grad": lambda loss: of_module(loss, 10, has_gradient=False),
+    "module, 128 x 10": lambda loss: of_module(loss, 128, 10),
     "uint8, 128 x 10": lambda loss: call(loss, torch.randn(128, 10), torch.randint(10, (128,), dtype=torch.uint8)),
     "weight and smoothing, 128 x 10": lambda loss: call(loss, *example(128, 10), weight=torch.rand(10), label_smoothing=0.1),
     "weight in bfloat16, 128 x 10": lambda loss: call(
         loss, *example(128, 10, dtype=torch.bfloat16), weight=torch.rand(10).bfloat16()
     ),
+    "patched, (10,)": lambda loss: patched(loss, 10),
+    "patched, 128 x 10": lambda loss: patched(loss, 128, 10),
     "float16, 128 x 1000": lambda loss: call(loss, *example(128, 1000, dtype=torch.float16)),
 }
 
@@ -200,7 +222,7 @@ def cases() -> Iterator[tuple[str, Make]]:
 
 def ratio(make: Make, seconds: float) -> tuple[float, float]:
     """Ours / eager, and eager's time in seconds."""
-    eager, ours = make(F.cross_entropy), make(fusedloss.cross_entropy)
+    eager, ours = make(TORCH), make(fusedloss.cross_entropy)
     for _ in range(3):
         start = time.perf_counter()
         eager(), ours()

@@ -4,12 +4,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 from typing_extensions import Unpack, overload  # which typing has from Python 3.11 on; torch requires the package
 
-from fusedloss import known
 from fusedloss.plan import EXTRAS, ExtraKeywords, Reduction, Target
-from fusedloss.serving import loss_stats, serve, serve_known
+from fusedloss.serving import serve
 from fusedloss.stats import LossStats
 
 
@@ -121,18 +119,8 @@ def cross_entropy(
         arXiv:2204.02311 (z-loss); Gemma Team 2024, arXiv:2408.00118 (softcap); Lin et al. 2017, arXiv:1708.02002 (focal loss).
     """
     # fmt: off
-    arguments = (
+    return serve(cross_entropy, input, target, weight, scale, (
         ignore_index, size_average, reduce, reduction, label_smoothing,
         sample_weight, top_k, return_stats, z_loss, logit_scale, softcap, focal_gamma, out_dtype,
-    )
+    ))
     # fmt: on
-    key = call = None
-    if not is_dynamo_compiling():
-        key, call = known.find(input, target, weight, scale, arguments)
-    if call is None:
-        return serve(cross_entropy, key, input, target, weight, scale, arguments)
-    if call.needs_grad:
-        return serve_known(call, input, target, weight, scale)
-    # The target is a tensor and the scale a number, or nothing would have been found.
-    loss, _, _, stats = call.prepared.forward(input, target, weight, scale)  # type: ignore[arg-type]
-    return loss if stats is None else (loss, loss_stats(stats, input))

@@ -9,6 +9,7 @@ from typing_extensions import TypeVar, Unpack  # as typing has them from Python 
 
 from fusedloss.functional import cross_entropy
 from fusedloss.plan import EXTRAS, ExtraKeywords, Reduction, Target
+from fusedloss.serving import serve
 from fusedloss.stats import LossStats
 
 _OWN_EXTRAS = {name: default for name, default in EXTRAS._asdict().items() if name != "sample_weight"}  # which comes with a call
@@ -111,23 +112,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
         sample_weight: Tensor | None = None,
     ) -> Any:
         """Returns the loss of `input` against `target`; `scale` here takes the place of the constructor's."""
-        return cross_entropy(
-            input,
-            target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            top_k=self.top_k,
-            scale=self.scale if scale is None else scale,
-            sample_weight=sample_weight,
-            z_loss=self.z_loss,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-            focal_gamma=self.focal_gamma,
-            return_stats=self.return_stats,
-            out_dtype=self.out_dtype,
-        )
+        # fmt: off
+        return serve(cross_entropy, input, target, self.weight, self.scale if scale is None else scale, (
+            self.ignore_index, None, None, self.reduction, self.label_smoothing, sample_weight, self.top_k, self.return_stats,
+            self.z_loss, self.logit_scale, self.softcap, self.focal_gamma, self.out_dtype,
+        ))
+        # fmt: on
 
     def extra_repr(self) -> str:
         """The extras that are set; PyTorch's loss shows none of its own options."""

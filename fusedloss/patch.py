@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as _Reduction  # noqa: F401  TorchScript compiles the wrapped function with this file's names
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function_variadic  # noqa: F401  the second as well
 
 from fusedloss import functional, linear, reference
 from fusedloss.option_checks import check_out_dtype
+from fusedloss.plan import EXTRAS
+from fusedloss.serving import serve
 
 _lock = threading.Lock()
 _depth = 0  # how many patches are in force
 _asked: dict[object, torch.dtype | None] = {}  # the dtype of the loss that each of them wants, by patch, the latest last
-_out_dtype: torch.dtype | None = None  # that of the latest
+_extras: tuple[Any, ...] = EXTRAS[1:]  # all but the scale, with the dtype of the latest
 _replaced: dict[str, Callable[..., Tensor]] = {}  # what the first of them replaced, by name
 _TORCH_LINEAR: Any = getattr(F, "linear_cross_entropy", None)  # from PyTorch 2.13 on
 
@@ -49,7 +51,7 @@ def patch_torch(*, out_dtype: torch.dtype | None = None) -> ExitStack:
     Returns:
         A context manager in force already; leaving it, or calling its `close()`, undoes this call, once.
     """
-    global _depth, _out_dtype
+    global _depth, _extras
     check_out_dtype(out_dtype)
     undo = ExitStack()
     with _lock:
@@ -58,25 +60,27 @@ def patch_torch(*, out_dtype: torch.dtype | None = None) -> ExitStack:
                 _replaced[name] = getattr(F, name)
                 setattr(F, name, ours)
         _depth += 1
-        _asked[undo] = _out_dtype = out_dtype
+        _asked[undo] = out_dtype
+        _extras = (*EXTRAS[1:-1], out_dtype)
     undo.callback(_undo, undo)
     return undo
 
 
 def _undo(patch: ExitStack) -> None:
-    global _depth, _out_dtype
+    global _depth, _extras
     with _lock:
         _depth -= 1
         del _asked[patch]
-        _out_dtype = next(reversed(_asked.values()), None)
+        _extras = (*EXTRAS[1:-1], next(reversed(_asked.values()), None))
         for name, ours in _OURS.items():
             if _depth == 0 and getattr(F, name) is ours:  # else somebody else replaced it since, who may bring ours back
                 setattr(F, name, _replaced[name])
 
 
-def _overrides(value: object) -> bool:
-    override = getattr(type(value), "__torch_function__", torch._C._disabled_torch_function_impl)
-    return type(value) is not Tensor and override != torch._C._disabled_torch_function_impl
+def _override(*values: object) -> bool:
+    """Whether the class of one of them is a tensor's with a `__torch_function__` of its own."""
+    disabled = torch._C._disabled_torch_function_impl
+    return any(type(v) is not Tensor and getattr(type(v), "__torch_function__", disabled) != disabled for v in values)
 
 
 # wraps: name and module are PyTorch's, so that what pickles a reference to the function finds PyTorch's when it is loaded.
@@ -91,22 +95,25 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    options: tuple[Any, ...] = (size_average, ignore_index, reduce, reduction, label_smoothing)
     # Not for a mode such as `with torch.device(...)`: only for a tensor's own class, which may know PyTorch's function.
-    if has_torch_function_variadic(input, target, weight) and any(map(_overrides, (input, target, weight))):
+    if (type(input) is not Tensor or type(target) is not Tensor or weight is not None) and _override(input, target, weight):
+        options = size_average, ignore_index, reduce, reduction, label_smoothing
         return handle_torch_function(reference.TORCH_CROSS_ENTROPY, (input, target, weight), input, target, weight, *options)
     if not _depth:
-        return reference.TORCH_CROSS_ENTROPY(input, target, weight, *options)
-    return functional.cross_entropy(input, target, weight, *options, out_dtype=_out_dtype)
+        return reference.TORCH_CROSS_ENTROPY(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    arguments = (ignore_index, size_average, reduce, reduction, label_smoothing) + _extras  # noqa: RUF005  a list would be made
+    return serve(functional.cross_entropy, input, target, weight, EXTRAS.scale, arguments)
 
 
 def linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
     tensors = (input, linear_weight, target, options.get("linear_bias"), options.get("weight"))
-    if has_torch_function_variadic(*tensors) and any(map(_overrides, tensors)):
+    if _override(*tensors):
         return handle_torch_function(_TORCH_LINEAR, tensors, input, linear_weight, target, **options)
     if not _depth:
         return _TORCH_LINEAR(input, linear_weight, target, **options)
-    return linear.linear_cross_entropy(input, linear_weight, target, **options, out_dtype=_out_dtype)
+    return linear.linear_cross_entropy(input, linear_weight, target, **options, out_dtype=_extras[-1])
 
 
 _OURS: dict[str, Callable[..., Tensor]] = {"cross_entropy": cross_entropy}

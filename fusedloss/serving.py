@@ -1,4 +1,4 @@
-"""A call, from the arguments to the loss: checked, routed, and served by a kernel or by PyTorch's operators."""
+"""A call, from the arguments to the loss: known already; or checked, routed, and served by a kernel or by PyTorch's operators."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -36,6 +37,30 @@ _CHECK_TARGETS = environment.choice("FUSEDLOSS_CHECK_TARGETS", ("0", "1")) == "1
 
 def serve(
     public: Callable[..., Any],  # the function that was called
+    input: Tensor,
+    target: Any,
+    weight: Tensor | None,
+    scale: Any,  # float | Tensor; of a known call a float
+    arguments: tuple[Any, ...],
+) -> Any:
+    """What `cross_entropy` returns for these arguments; the last are all others, those of PyTorch first, ignore_index the first
+    of them, and then those after the scale, in the order of `Extras`."""
+    key = None
+    if not is_dynamo_compiling():
+        key, call = known.find(input, target, weight, scale, arguments)
+        if call is not None:
+            if not call.needs_grad:
+                loss, _, _, stats = call.prepared.forward(input, target, weight, scale)
+                return loss if stats is None else (loss, _loss_stats(stats, input))
+            loss = KnownCrossEntropyFunction.apply(input, (target, weight, scale, call))
+            if call.forgets:
+                forget_logits(loss)
+            return (loss, _loss_stats(vars(loss.grad_fn).pop("stats"), input)) if call.options.return_stats else loss
+    return _serve_unknown(public, key, input, target, weight, scale, arguments)
+
+
+def _serve_unknown(
+    public: Callable[..., Any],
     key: tuple[Any, ...] | None,  # by which the next such call may be known
     input: Tensor,
     target: Any,
@@ -43,8 +68,6 @@ def serve(
     scale: float | Tensor,
     arguments: tuple[Any, ...],
 ) -> Any:
-    """What `cross_entropy` returns for these arguments, where none is known; the last are all others, those of PyTorch first,
-    ignore_index the first of them, and then those after the scale, in the order of `Extras`."""
     ignore_index, size_average, reduce, reduction, label_smoothing, *others = arguments
     extras = Extras(scale, *others)
     labels, labels_b, lam = labels_of(target)
@@ -72,14 +95,6 @@ def serve(
         key = None
     loss, stats = serve_checked(inputs, options, extras.out_dtype, key)
     return (loss, stats) if options.return_stats else loss
-
-
-def serve_known(call: known.KnownCall, input: Tensor, target: Any, weight: Tensor | None, scale: Any) -> Any:
-    """The same for a call that was found, with a gradient."""
-    loss = KnownCrossEntropyFunction.apply(input, (target, weight, scale, call))
-    if call.forgets:
-        forget_logits(loss)
-    return (loss, loss_stats(vars(loss.grad_fn).pop("stats"), input)) if call.options.return_stats else loss
 
 
 def serve_checked(
@@ -196,10 +211,10 @@ def compute(inputs: Inputs, options: Options, route: Route) -> tuple[Tensor, Los
     if not options.return_stats:
         return result, None
     loss, row_stats, counts = result
-    return loss, loss_stats((row_stats, counts), inputs.logits)
+    return loss, _loss_stats((row_stats, counts), inputs.logits)
 
 
-def loss_stats(stats: RowStats, logits: Tensor) -> LossStats:
+def _loss_stats(stats: RowStats, logits: Tensor) -> LossStats:
     row_stats, counts = stats
     rows = () if logits.dim() == 1 else (logits.shape[0], *logits.shape[2:])
     row_stats = row_stats.view(N_ROW_STATS, *rows)
