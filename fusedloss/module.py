@@ -112,10 +112,11 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
         sample_weight: Tensor | None = None,
     ) -> Any:
         """Returns the loss of `input` against `target`; `scale` here takes the place of the constructor's."""
+        own = vars(self)  # the attributes one by one would take 2 % of the step of ten logits
         # fmt: off
         return serve(cross_entropy, input, target, self.weight, self.scale if scale is None else scale, (
-            self.ignore_index, None, None, self.reduction, self.label_smoothing, sample_weight, self.top_k, self.return_stats,
-            self.z_loss, self.logit_scale, self.softcap, self.focal_gamma, self.out_dtype,
+            self.ignore_index, None, None, self.reduction, self.label_smoothing, sample_weight, own["top_k"], own["return_stats"],
+            own["z_loss"], own["logit_scale"], own["softcap"], own["focal_gamma"], own["out_dtype"],
         ))
         # fmt: on
 

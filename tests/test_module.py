@@ -191,6 +191,17 @@ def test_the_module_takes_every_argument_of_torchs() -> None:
         fusedloss.cross_entropy(*_problem(), None, None, -100, None, "mean", 0.0, 1)  # type: ignore[call-overload]
 
 
+def test_attributes_are_read_at_every_call() -> None:
+    module = fusedloss.CrossEntropyLoss()
+    options: dict[str, Any] = {}
+    for name, value in {"ignore_index": 1, "label_smoothing": 0.1, "z_loss": 0.2, "logit_scale": 2.0, "softcap": 3.0}.items():
+        for _ in range(3):  # known by then
+            module(*_problem())
+        setattr(module, name, value)
+        options[name] = value
+        assert torch.equal(module(*_problem()), fusedloss.cross_entropy(*_problem(), **options))
+
+
 def test_scale_at_the_call_replaces_the_constructors(any_path: Path) -> None:
     module = fusedloss.CrossEntropyLoss(scale=3.0)
     once = fusedloss.cross_entropy(*_problem()).item()
