@@ -27,7 +27,7 @@ MAX_SEEN = 1024
 
 # At hand, since asking for a name takes as long as the answer.
 _is_grad_enabled = torch.is_grad_enabled
-_n_function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)  # private: without it no call is known again
+n_function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)  # private: without it no call is known again
 _TensorGuards = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # nor without this
 
 
@@ -74,7 +74,7 @@ def find(
             backends.requested,
             _is_grad_enabled(),
             forward_ad._current_level,
-            _n_function_modes(),
+            n_function_modes(),
             n_dispatch_modes(),
         )
         calls = KNOWN.get(key)

@@ -90,8 +90,8 @@ def _serve_unknown(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     options = check_options(reduction, ignore_index, label_smoothing, extras, lam)
     inputs = Inputs(*tensors, scale if isinstance(scale, Tensor) else None)
-    # For which PyTorch warns each time.
-    if size_average is not None or reduce is not None or isinstance(label_smoothing, Tensor):
+    warns = size_average is not None or reduce is not None or reduction == "elementwise_mean"  # each time, as PyTorch
+    if warns or isinstance(label_smoothing, Tensor):
         key = None
     loss, stats = serve_checked(inputs, options, extras.out_dtype, key)
     return (loss, stats) if options.return_stats else loss
@@ -153,6 +153,9 @@ def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Rou
     if inputs.target_b is not None or inputs.sample_weight is not None or options.reduction == "topk":
         return
     if options.differentiates_entropy():
+        return
+    # Nor under a mode that is disabled for a while (torch._C.DisableTorchFunction): it would not see the next call.
+    if known.n_function_modes() != 0:
         return
     is_known_kind = route.world is PLAIN or (route.world is TRANSFORMED and route.backend == "torch")
     if not is_known_kind or route.backend not in ("cpu", "triton", "torch") or (_CHECK_TARGETS and route.backend != "cpu"):

@@ -155,6 +155,23 @@ def test_a_subclass_sees_the_function_first(loss: Callable[..., Any], place: int
     assert _Recorded.asked[0] is loss
 
 
+@pytest.mark.parametrize("loss", [F.cross_entropy, fusedloss.cross_entropy])
+def test_a_mode_sees_what_came_while_it_was_disabled(loss: Callable[..., Any]) -> None:
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    seen: list[Any] = []
+    arguments = problem()
+    with Calls():
+        with torch._C.DisableTorchFunction():
+            for _ in range(4):
+                loss(*arguments)
+        loss(*arguments)
+    assert seen == [loss]
+
+
 def test_fx_traces_what_is_known() -> None:
     for _ in range(3):
         served(*problem())
