@@ -135,7 +135,7 @@ def _warn_of_missing_kernel() -> None:
     warnings.warn(
         f"fusedloss: {cpu.MISSING}. Losses on the CPU are PyTorch's, at its speed. FUSEDLOSS_BACKEND=reference asks for "
         "PyTorch's operators, without this warning.",
-        stacklevel=8,  # the caller of cross_entropy
+        stacklevel=9,  # the caller of cross_entropy
     )
 
 
