@@ -51,6 +51,20 @@ def test_every_backward_of_a_known_call(path: Path, dtype: torch.dtype, reductio
     assert known.KNOWN
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_subnormal_products_of_the_upstream_gradient(path: Path, reduction: str) -> None:
+    """exp(-87) is a normal number, a quarter of it is not: known or not, the result is the same. A row of 40 classes has whole vectors."""
+    logits = torch.full((3, 40), -87.0, dtype=torch.bfloat16)
+    logits[:, 0] = 0.0
+
+    def gradient() -> Tensor:
+        return served(logits.requires_grad_(), torch.zeros(3, dtype=torch.long), reduction=reduction, dloss=0.25)[1]
+
+    expected = without_known(gradient)
+    for _ in range(4):
+        assert torch.equal(gradient(), expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"reduction": "max"}, {"reduction": "max", "softcap": 2.0}, {"z_loss": 0.1}], ids=str)
 def test_batched_gradients_of_one_row(path: Path, options: dict[str, Any]) -> None:
     """(C,), which a kernel takes for (1, C)."""

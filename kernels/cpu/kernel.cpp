@@ -103,15 +103,16 @@ Isa best_isa() {
   return kBaseline;
 }
 
-const Kernels& kernels_for(const Problem& problem) {
+// flushes: whether a subnormal number may become 0, as where AVX-512 makes bfloat16 of it.
+const Kernels& kernels_for(const Problem& problem, bool flushes = true) {
   static const Isa best = best_isa();
   const int64_t isa = problem.isa == kBest || problem.isa > best ? best : problem.isa;
 #if defined(__x86_64__)
-  if (isa == kAvx512Bf16 && problem.logits_dtype == kBfloat16) return avx512bf16_kernels;
+  if (isa == kAvx512Bf16 && problem.logits_dtype == kBfloat16 && flushes) return avx512bf16_kernels;
   if (isa >= kAvx512) return avx512_kernels;
   if (isa == kAvx2) return avx2_kernels;
 #endif
-  (void)isa;
+  (void)isa, (void)flushes;
   return baseline_kernels;
 }
 
@@ -181,7 +182,8 @@ extern "C" int64_t fusedloss_backward(const Call* call, const Rest* rest) {
 
 extern "C" int64_t fusedloss_scale_gradient(const Call* call, const Rest* rest) {
   const Problem problem{*call, *rest};
-  const fusedloss::Kernels& kernels = fusedloss::kernels_for(problem);
+  // The same numbers as from PyTorch's multiplication, which scales the gradient of a call that is not known.
+  const fusedloss::Kernels& kernels = fusedloss::kernels_for(problem, false);
   const double factor = problem.reduction == fusedloss::kNone ? std::nan("") : kernels.dloss_of(problem, 0);
   if (factor == 1) return 0;
   if (!std::isfinite(factor)) {
