@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from fusedloss import affine, ops, reference
@@ -30,7 +31,7 @@ from fusedloss.plan import Inputs, Options
 from fusedloss.plan_cpu import ELEMENTS_PER_THREAD
 from fusedloss.recover import KEPT_BYTES, recovered
 from fusedloss.rows import kernel_inputs
-from fusedloss.world import has_memory, hooks_are_active, n_dispatch_modes, nobody_watches
+from fusedloss.world import hooks_are_active, kernels_see, n_dispatch_modes, nobody_watches
 
 Place = tuple[Tensor, int, Tensor | None]  # logits, their version at the forward; the gradient, where autograd does not save it
 
@@ -122,7 +123,7 @@ class KnownCrossEntropyFunction(torch.autograd.Function):
             return None, None
         known, scale = ctx.call
         watched = torch.is_grad_enabled() or is_dynamo_compiling() or n_dispatch_modes() != 0
-        is_plain = not watched and (known.takes_dloss(dloss) or nobody_watches(dloss))
+        is_plain = not watched and forward_ad._current_level < 0 and (known.takes_dloss(dloss) or nobody_watches(dloss))
         if is_plain and ctx.has_gradient and not keeps_graph():
             dlogits = _taken(ctx)
             known.prepared.scale_gradient(dlogits, dloss)
@@ -207,7 +208,7 @@ def _gradient(
         assert dentropy is not None
         dloss = torch.zeros_like(dentropy, dtype=out_dtype)
     if ctx.has_gradient and not torch.is_grad_enabled():
-        if torch.compiler.is_compiling() or not has_memory(dloss):
+        if torch.compiler.is_compiling() or not kernels_see(dloss):
             return _read(ctx, lambda dlogits: ops.scaled(dlogits, dloss))
         dlogits = _read(ctx, torch.clone) if keeps_graph() else _taken(ctx)
         ops.scale_gradient(dlogits, dloss, backend)
@@ -216,7 +217,7 @@ def _gradient(
     by_name = dict(zip(names, tensors[: len(names)], strict=True))
     if not ctx.has_gradient:
         _check_kept(ctx, by_name["logits"])
-    if torch.is_grad_enabled() or not has_memory(dloss) or not (dentropy is None or has_memory(dentropy)):
+    if torch.is_grad_enabled() or not kernels_see(dloss, dentropy):
         place = vars(ctx).get("place")
 
         def from_made(made: Tensor | None) -> Tensor:

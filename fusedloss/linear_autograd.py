@@ -20,7 +20,7 @@ from fusedloss.autograd import keeps_graph
 from fusedloss.backends.outputs import ENTROPY
 from fusedloss.linear_passes import LinearInputs, NeedsGrad
 from fusedloss.plan import Inputs, Options, accumulation_dtype
-from fusedloss.world import has_memory
+from fusedloss.world import kernels_see
 
 _N_TENSORS = len(LinearInputs._fields)
 
@@ -48,7 +48,7 @@ class SummedLoss(torch.autograd.Function):
         options, settings = ctx.call
         tensors = ctx.saved_tensors
         inputs, gradients = LinearInputs(*tensors[:_N_TENSORS]), tensors[_N_TENSORS:]
-        if torch.is_grad_enabled() or not has_memory(dloss):
+        if torch.is_grad_enabled() or not kernels_see(dloss):
             return _differentiable(inputs, options, settings.needs_grad, dloss)
         if torch.compiler.is_compiling():  # which owns the buffers of its graphs, and may have to run the backward again
             return _padded(None if gradient is None else dloss * gradient for gradient in gradients)
@@ -86,7 +86,7 @@ class RowLosses(torch.autograd.Function):
             dloss = torch.zeros_like(dentropy) if dloss is None else dloss
         if dloss is None:
             return _padded([None] * 3)
-        if torch.is_grad_enabled() or not has_memory(dloss) or not (dentropy is None or has_memory(dentropy)):
+        if torch.is_grad_enabled() or not kernels_see(dloss, dentropy):
             return _differentiable(inputs, options, settings.needs_grad, dloss, dentropy)
         options = options._replace(reduction="sum", return_stats=False)
         dloss, dentropy = dloss.resolve_neg(), None if dentropy is None else dentropy.resolve_neg()

@@ -15,7 +15,7 @@ from fusedloss.plan import ClassShard, Inputs, Options, accumulation_dtype
 from fusedloss.route import TOO_MANY_ROWS, autocast_is_on, dtype_of_loss
 from fusedloss.rows import expanded_to_rows, kernel_inputs, rows_of
 from fusedloss.stats import LossStats
-from fusedloss.world import has_memory, has_values
+from fusedloss.world import has_values, kernels_see
 
 # PyTorch 2.14 renamed it and warns of the old name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -158,7 +158,7 @@ class _SlicedRowLosses(torch.autograd.Function):
 
         zeros = torch.zeros_like(merged[0])
         drows, dentropy = (None if values is None else values.to(merged.dtype) for values in (dlosses, dentropy))
-        if all(values is None or has_memory(values) for values in (drows, dentropy)):
+        if kernels_see(drows, dentropy):
             return gradient(logits, zeros if drows is None else drows, dentropy), None, None, None, None
         # No kernel serves them, but the gradient is linear in both; unrounded, as it is not yet of its size.
         wide, rows = logits.to(merged.dtype), (logits.shape[0], *logits.shape[2:])

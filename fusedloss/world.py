@@ -131,6 +131,11 @@ def has_memory(tensor: Tensor) -> bool:
     )
 
 
+def kernels_see(*tensors: Tensor | None) -> bool:
+    """Whether values at addresses are all there is of these: no tangents of forward-mode differentiation, either."""
+    return forward_ad._current_level < 0 and all(tensor is None or has_memory(tensor) for tensor in tensors)
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether there are any to be read: not of a fake tensor, nor of one on the meta device."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))

@@ -53,7 +53,7 @@ def test_every_backward_of_a_known_call(path: Path, dtype: torch.dtype, reductio
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_subnormal_products_of_the_upstream_gradient(path: Path, reduction: str) -> None:
-    """exp(-87) is a normal number, a quarter of it is not: known or not, the result is the same. A row of 40 classes has whole vectors."""
+    """exp(-87) is a normal number, a quarter of it is not: known or not, the result is the same. 40 classes are whole vectors."""
     logits = torch.full((3, 40), -87.0, dtype=torch.bfloat16)
     logits[:, 0] = 0.0
 

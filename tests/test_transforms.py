@@ -86,6 +86,32 @@ def test_26_forward_mode(any_path: Path, options: dict[str, Any]) -> None:
     torch.testing.assert_close(*tangents)
 
 
+def _tangents(loss: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """Of the gradients, for an upstream gradient that has a tangent of its own; the loss was made before."""
+    made = loss(*inputs)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.full_like(made, 2.0), torch.full_like(made, 3.0))
+        found = [forward_ad.unpack_dual(gradient) for gradient in torch.autograd.grad(made, inputs, dual)]
+    return [part for gradient in found for part in gradient]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_26_upstream_gradients_with_a_tangent(path: Path, options: dict[str, Any]) -> None:
+    logits, _, _ = _problem()
+    ours, theirs = _losses(options)
+    logits.requires_grad_()
+    for _ in range(3):  # the third is known, perhaps
+        torch.testing.assert_close(_tangents(ours, logits), _tangents(theirs, logits))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_26_upstream_gradients_with_a_tangent_of_a_last_layer(reduction: str) -> None:
+    layer = make_logits(4, 3, dtype=torch.float64).requires_grad_(), make_logits(5, 3, dtype=torch.float64).requires_grad_()
+    target = torch.tensor(TARGET)
+    ours = _tangents(lambda x, weight: fusedloss.linear_cross_entropy(x, weight, target, reduction=reduction), *layer)
+    torch.testing.assert_close(ours, _tangents(lambda x, w: F.cross_entropy(x @ w.T, target, reduction=reduction), *layer))
+
+
 def _total(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda logits: loss(logits).sum()
 
