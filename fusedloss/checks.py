@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedloss.option_checks import FLOATING
-from fusedloss.plan import Options, are_probabilities
+from fusedloss.plan import Options, are_probabilities, counted_rows
 from fusedloss.world import has_values
 
 _TORCH_NAMES = {
@@ -204,8 +204,8 @@ def check_class_indices(target: Tensor, n_classes: int, ignore_index: int, targe
     GPU this waits."""
     if not has_values(target):
         return
-    every = [label.long() for label in (target, target_b) if label is not None]  # -100 is 156 to bytes, and 256 classes are none
-    counted = torch.stack([label != ignore_index for label in every]).all(0)
+    every = [label.long() for label in (target, target_b) if label is not None]  # 256 classes are none to bytes
+    counted = counted_rows(ignore_index, *every)
     for label in every:
         outside = ((label < 0) | (label >= n_classes)) & counted
         if outside.any():

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedloss import reference
+from fusedloss.plan import counted_rows
 from fusedloss.vocab_parallel import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
 
 Labels = Tensor | tuple[Tensor, Tensor, float | Tensor]
@@ -73,16 +74,16 @@ def denominator(target: Any, ignore_index: int, weight: Tensor | None) -> Tensor
     if _are_two_labels(target):  # class weights do not count, as for probabilities
         a, b, _ = target
         dtype = torch.float32 if a.device.type == "mps" else torch.float64
-        return ((a.long() != ignore_index) & (b.long() != ignore_index)).sum(dtype=dtype)
+        return counted_rows(ignore_index, a, b).sum(dtype=dtype)
     dtype = torch.float32 if target.device.type == "mps" else torch.float64
     if target.is_floating_point():  # class probabilities: (C,) or (N, C, d1, ...)
         n_classes = target.shape[min(1, target.dim() - 1)]
         return torch.full((), target.numel() // max(n_classes, 1), dtype=dtype, device=target.device)
-    target = target.long()  # -100 is 156 to bytes, and 300 classes are 44
-    counted = target != ignore_index
+    counted = counted_rows(ignore_index, target)
     if weight is None:
         return counted.sum(dtype=dtype)
     # A class out of range makes the loss itself fail, or nan on a GPU; here it must only not be read.
+    target = target.long()  # 300 classes are 44 to bytes
     inside = (target >= 0) & (target < len(weight))
     weights = weight.detach().to(target.device, dtype)[torch.where(inside, target, 0)]
     return reference.total(torch.where(counted, weights, 0))

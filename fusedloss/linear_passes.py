@@ -25,7 +25,7 @@ from fusedloss.checks import check_class_indices
 from fusedloss.entropy import add_gradient
 from fusedloss.linear_blocks import losses_of_blocks, multiply
 from fusedloss.linear_checks import Chunking
-from fusedloss.plan import Inputs, Options, accumulation_dtype
+from fusedloss.plan import Inputs, Options, accumulation_dtype, counted_rows
 from fusedloss.plan_linear import Chunks, chunks_of, class_ranges, leaves_rows_out, sums_in_float32
 
 Rows = slice | Tensor  # of a chunk: a range, or indices
@@ -52,8 +52,7 @@ class LinearInputs(NamedTuple):
         """(n_rows,) bool, which rows are not ignored; None: probabilities ignore none."""
         if self.has_probabilities():
             return None
-        counted = self.target != ignore_index
-        return counted if self.target_b is None else counted & (self.target_b != ignore_index)
+        return counted_rows(ignore_index, self.target, self.target_b)
 
     def loss_inputs(self, logits: Tensor, rows: Rows) -> Inputs:
         """What the loss of a chunk's logits is made of."""

@@ -135,6 +135,12 @@ class Inputs(NamedTuple):
         return rows._replace(logits=logits.unsqueeze(0), target=target.reshape(1, -1) if soft else target.reshape(1))
 
 
+def counted_rows(ignore_index: int, target: Tensor, target_b: Tensor | None = None) -> Tensor:
+    """Which class indices, or pairs of them, are not ignored, as bool. Compared as int64: -100 is 156 to bytes, and 300 is 44."""
+    counted = target.long() != ignore_index
+    return counted if target_b is None else counted & (target_b.long() != ignore_index)
+
+
 def are_probabilities(target: torch.Size, logits: torch.Size, two_labels: bool) -> bool:
     """PyTorch's rule, whatever the dtypes: class probabilities have the shape of the logits. Ranks first: a compiler may not know
     the sizes."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedloss.kernels.constants import FRACTION_BITS
-from fusedloss.plan import Inputs, Options
+from fusedloss.plan import Inputs, Options, counted_rows
 from fusedloss.stats import LossStats
 
 TORCH_CROSS_ENTROPY = F.cross_entropy  # PyTorch's own, whatever `patch_torch` puts in its place
@@ -72,9 +72,8 @@ class Labels(NamedTuple):
 def labels_of(inputs: Inputs, options: Options) -> Labels:
     n_classes = inputs.logits.shape[1]
     labels = [label.to(torch.long) for label in (inputs.target, inputs.target_b) if label is not None]
-    counted = labels[0] != options.ignore_index
+    counted = counted_rows(options.ignore_index, *labels)
     if len(labels) == 2:
-        counted = counted & (labels[1] != options.ignore_index)
         labels = [label.masked_fill(~counted, options.ignore_index) for label in labels]  # the other may be the ignored
     outside = None
     if not _raises_index_error(inputs.logits.device):  # there PyTorch would stop the device
@@ -258,8 +257,9 @@ def _entropies(logits: Tensor, counted: Tensor) -> Tensor:
 
 def _has_largest(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     """Whether the row's target has the largest logit; False where the index is out of range."""
+    target = target.long()  # 300 classes are 44 to bytes
     inside = counted & (target >= 0) & (target < logits.shape[1])
-    x_t = logits.gather(1, target.long().masked_fill(~inside, 0).unsqueeze(1))
+    x_t = logits.gather(1, target.masked_fill(~inside, 0).unsqueeze(1))
     return inside & (x_t == logits.amax(1, keepdim=True)).squeeze(1)
 
 

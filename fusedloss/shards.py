@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fusedloss import reference
 from fusedloss.backends.outputs import n_statistics
-from fusedloss.plan import ClassShard, Inputs, Options, accumulation_dtype
+from fusedloss.plan import ClassShard, Inputs, Options, accumulation_dtype, counted_rows
 
 NUMBERS = ("z_loss", "logit_scale", "softcap")  # of plan.NUMBERS those whose formulas are here
 
@@ -67,7 +67,7 @@ def describe_rows(inputs: Inputs, options: Options, shard: ClassShard, dtype: to
         return Rows(counted, ~counted, None, None, shard.n_classes)
     labels = [label.long() for label in (inputs.target, inputs.target_b) if label is not None]
     weight = None if inputs.weight is None else inputs.weight.to(dtype)
-    counted = torch.stack([label != options.ignore_index for label in labels]).all(0)
+    counted = counted_rows(options.ignore_index, *labels)
     outside = torch.stack([((label < 0) | (label >= shard.n_classes)) & counted for label in labels]).any(0)
     factors = []
     for label in labels:

@@ -129,6 +129,29 @@ def test_bytes_are_labels_like_others() -> None:
     assert _outcome(lambda: check_class_indices(labels, 19, -100)) is IndexError
 
 
+@pytest.mark.parametrize("ignore_index", [-100, 3, 300])
+@pytest.mark.parametrize("kind", ["auto", "reference", "a layer"])
+def test_bytes_of_many_classes(kind: str, ignore_index: int) -> None:
+    """To uint8 300 is 44, as a number of classes and as a label to ignore. Loss, statistics, and the entropies' gradient."""
+    target = torch.tensor([156, 44, 3, 255, 0])
+    layer, logits = make_logits(300, 4, dtype=torch.float64), make_logits(5, 300, dtype=torch.float64)
+    logits[torch.arange(5), target] += 100  # all are correct
+    x = (make_logits(5, 4, dtype=torch.float64) if kind == "a layer" else logits).requires_grad_()
+
+    def served(labels: Tensor) -> list[Tensor]:
+        options: dict[str, Any] = {"reduction": "none", "ignore_index": ignore_index, "return_stats": True}
+        if kind == "a layer":
+            loss, stats = fusedloss.linear_cross_entropy(x, layer, labels, **options)
+        else:
+            with fusedloss.backend(kind):
+                loss, stats = fusedloss.cross_entropy(x, labels, **options)
+        return [loss, *stats, *torch.autograd.grad((loss + stats.entropy).sum(), x)]
+
+    found, whole = served(target.to(torch.uint8)), x @ layer.T if kind == "a layer" else x
+    torch.testing.assert_close(found[0], F.cross_entropy(whole, target, reduction="none", ignore_index=ignore_index))
+    assert all(map(torch.equal, found, served(target)))
+
+
 def test_global_scale_of_two_labels() -> None:
     a, b = make_target(8, n_classes=10, ignored=-100), make_target(8, n_classes=10, seed=1)
     counted = int((a != -100).sum())
