@@ -161,7 +161,7 @@ def _remember(key: tuple[Any, ...], inputs: Inputs, options: Options, route: Rou
     if not is_known_kind or route.backend not in ("cpu", "triton", "torch") or (_CHECK_TARGETS and route.backend != "cpu"):
         return
     varies = route.backend == "cpu" and known.varies(key, logits)  # a launch is cut for a number of rows
-    if not (varies or known.is_worth_remembering(key, logits, target)):
+    if not known.is_worth_remembering(key, logits, target, varies):
         return
     needs_grad = route.backend != "torch" and logits.requires_grad and torch.is_grad_enabled()
     prepared: ops.Prepared | reference.TorchLoss | None = reference.TorchLoss(options)

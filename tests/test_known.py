@@ -265,6 +265,16 @@ def test_a_shape_that_comes_often_takes_the_place_of_another(calls: list[Any]) -
         assert len(calls) == 16
 
 
+def test_many_shapes_that_vary_do_not_replace_each_other(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    remembered: list[Any] = []
+    remember = known.remember
+    monkeypatch.setattr(known, "remember", lambda *arguments: remembered.append(arguments) or remember(*arguments))
+    for n in range(1, 13):
+        for n_cols in range(C, C + 2 * known.MAX_CALLS):
+            fusedloss.cross_entropy(make_logits(n, n_cols), make_target(n, n_classes=C))
+    assert len(remembered) == known.MAX_CALLS
+
+
 def test_the_number_of_threads_is_no_part_of_it(calls: list[Any]) -> None:
     logits, target = make_logits(64, 1000).requires_grad_(), make_target(64, n_classes=1000)
     before = torch.get_num_threads()
