@@ -81,9 +81,16 @@ def check_out_dtype(out_dtype: Any) -> None:
 
 
 def integer(name: str, value: Any) -> int:
+    wrong = TypeError(f"argument '{name}' must be int, not {type(value).__name__}")
     if isinstance(value, (bool, float, str)) or not hasattr(value, "__index__"):
-        raise TypeError(f"argument '{name}' must be int, not {type(value).__name__}")
-    return operator.index(value)
+        raise wrong
+    try:
+        return operator.index(value)
+    except Exception as error:
+        if isinstance(value, Tensor):  # it says what is wrong: a fake tensor has no value
+            raise
+        # As PyTorch, whatever it is: a bool of numpy before 2.3 warns, and the warning may be raised as an error.
+        raise wrong from error
 
 
 def _float(name: str, value: Any) -> float:

@@ -36,12 +36,18 @@ def _outcome(call: Callable[[], Any]) -> Any:
         return type(error)
 
 
+class _NoIndex:
+    def __index__(self) -> int:
+        raise DeprecationWarning("as a bool of numpy before 2.3, where warnings are errors")
+
+
 ODD_NUMBERS: dict[str, dict[str, Any]] = {
     "ignore_index, 0-d array": {"ignore_index": numpy.array(1)},
     "ignore_index, 1-d array": {"ignore_index": numpy.array([1])},
     "ignore_index, float array": {"ignore_index": numpy.array(1.0)},
     "ignore_index, numpy bool": {"ignore_index": numpy.bool_(True)},
     "ignore_index, list": {"ignore_index": [1]},
+    "ignore_index, an index that raises": {"ignore_index": _NoIndex()},
     "label_smoothing, numpy float": {"label_smoothing": numpy.float32(0.25)},
     "label_smoothing, 0-d array": {"label_smoothing": numpy.array(0.25)},
     "label_smoothing, list": {"label_smoothing": [0.25]},
