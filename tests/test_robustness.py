@@ -218,6 +218,7 @@ for module, name in (
 
 import fusedloss
 
+torch.manual_seed(0)
 weight, target = torch.randn(7, 5), torch.tensor([0, 3, 6, -100])
 
 def ours_of_a_layer(x, target, **options):
@@ -239,7 +240,7 @@ for ours, theirs, width in ((fusedloss.cross_entropy, F.cross_entropy, 7), (ours
                     (curved,) = torch.autograd.grad(loss, x, create_graph=True)
                     found = loss.detach(), kept, curved.detach(), *torch.autograd.grad(loss, x)
                 results.append(found)
-            torch.testing.assert_close(*results, rtol=2e-2 if autocast else 1e-5, atol=2e-2 if autocast else 1e-6)
+            torch.testing.assert_close(*results, rtol=2e-2 if autocast else 1e-5, atol=2e-2 if autocast else 1e-5)
 """
 
 
