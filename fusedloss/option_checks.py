@@ -40,8 +40,8 @@ def check_options(
         ignore_index = integer("ignore_index", ignore_index)
     if type(label_smoothing) is not float:
         label_smoothing = _smoothing(label_smoothing)
-    if top_k is not None and not isinstance(top_k, float):
-        top_k = integer("top_k", top_k)
+    if top_k is not None:
+        top_k = _float("top_k", top_k) if isinstance(top_k, float) else integer("top_k", top_k)
     scale, lam = _float("scale", scale), _float("lam", lam)
     options = _options.__wrapped__ if torch.compiler.is_compiling() else _options  # Dynamo traces no cache
     return options(reduction, ignore_index, label_smoothing, top_k, scale, lam, return_stats, *map(_number, NUMBERS, numbers))

@@ -79,6 +79,16 @@ def test_the_extras_take_the_same_numbers(number: Any) -> None:
     assert fusedloss.cross_entropy(logits, (target, target.flip(0), number)).equal(expected)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
+def test_a_fraction_of_numpy_in_a_compiled_call() -> None:
+    """The graph breaks at it, and the compiler goes on with what was made of it."""
+    logits, target, _ = _problem()
+    torch.compiler.reset()
+    fraction = numpy.float64(0.25)
+    call = torch.compile(lambda x, t: fusedloss.cross_entropy(x, t, reduction="topk", top_k=fraction), backend="eager")
+    torch.testing.assert_close(call(logits, target), fusedloss.cross_entropy(logits, target, reduction="topk", top_k=0.25))
+
+
 def test_two_labels_as_a_list() -> None:
     """A DataLoader's collate makes a list of tensors of them."""
     logits, target, _ = _problem()
