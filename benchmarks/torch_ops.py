@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
-# Operators that launch nothing: they allocate, or make a view (found from the schema).
-ALLOCATE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.detach}
+# Operators that launch nothing: they allocate, or make a view (found from the schema, but one that autograd takes for none).
+LAUNCH_NOTHING = {
+    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.detach, aten._unsafe_view
+}  # fmt: skip
 # The host waits for the device: .item() and bool(), torch.equal, torch.tensor(1.0, device="cuda").
 WAIT = {aten._local_scalar_dense, aten.equal, aten.lift_fresh}
 # Kernels inside one operator: equal compares, then asks whether all are; nll_loss_backward fills with zeros, then scatters.
@@ -41,7 +43,7 @@ class TorchCost(TorchDispatchMode):
         self.syncs += packet in WAIT
         returns = func._schema.returns
         is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        if packet in ALLOCATE or (is_view and packet not in WAIT):
+        if packet in LAUNCH_NOTHING or (is_view and packet not in WAIT):
             return result
         self.launches += KERNELS.get(packet, 1)
         self.write_bytes += self._traffic(result)
