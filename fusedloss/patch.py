@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as _Reduction  # noqa: F401  TorchScript compiles the wrapped function with this file's names
-from torch.overrides import handle_torch_function, has_torch_function_variadic  # noqa: F401  the second as well
+from torch.overrides import handle_torch_function, has_torch_function_variadic  # noqa: F401  the second for TorchScript
 
 from fusedloss import functional, linear, reference
 from fusedloss.option_checks import check_out_dtype
