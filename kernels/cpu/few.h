@@ -156,13 +156,10 @@ RowSums forward_few(const Problem& problem, int64_t begin, int64_t end, double c
     for (int64_t flush = 0; flush < n_cols; flush += kFlush) {
       V part{}, smooth_part{}, total_part{};
       for (int64_t c = flush; c < n_cols && c < flush + kFlush; ++c) {
-        const V z = load(rows.tile + c * Rows::W), exp_z = exp_nonpositive(z - shift);
-        V e = exp_z;
-        if constexpr (!SOFT) {
-          const I is_target = I(target == typename Rows::Int(c));
-          e = is_target ? V{} : exp_z;
-          x_t = is_target ? z : x_t, e_t = is_target ? exp_z : e_t;
-        }
+        const V z = load(rows.tile + c * Rows::W);
+        const I is_target = SOFT ? I{} : I(target == typename Rows::Int(c));
+        const V exp_z = exp_nonpositive(z - shift), e = is_target ? V{} : exp_z;
+        x_t = is_target ? z : x_t, e_t = is_target ? exp_z : e_t;
         part += e;
         if constexpr (SOFT) {
           const V a = rows.class_weight(terms, c);
