@@ -114,11 +114,17 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, Generic[Result]):
         """Returns the loss of `input` against `target`; `scale` here takes the place of the constructor's."""
         own = vars(self)  # the attributes one by one would take 2 % of the step of ten logits
         # fmt: off
-        return serve(cross_entropy, input, target, self.weight, self.scale if scale is None else scale, (
-            self.ignore_index, None, None, self.reduction, self.label_smoothing, sample_weight, own["top_k"], own["return_stats"],
-            own["z_loss"], own["logit_scale"], own["softcap"], own["focal_gamma"], own["out_dtype"],
-        ))
+        try:
+            arguments = (
+                self.ignore_index, None, None, self.reduction, self.label_smoothing, sample_weight,
+                own["top_k"], own["return_stats"], own["z_loss"], own["logit_scale"], own["softcap"], own["focal_gamma"],
+                own["out_dtype"],
+            )
+        except KeyError:  # one is a property of a subclass
+            extras = (getattr(self, name) for name in EXTRAS._fields[2:])
+            arguments = (self.ignore_index, None, None, self.reduction, self.label_smoothing, sample_weight, *extras)
         # fmt: on
+        return serve(cross_entropy, input, target, self.weight, self.scale if scale is None else scale, arguments)
 
     def extra_repr(self) -> str:
         """The extras that are set; PyTorch's loss shows none of its own options."""

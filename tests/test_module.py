@@ -202,6 +202,24 @@ def test_attributes_are_read_at_every_call() -> None:
         assert torch.equal(module(*_problem()), fusedloss.cross_entropy(*_problem(), **options))
 
 
+def test_an_extra_may_be_a_property_of_a_subclass() -> None:
+    class Annealed(fusedloss.CrossEntropyLoss):
+        step = 0.1
+
+        @property
+        def z_loss(self) -> float:
+            return self.step
+
+        @z_loss.setter
+        def z_loss(self, value: float) -> None:
+            self.step = value
+
+    module = Annealed(z_loss=0.3, softcap=5.0)
+    for module.z_loss in (0.3, 0.1):
+        expected = fusedloss.cross_entropy(*_problem(), z_loss=module.z_loss, softcap=5.0)
+        assert torch.equal(module(*_problem()), expected)
+
+
 def test_scale_at_the_call_replaces_the_constructors(any_path: Path) -> None:
     module = fusedloss.CrossEntropyLoss(scale=3.0)
     once = fusedloss.cross_entropy(*_problem()).item()
