@@ -101,7 +101,7 @@ def is_worth_remembering(key: tuple[Any, ...], logits: Tensor, target: Tensor, a
     """Whether such a call comes again. Remembering one takes as long as serving it, so not for a shape that comes once; and where
     others are forgotten for it, at the powers of two only: many shapes in turn would do nothing but replace each other.
     any_batch: as a call with another number of examples, which came before."""
-    call = (key, logits.shape[any_batch:], logits.stride(), logits.dtype, target.dtype)
+    call = (key, logits.shape[1:] if any_batch else logits.shape, logits.stride(), logits.dtype, target.dtype)
     if len(_seen) >= MAX_SEEN:
         _seen.clear()
     times = _seen[call] = _seen.get(call, 0) + 1

@@ -61,7 +61,7 @@ def patch_torch(*, out_dtype: torch.dtype | None = None) -> ExitStack:
                 setattr(F, name, ours)
         _depth += 1
         _asked[undo] = out_dtype
-        _extras = (*EXTRAS[1:-1], out_dtype)
+        _extras = EXTRAS._replace(out_dtype=out_dtype)[1:]
     undo.callback(_undo, undo)
     return undo
 
@@ -71,7 +71,7 @@ def _undo(patch: ExitStack) -> None:
     with _lock:
         _depth -= 1
         del _asked[patch]
-        _extras = (*EXTRAS[1:-1], next(reversed(_asked.values()), None))
+        _extras = EXTRAS._replace(out_dtype=next(reversed(_asked.values()), None))[1:]
         for name, ours in _OURS.items():
             if _depth == 0 and getattr(F, name) is ours:  # else somebody else replaced it since, who may bring ours back
                 setattr(F, name, _replaced[name])
