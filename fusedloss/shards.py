@@ -281,7 +281,7 @@ def _positions(inputs: Inputs, options: Options, shard: ClassShard) -> list[tupl
     if inputs.has_probabilities() or logits.shape[1] == 0:
         return []
     shape, labels = logits[:, 0].shape, [label for label in (inputs.target, inputs.target_b) if label is not None]
-    counted = torch.stack([label != options.ignore_index for label in labels]).all(0)
+    counted = counted_rows(options.ignore_index, *labels)
     places = []
     for label in labels:
         at = (label.long() - shard.first_class).reshape(shape)

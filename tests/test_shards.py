@@ -12,7 +12,7 @@ from shard_problems import check_shards, make_sharded_problem, shard_call, shard
 import fusedloss
 from fusedloss import sharded, shards
 from fusedloss.backends import cpu, triton
-from fusedloss.plan import ClassShard
+from fusedloss.plan import ClassShard, Inputs, Options
 
 # Of Triton's interpreter: pixels are read with ignored neighbours.
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
@@ -142,3 +142,13 @@ def test_padded_rows(path: Path, n_classes: int) -> None:
     padded = sharded_rows(module_of(path), logits[:, :n_classes], target, None, (n_classes,), dlosses)
     dense = sharded_rows(module_of(path), logits[:, :n_classes].contiguous(), target, None, (n_classes,), dlosses)
     torch.testing.assert_close(padded, dense)
+
+
+def test_bytes_lie_where_their_class_does() -> None:
+    """156 is -100 to bytes."""
+    labels = torch.tensor([156, 44, 3])
+    for dtype in (torch.uint8, torch.int64):
+        inputs = Inputs(torch.zeros(3, 300), labels.to(dtype))
+        ((here, at),) = shards._positions(inputs, Options(), ClassShard(0, 300))
+        assert here.all()
+        assert at.squeeze(1).tolist() == labels.tolist()
